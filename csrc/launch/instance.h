@@ -1,0 +1,45 @@
+// instance.h - a compiled kernel with everything that is fixed when it is compiled, under the name that a plan chooses
+// it by.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../params.h"
+#include "launch.h"
+
+namespace fused_sepconv {
+
+struct Instance {
+  std::string name;      // such as "simt_forward_float32_nhwc"
+  int scalar_bytes = 0;  // size of a tensor's element
+  int compute_bytes = 0; // size of what is calculated in, and of partial sums
+  int threads = 0;       // a block
+  int shared_bytes = 0;  // dynamic shared memory a block
+  const void* kernel = nullptr;  // for cudaFuncGetAttributes
+};
+
+struct ForwardInstance : Instance {
+  void (*run)(const Instance&, const ForwardParams&, const Queue&) = nullptr;
+};
+
+enum class BackwardStep { intermediate, input, depthwise_weight, pointwise_weight };
+
+struct BackwardInstance : Instance {
+  BackwardStep step = BackwardStep::intermediate;
+  void (*run)(const Instance&, const BackwardParams&, const Queue&) = nullptr;
+};
+
+struct ReduceInstance : Instance {
+  void (*run)(const Instance&, const ReduceParams&, const Queue&) = nullptr;
+};
+
+// One function a family and step, defined in the .cu of that name.
+std::vector<ForwardInstance> simt_forward_instances();
+std::vector<BackwardInstance> simt_backward_intermediate_instances();
+std::vector<BackwardInstance> simt_backward_input_instances();
+std::vector<BackwardInstance> simt_backward_depthwise_weight_instances();
+std::vector<BackwardInstance> simt_backward_pointwise_weight_instances();
+std::vector<ReduceInstance> reduce_splits_instances();
+
+}  // namespace fused_sepconv

@@ -1,0 +1,43 @@
+// instances_of.h - the dtypes and layouts that a family is compiled for, and the names of its instances.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../kernels/image.cuh"
+#include "instance.h"
+
+namespace fused_sepconv {
+
+inline int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+// What a kernel's launch needs besides its params. `Made` is one of the Instance structs.
+template <class Made, class Scalar, class Compute, class Kernel>
+Made make_instance(const std::string& name, Kernel* kernel, int threads, int shared_bytes) {
+  Made made;
+  made.name = name;
+  made.scalar_bytes = sizeof(Scalar);
+  made.compute_bytes = sizeof(Compute);
+  made.threads = threads;
+  made.shared_bytes = shared_bytes;
+  made.kernel = reinterpret_cast<const void*>(kernel);
+  return made;
+}
+
+// {Family::make<Scalar, Compute, layout>("<family>_<dtype>_<layout>"), ...}: every dtype in both layouts. 16-bit types
+// are stored as they are and calculated in float32.
+template <class Family>
+auto in_every_dtype_and_layout(const std::string& family) {
+  return std::vector{
+      Family::template make<double, double, Layout::nhwc>(family + "_float64_nhwc"),
+      Family::template make<double, double, Layout::nchw>(family + "_float64_nchw"),
+      Family::template make<float, float, Layout::nhwc>(family + "_float32_nhwc"),
+      Family::template make<float, float, Layout::nchw>(family + "_float32_nchw"),
+      Family::template make<__half, float, Layout::nhwc>(family + "_float16_nhwc"),
+      Family::template make<__half, float, Layout::nchw>(family + "_float16_nchw"),
+      Family::template make<__nv_bfloat16, float, Layout::nhwc>(family + "_bfloat16_nhwc"),
+      Family::template make<__nv_bfloat16, float, Layout::nchw>(family + "_bfloat16_nchw"),
+  };
+}
+
+}  // namespace fused_sepconv

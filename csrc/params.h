@@ -1,0 +1,84 @@
+// params.h - what a call is.
+//
+// `ConvShape` holds everything that the shapes and arguments of a call decide; it is the same for the forward and the
+// backward, and is built once a plan. `ForwardParams` and `BackwardParams` add the tensors of one call. Kernels take
+// these structs by value, so that every field is in constant memory.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_sepconv {
+
+// The activations of a call, chosen at run time inside the kernel (templates would make 7^3 instances of each kernel).
+// All of them map 0 to 0, so that zero padding is the same before and after the pre-activation.
+enum class Activation : int32_t { none = 0, relu, relu6, elu, silu, hardswish, gelu };
+
+// Sizes and arguments of a separable convolution. The intermediate (depthwise) image has K = C * multiplier channels;
+// channel k reads input channel k / multiplier.
+struct ConvShape {
+  int64_t N;                     // images; unfolded vmap dimensions may push it past 65,535
+  int32_t C, H, W;               // input channels, height, width
+  int32_t K;                     // depthwise channels: C * multiplier
+  int32_t F;                     // output channels (features)
+  int32_t out_h, out_w;          // output height and width
+  int32_t multiplier;            // depthwise channels per input channel
+  int32_t kernel_h, kernel_w;    // depthwise taps
+  int32_t stride_h, stride_w;    // pixels of the input per pixel of the output
+  int32_t pad_top, pad_left;     // zeros before the first row and column (those after it follow from out_h, out_w)
+  int32_t dilation_h, dilation_w;
+  Activation pre_activation;     // on the input as it is read
+  Activation mid_activation;     // between depthwise and pointwise
+  Activation activation;         // on the output, after bias and residual
+};
+
+// A (N, channels, height, width) tensor of any layout: base address and strides in elements. Null where absent.
+struct Image {
+  void* data;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+// One forward call: y = act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual).
+struct ForwardParams {
+  ConvShape shape;
+  Image x;                        // (N, C, H, W)
+  const void* depthwise_weight;   // (K, kernel_h, kernel_w), contiguous
+  const void* pointwise_weight;   // (F, K), contiguous
+  const void* depthwise_bias;     // (K) or null
+  const void* bias;               // (F) or null
+  Image residual;                 // (N, F, out_h, out_w), or data == null
+  Image y;                        // (N, F, out_h, out_w)
+};
+
+// One backward call. grad_z is the gradient of the last activation's argument: of y itself where there is none.
+// The steps run one after the other on a stream; each reads what it needs and writes what is its own:
+//
+//   intermediate      grad_z, pointwise_weight (x, depthwise_weight: mid_act')  ->  grad_t
+//   input             grad_t, depthwise_weight (x: pre_act')                    ->  grad_x
+//   depthwise_weight  grad_t, x                                                 ->  partial_weight, partial_bias
+//   pointwise_weight  grad_z, x, depthwise_weight                               ->  partial_weight, partial_bias
+//
+// The last two split their sum over the pixels; ReduceParams adds the parts, always in the same order.
+struct BackwardParams {
+  ConvShape shape;
+  Image x;                        // (N, C, H, W)
+  const void* depthwise_weight;   // (K, kernel_h, kernel_w), contiguous
+  const void* pointwise_weight;   // (F, K), contiguous
+  const void* depthwise_bias;     // (K) or null
+  Image grad_z;                   // (N, F, out_h, out_w)
+  Image grad_t;                   // (N, K, out_h, out_w): of depthwise(pre_act(x)) + depthwise_bias
+  Image grad_x;                   // (N, C, H, W)
+  void* partial_weight;           // (splits, K, kernel_h, kernel_w) or (splits, F, K), in the kernel's arithmetic type
+  void* partial_bias;             // (splits, K) or (splits, F), or null
+  int64_t pixels_per_split;       // output pixels that one part sums over; the last has what is left
+  int32_t splits;                 // parts
+};
+
+// out[i] = sum over s of partials[s][i], s ascending: the same bits in every run.
+struct ReduceParams {
+  const void* partials;  // (splits, count), in the kernels' arithmetic type
+  void* out;             // (count)
+  int64_t count;
+  int32_t splits;
+};
+
+}  // namespace fused_sepconv

@@ -1,0 +1,71 @@
+// vector.h - several elements in one memory instruction.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "platform.h"
+
+namespace fused_sepconv {
+
+// N elements that move as one: 2, 4, 8 or 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  static_assert(sizeof(T) * N == 2 || sizeof(T) * N == 4 || sizeof(T) * N == 8 || sizeof(T) * N == 16,
+                "no instruction moves so many bytes");
+  T values[N];
+
+  FSC_DEVICE T& operator[](int i) { return values[i]; }
+  FSC_DEVICE const T& operator[](int i) const { return values[i]; }
+};
+
+#ifndef FSC_EMULATED
+namespace detail {
+
+// The register type that makes the compiler choose an instruction of so many bytes.
+template <int Bytes>
+using Word = std::conditional_t<Bytes == 2, unsigned short,
+                                std::conditional_t<Bytes == 4, unsigned, std::conditional_t<Bytes == 8, uint2, uint4>>>;
+
+}  // namespace detail
+#endif
+
+// Reads N elements at once from global or shared memory; `source` is aligned to them.
+template <int N, class T>
+FSC_DEVICE Vector<T, N> load(const T* source, Site site = Site::here()) {
+  Vector<T, N> vector;
+#ifdef FSC_EMULATED
+  ::emulator::read_memory(&vector, source, sizeof vector, site);
+#else
+  const auto word = *reinterpret_cast<const detail::Word<sizeof(vector)>*>(source);
+  memcpy(&vector, &word, sizeof vector);
+#endif
+  return vector;
+}
+
+// As load, through the read-only cache: global memory that no thread writes while the kernel runs.
+template <int N, class T>
+FSC_DEVICE Vector<T, N> load_read_only(const T* source, Site site = Site::here()) {
+  Vector<T, N> vector;
+#ifdef FSC_EMULATED
+  ::emulator::read_memory(&vector, source, sizeof vector, site);
+#else
+  const auto word = __ldg(reinterpret_cast<const detail::Word<sizeof(vector)>*>(source));
+  memcpy(&vector, &word, sizeof vector);
+#endif
+  return vector;
+}
+
+// Writes N elements at once to global or shared memory; `destination` is aligned to them.
+template <int N, class T>
+FSC_DEVICE void store(T* destination, const Vector<T, N>& vector, Site site = Site::here()) {
+#ifdef FSC_EMULATED
+  ::emulator::write_memory(destination, &vector, sizeof vector, site);
+#else
+  detail::Word<sizeof(vector)> word;
+  memcpy(&word, &vector, sizeof vector);
+  *reinterpret_cast<detail::Word<sizeof(vector)>*>(destination) = word;
+#endif
+}
+
+}  // namespace fused_sepconv

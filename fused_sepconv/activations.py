@@ -1,0 +1,74 @@
+"""The activations that a separable convolution may carry at its three places, one table.
+
+All of them map 0 to 0: zero padding is the same before and after the pre-activation, and kernels rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation: how to apply it, how to differentiate it, and its number in ``csrc/params.h``.
+
+    ``backward(grad, z)`` is ``grad * act'(z)`` as PyTorch's own autograd computes it. ``from_output(grad, y)``, where
+    it exists, is the same read from ``y = act(z)``, so that z need not be kept or computed again.
+    ``piecewise_linear``: act'' is 0 wherever it exists, so that the second derivative needs no z either.
+    """
+
+    code: int
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    from_output: Callable[[Tensor, Tensor], Tensor] | None = None
+    piecewise_linear: bool = False
+
+
+def _identity(z: Tensor) -> Tensor:
+    return z
+
+
+def _identity_backward(grad: Tensor, z: Tensor) -> Tensor:
+    return grad
+
+
+def _relu_backward(grad: Tensor, z_or_y: Tensor) -> Tensor:
+    return _aten.threshold_backward(grad, z_or_y, 0)
+
+
+def _relu6_backward(grad: Tensor, z_or_y: Tensor) -> Tensor:
+    # 0 at both corners, as hardtanh's derivative is in PyTorch; z and y agree on which side of them they are.
+    return _aten.hardtanh_backward(grad, z_or_y, 0.0, 6.0)
+
+
+def _elu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    return _aten.elu_backward(grad, 1.0, 1.0, 1.0, False, z)
+
+
+def _elu_from_output(grad: Tensor, y: Tensor) -> Tensor:
+    return _aten.elu_backward(grad, 1.0, 1.0, 1.0, True, y)
+
+
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(z)  # aten::silu_backward is not differentiable
+    return grad * (sigmoid * (1 + z * (1 - sigmoid)))
+
+
+ACTIVATIONS: dict[str | None, Activation] = {
+    None: Activation(0, _identity, _identity_backward, _identity_backward, piecewise_linear=True),
+    "relu": Activation(1, F.relu, _relu_backward, _relu_backward, piecewise_linear=True),
+    "relu6": Activation(2, F.relu6, _relu6_backward, _relu6_backward, piecewise_linear=True),
+    "elu": Activation(3, F.elu, _elu_backward, _elu_from_output),
+    "silu": Activation(4, F.silu, _silu_backward),
+    "hardswish": Activation(5, F.hardswish, _aten.hardswish_backward),
+    "gelu": Activation(6, F.gelu, _aten.gelu_backward),
+}
+
+NAMES = ", ".join(repr(name) for name in ACTIVATIONS)

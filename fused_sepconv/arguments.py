@@ -1,0 +1,304 @@
+"""Checks a call and brings its arguments into one form: the only place where a bad argument is refused.
+
+Every message names the argument, what it got and what was expected. `TypeError`: a wrong Python type or dtype;
+`ValueError`: a wrong value, shape or device.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS, NAMES
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPE_NAMES = "float64, float32, float16 or bfloat16"
+
+Pair = tuple[int, int]
+Padding = tuple[int, int, int, int]
+"""Zeros (or other padding) at the (top, bottom, left, right) of an image, in pixels."""
+
+
+class Arguments(NamedTuple):
+    """The checked non-tensor arguments of a call, as the op's schema has them."""
+
+    stride: Pair
+    padding: Padding
+    dilation: Pair
+    pre_activation: str | None
+    mid_activation: str | None
+    activation: str | None
+
+    @classmethod
+    def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], *activations: str | None):
+        """From the op's arguments, whose lists are not hashable."""
+        return cls(tuple(stride), tuple(padding), tuple(dilation), *activations)
+
+
+class Call(NamedTuple):
+    """A checked call. `tensors`: x (N, C, H, W), depthwise_weight, pointwise_weight, bias, depthwise_bias, residual."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+    arguments: Arguments
+    unbatched: bool
+
+
+class TensorSpec(NamedTuple):
+    """What the checks look at in a tensor; hashable, so that the checks of a repeated call are looked up."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.layout
+
+    @staticmethod
+    def of(name: str, tensor: Any) -> TensorSpec:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested:
+            raise TypeError(f"{name}: expected an ordinary dense tensor, got a nested tensor")
+        return TensorSpec(tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """`value` as an int that is at least `minimum`; symbolic sizes pass through."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got the bool {value}")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {_describe(value)}") from None
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    return value
+
+
+def pair(name: str, value: Any, minimum: int) -> Pair:
+    """An int or a (height, width) pair as a pair of ints."""
+    if type(value) is int and value >= minimum:
+        return value, value
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name}: expected an int or a (height, width) pair, got {len(value)} values: {value}")
+        return integer(name, value[0], minimum), integer(name, value[1], minimum)
+    one = integer(name, value, minimum)
+    return one, one
+
+
+def padding_form(padding: Any) -> Padding | str:
+    """`padding` as (top, bottom, left, right), or the word "same" or "valid" that waits for the sizes."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(
+                f"padding: expected 'same', 'valid', an int, a pair or ((top, bottom), (left, right)), got {padding!r}"
+            )
+        return padding
+    if isinstance(padding, (tuple, list)) and any(isinstance(side, (tuple, list)) for side in padding):
+        if len(padding) != 2 or not all(isinstance(side, (tuple, list)) and len(side) == 2 for side in padding):
+            raise ValueError(f"padding: expected ((top, bottom), (left, right)), got {padding}")
+        (top, bottom), (left, right) = padding
+        top, bottom, left, right = (integer("padding", side, 0) for side in (top, bottom, left, right))
+        return top, bottom, left, right
+    vertical, horizontal = pair("padding", padding, 0)
+    return vertical, vertical, horizontal, horizontal
+
+
+def padding_sides(padding: Padding | str, size: Pair, kernel: Pair, stride: Pair, dilation: Pair) -> Padding:
+    """(top, bottom, left, right) for an input of `size` (H, W).
+
+    "same" is TensorFlow's rule (tf.nn.convolution): out = ceil(in / stride), the total is what makes that come out,
+    the smaller half goes before. Where the stride is 1 it equals PyTorch's.
+    """
+    if not isinstance(padding, str):
+        return padding
+    if padding == "valid":
+        return 0, 0, 0, 0
+    top, bottom = _same(size[0], kernel[0], stride[0], dilation[0])
+    left, right = _same(size[1], kernel[1], stride[1], dilation[1])
+    return top, bottom, left, right
+
+
+def _same(size: int, kernel: int, stride: int, dilation: int) -> Pair:
+    outputs = (size + stride - 1) // stride
+    total = max((outputs - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def check_activation(name: str, value: Any) -> str | None:
+    """`value`, if it is one of the seven activations."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {NAMES}, got {_describe(value)}")
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{name}: expected one of {NAMES}, got {value!r}")
+    return value
+
+
+def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair) -> Pair:
+    """(H, W) of the output: floor((in + before + after - dilation * (kernel - 1) - 1) / stride) + 1."""
+    top, bottom, left, right = padding
+    return (
+        (size[0] + top + bottom - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1,
+        (size[1] + left + right - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1,
+    )
+
+
+def normalise(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    depthwise_bias: Tensor | None,
+    residual: Tensor | None,
+    pre_activation: str | None,
+    mid_activation: str | None,
+    activation: str | None,
+) -> Call:
+    """A public function's arguments as a checked call, cast to autocast's dtype where autocast is on.
+
+    The casts come before the op, where autograd sees them: an autocast rule registered on the op would leave its
+    backward without them.
+    """
+    unbatched = isinstance(x, Tensor) and x.dim() == 3
+    if unbatched:
+        x = x.unsqueeze(0)
+        residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
+    tensors = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
+    if isinstance(x, Tensor) and _autocasts(x.device.type):
+        tensors = tuple(_autocast(tensor, x.device.type) for tensor in tensors)
+    x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
+    # An eager call's checks are looked up; a traced one's shapes may be symbolic, and tracing happens once.
+    checker = check if torch.compiler.is_compiling() else check_cached
+    arguments = checker(
+        TensorSpec.of("x", x),
+        TensorSpec.of("depthwise_weight", depthwise_weight),
+        TensorSpec.of("pointwise_weight", pointwise_weight),
+        None if bias is None else TensorSpec.of("bias", bias),
+        None if depthwise_bias is None else TensorSpec.of("depthwise_bias", depthwise_bias),
+        None if residual is None else TensorSpec.of("residual", residual),
+        pair("stride", stride, 1),
+        padding_form(padding),
+        pair("dilation", dilation, 1),
+        check_activation("pre_activation", pre_activation),
+        check_activation("mid_activation", mid_activation),
+        check_activation("activation", activation),
+    )
+    return Call(tensors, arguments, unbatched)
+
+
+def _autocasts(device_type: str) -> bool:
+    # is_autocast_enabled refuses devices that autocast does not know (meta).
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _autocast(tensor: Any, device_type: str) -> Any:
+    """`tensor` as a convolution under autocast would read it: float64 and what is not floating point stay."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
+def check(
+    x: TensorSpec,
+    depthwise_weight: TensorSpec,
+    pointwise_weight: TensorSpec,
+    bias: TensorSpec | None,
+    depthwise_bias: TensorSpec | None,
+    residual: TensorSpec | None,
+    stride: Pair,
+    padding: Padding | str,
+    dilation: Pair,
+    pre_activation: str | None,
+    mid_activation: str | None,
+    activation: str | None,
+) -> Arguments:
+    """Refuses a bad call, or gives its arguments in the op's form. x is batched here: (N, C, H, W)."""
+    tensors = {
+        "x": x,
+        "depthwise_weight": depthwise_weight,
+        "pointwise_weight": pointwise_weight,
+        "bias": bias,
+        "depthwise_bias": depthwise_bias,
+        "residual": residual,
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_kind(name, tensor, x)
+
+    if len(x.shape) != 4:
+        raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got {len(x.shape)} dimensions: {_shape(x)}")
+    batch, channels, height, width = x.shape
+    if channels < 1 or height < 1 or width < 1:
+        raise ValueError(f"x: expected at least one channel, row and column, got {_shape(x)}")
+    if len(depthwise_weight.shape) != 4 or depthwise_weight.shape[1] != 1:
+        raise ValueError(
+            f"depthwise_weight: expected (C * m, 1, kh, kw) for x with C = {channels}, got {_shape(depthwise_weight)}"
+        )
+    intermediate, _, kernel_h, kernel_w = depthwise_weight.shape
+    if intermediate < 1 or intermediate % channels != 0:
+        raise ValueError(
+            f"depthwise_weight: expected a multiple of x's {channels} channels in dimension 0, "
+            f"got {_shape(depthwise_weight)}"
+        )
+    if kernel_h < 1 or kernel_w < 1:
+        raise ValueError(f"depthwise_weight: expected a kernel of at least 1 x 1, got {_shape(depthwise_weight)}")
+    if len(pointwise_weight.shape) != 4 or tuple(pointwise_weight.shape[1:]) != (intermediate, 1, 1):
+        raise ValueError(
+            f"pointwise_weight: expected (F, {intermediate}, 1, 1) after depthwise_weight {_shape(depthwise_weight)}, "
+            f"got {_shape(pointwise_weight)}"
+        )
+    features = pointwise_weight.shape[0]
+    if features < 1:
+        raise ValueError(f"pointwise_weight: expected at least one output channel, got {_shape(pointwise_weight)}")
+    _check_vector("bias", bias, features, "F, pointwise_weight's dimension 0")
+    _check_vector("depthwise_bias", depthwise_bias, intermediate, "C * m, depthwise_weight's dimension 0")
+
+    kernel = (kernel_h, kernel_w)
+    sides = padding_sides(padding, (height, width), kernel, stride, dilation)
+    out_h, out_w = output_size((height, width), kernel, stride, sides, dilation)
+    if out_h < 1 or out_w < 1:
+        raise ValueError(
+            f"x: the kernel of depthwise_weight, {kernel_h} x {kernel_w} with dilation {dilation}, is larger than the "
+            f"image {height} x {width} with padding (top, bottom, left, right) = {sides}: the output would be empty"
+        )
+    expected = (batch, features, out_h, out_w)
+    if residual is not None and tuple(residual.shape) != expected:
+        raise ValueError(f"residual: expected the output's shape {expected}, got {_shape(residual)}")
+    return Arguments(stride, sides, dilation, pre_activation, mid_activation, activation)
+
+
+check_cached = lru_cache(maxsize=4096)(check)
+"""`check` for an eager call: what the shapes of a call decide is looked up the next time (3 us against 20)."""
+
+
+def _check_kind(name: str, tensor: TensorSpec, x: TensorSpec) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected an ordinary dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected {_DTYPE_NAMES}, got {tensor.dtype}")
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+
+
+def _check_vector(name: str, tensor: TensorSpec | None, length: int, meaning: str) -> None:
+    if tensor is not None and tuple(tensor.shape) != (length,):
+        raise ValueError(f"{name}: expected shape ({length},) ({meaning}), got {_shape(tensor)}")
+
+
+def _shape(tensor: TensorSpec) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _describe(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"[:80]

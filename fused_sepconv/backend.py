@@ -1,0 +1,41 @@
+"""Which implementation a call asks for: the process-wide default that `use_backend` sets.
+
+The default is read once, when a call is made, and travels from there as the op's `backend` argument: a backward runs
+on another thread, possibly after the context has ended, and still does what its forward was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BACKENDS = ("auto", "fused", "reference")
+
+_default = "auto"
+
+
+def default_backend() -> str:
+    """The backend of a call made now: "auto", "fused" or "reference"."""
+    return _default
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the context, calls of this process run on `backend`.
+
+    - "auto": whichever the plan predicts to be fastest; PyTorch's own convolutions where no kernel serves.
+    - "fused": this package's kernels; raises, with the reason, where none serves.
+    - "reference": PyTorch's own two convolutions.
+
+    Like PyTorch's own backend flags it is one setting for all threads.
+    """
+    global _default
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected one of {BACKENDS}, got {type(backend).__name__} {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    previous, _default = _default, backend
+    try:
+        yield
+    finally:
+        _default = previous

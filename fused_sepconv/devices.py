@@ -1,0 +1,75 @@
+"""What a plan needs to know of a device, and the devices that predictions are made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Ceilings of a device: bytes and flop a second, two flop a multiply-add.
+
+    `source` says where they come from. They rank a plan's candidates; no result is computed from them.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    shared_bytes: int  # most dynamic shared memory of a block
+    bandwidth: float  # device memory, bytes read + written
+    fma_float32: float
+    fma_float64: float
+    matrix_16bit: float
+    matrix_tf32: float
+    source: str
+
+    def fma(self, dtype: str) -> float:
+        """CUDA-core flop/s; 16-bit types are computed in float32."""
+        return self.fma_float64 if dtype == "float64" else self.fma_float32
+
+    def matrix(self, dtype: str, tf32: bool) -> float:
+        """Flop/s of a library's matrix product in this dtype."""
+        if dtype in ("float16", "bfloat16"):
+            return self.matrix_16bit
+        if dtype == "float32":
+            return self.matrix_tf32 if tf32 else self.fma_float32
+        return 2 * self.fma_float64  # float64 tensor cores, since sm_80
+
+
+_DATASHEET = "NVIDIA's datasheet; 90 % of its bandwidth, as a copy reaches"
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("A100", (8, 0), 108, 163 << 10, 0.9 * 2.04e12, 19.5e12, 9.7e12, 312e12, 156e12, _DATASHEET),
+        Device("H100", (9, 0), 132, 227 << 10, 0.9 * 3.35e12, 67e12, 33.5e12, 790e12, 400e12, _DATASHEET),
+        Device("H200", (9, 0), 132, 227 << 10, 4.3e12, 67e12, 33.5e12, 790e12, 400e12, "copy and bf16 GEMM measured"),
+    )
+}
+
+
+@lru_cache(maxsize=64)
+def cuda_device(index: int) -> Device:
+    """The CUDA device of that index: one of the table if its name says so, else its properties through H200's ratios."""
+    properties = torch.cuda.get_device_properties(index)
+    for name, device in DEVICES.items():
+        if name in properties.name:
+            return device
+    model = DEVICES["H200"]
+    sms = properties.multi_processor_count
+    scale = sms / model.sms
+    return Device(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        sms=sms,
+        shared_bytes=getattr(properties, "shared_memory_per_block_optin", 99 << 10),
+        bandwidth=model.bandwidth * scale,
+        fma_float32=model.fma_float32 * scale,
+        fma_float64=model.fma_float64 * scale / 32,  # consumer chips: 1/64 of float32
+        matrix_16bit=model.matrix_16bit * scale,
+        matrix_tf32=model.matrix_tf32 * scale,
+        source="H200's, by the number of SMs: not a device of the table",
+    )

@@ -1,0 +1,156 @@
+"""`explain`: the plan for a call or for a model, as text and as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import execution
+from .arguments import normalise
+from .devices import DEVICES
+from .module import SeparableConv2d
+from .plan import Plan, plan
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plans of one call. `str()` is the text, `as_dict()` the data; times are predictions, in seconds."""
+
+    forward: Plan
+    backward: Plan
+
+    def __str__(self) -> str:
+        return f"{self.forward}\n{self.backward}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """The plans of every `SeparableConv2d` of a model, in the order in which they ran."""
+
+    layers: tuple[tuple[str, Explanation], ...]
+    """(module name, its plans)."""
+    children_called: tuple[str, ...]
+    """Modules whose children carry something of their own, and so run as two convolutions, without a plan."""
+
+    @property
+    def forward_seconds(self) -> float:
+        return sum(layer.forward.chosen.predicted_seconds for _, layer in self.layers)
+
+    @property
+    def backward_seconds(self) -> float:
+        return sum(layer.backward.chosen.predicted_seconds for _, layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [f"{name}:\n{layer}" for name, layer in self.layers]
+        lines += [f"{name}: calls its children, which are more than plain convolutions" for name in self.children_called]
+        lines.append(
+            f"{len(self.layers)} layers, predicted: forward {self.forward_seconds * 1e6:.1f} us, "
+            f"backward {self.backward_seconds * 1e6:.1f} us"
+        )
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "layers": {name: layer.as_dict() for name, layer in self.layers},
+            "children_called": list(self.children_called),
+            "forward_seconds": self.forward_seconds,
+            "backward_seconds": self.backward_seconds,
+        }
+
+
+def explain(target: Tensor | nn.Module, *args: Any, device: str | None = None, **kwargs: Any) -> Any:
+    """What would run, and why: the plan of a call or of every `SeparableConv2d` in a model. Launches no kernel of ours.
+
+    `explain(x, depthwise_weight, pointwise_weight, ...)` takes `separable_conv2d`'s arguments and gives an
+    `Explanation`. `explain(model, *inputs)` runs the model once, without gradients and in evaluation mode, and gives a
+    `ModelExplanation`. Meta tensors will do.
+
+    Args:
+        device: None plans for where the tensors are. "A100", "H100" or "H200" predicts for such a device, with every
+            kernel built.
+
+    Raises:
+        ValueError: an unknown device; otherwise whatever the call itself would raise.
+    """
+    if device is not None and device not in DEVICES:
+        raise ValueError(f"device: expected None or one of {tuple(DEVICES)}, got {device!r}")
+    if isinstance(target, nn.Module):
+        return _explain_model(target, args, kwargs, device)
+    return _explain_call(_bind(target, *args, **kwargs), device)
+
+
+def _bind(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *,
+    depthwise_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    pre_activation: str | None = None,
+    mid_activation: str | None = None,
+    activation: str | None = None,
+) -> Any:
+    return normalise(
+        x,
+        depthwise_weight,
+        pointwise_weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        depthwise_bias,
+        residual,
+        pre_activation,
+        mid_activation,
+        activation,
+    )
+
+
+def _explain_call(call: Any, device: str | None) -> Explanation:
+    plans = []
+    for direction in ("forward", "backward"):
+        problem = execution.problem_of(direction, call.tensors, call.arguments)
+        if device is None:
+            plans.append(execution.plan_for(problem, call.tensors[0].device))
+        else:
+            plans.append(plan(problem, DEVICES[device], execution.ALL_KERNELS))
+    return Explanation(*plans)
+
+
+def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], device: str | None) -> ModelExplanation:
+    layers: list[tuple[str, Explanation]] = []
+    children_called: list[str] = []
+    names = {module: name or "(the model)" for name, module in model.named_modules()}
+
+    def note(module: SeparableConv2d, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module.runs_as_one():
+            layers.append((names[module], _explain_call(_bind(**module.call(*args, **kwargs)), device)))
+        else:
+            children_called.append(names[module])
+
+    training = {module: module.training for module in names}
+    hooks = [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in names
+        if isinstance(module, SeparableConv2d)
+    ]
+    try:
+        model.eval()  # so that running statistics stay as they are
+        with torch.no_grad():
+            model(*inputs, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, flag in training.items():
+            module.training = flag
+    return ModelExplanation(tuple(layers), tuple(children_called))

@@ -1,0 +1,165 @@
+"""The separable convolution as PyTorch's own two convolutions: the oracle, the CPU path, and what "auto" falls to.
+
+`forward` and `backward` are the two directions of an already checked call, made of PyTorch's differentiable operators:
+the backward of the backward is PyTorch's own too. `separable_conv2d` is the public function over them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+from .arguments import Padding, Pair, normalise
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def forward(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None,
+    depthwise_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    pre_activation: str | None,
+    mid_activation: str | None,
+    activation: str | None,
+) -> Tensor:
+    """y = act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual), (N, F, out_h, out_w)."""
+    image, symmetric = _padded(ACTIVATIONS[pre_activation].forward(x), padding)
+    t = F.conv2d(image, depthwise_weight, depthwise_bias, stride, symmetric, dilation, groups=x.shape[1])
+    z = F.conv2d(ACTIVATIONS[mid_activation].forward(t), pointwise_weight, bias)
+    if residual is not None:
+        z = z + residual
+    return ACTIVATIONS[activation].forward(z)
+
+
+def backward(
+    grad_output: Tensor,
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None,
+    depthwise_bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    pre_activation: str | None,
+    mid_activation: str | None,
+    activation: str | None,
+    output_mask: tuple[bool, bool, bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of x, depthwise_weight, pointwise_weight, bias, depthwise_bias and residual, None where not asked for.
+
+    The depthwise result is computed again. `output`, where it is given, saves computing the pointwise result again
+    for an activation whose derivative can be read from it.
+    """
+    want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
+    pre, mid, post = ACTIVATIONS[pre_activation], ACTIVATIONS[mid_activation], ACTIVATIONS[activation]
+    groups = x.shape[1]
+
+    image, symmetric = _padded(pre.forward(x), padding)
+    t = F.conv2d(image, depthwise_weight, depthwise_bias, stride, symmetric, dilation, groups=groups)
+    v = mid.forward(t)
+    if activation is None:
+        grad_z = grad_output
+    elif output is not None and post.from_output is not None:
+        grad_z = post.from_output(grad_output, output)
+    else:
+        z = F.conv2d(v, pointwise_weight, bias)
+        grad_z = post.backward(grad_output, z if residual is None else z + residual)
+
+    want_t = want_x or want_depthwise or want_depthwise_bias
+    grad_v, grad_pointwise, grad_bias = _convolution_backward(
+        grad_z, v, pointwise_weight, (1, 1), (0, 0), (1, 1), 1, (want_t, want_pointwise, want_bias)
+    )
+    grad_x = grad_depthwise = grad_depthwise_bias = None
+    if want_t:
+        grad_image, grad_depthwise, grad_depthwise_bias = _convolution_backward(
+            mid.backward(grad_v, t),
+            image,
+            depthwise_weight,
+            stride,
+            symmetric,
+            dilation,
+            groups,
+            (want_x, want_depthwise, want_depthwise_bias),
+        )
+        if want_x:
+            grad_x = pre.backward(_unpadded(grad_image, x, padding, symmetric), x)
+    grad_residual = grad_z if want_residual else None
+    return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_residual
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: Any = 0,
+    dilation: int | Pair = 1,
+    *,
+    depthwise_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    pre_activation: str | None = None,
+    mid_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`fused_sepconv.separable_conv2d` in PyTorch's own operators: same arguments, shapes and errors."""
+    call = normalise(
+        x,
+        depthwise_weight,
+        pointwise_weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        depthwise_bias,
+        residual,
+        pre_activation,
+        mid_activation,
+        activation,
+    )
+    y = forward(*call.tensors, *call.arguments)
+    return y.squeeze(0) if call.unbatched else y
+
+
+def _padded(image: Tensor, padding: Padding) -> tuple[Tensor, Pair]:
+    """The image and the padding that the convolution itself can still apply: the same on both sides or none."""
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return image, (top, left)
+    return F.pad(image, (left, right, top, bottom)), (0, 0)
+
+
+def _unpadded(grad: Tensor, x: Tensor, padding: Padding, symmetric: Pair) -> Tensor:
+    top, _, left, _ = padding
+    if symmetric == (top, left) and grad.shape == x.shape:
+        return grad
+    return grad[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+
+
+def _convolution_backward(
+    grad: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    mask: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_image, grad_weight, grad_bias), None where the mask does not ask."""
+    return torch.ops.aten.convolution_backward(
+        grad, image, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups, mask
+    )
