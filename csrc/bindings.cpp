@@ -168,7 +168,8 @@ PYBIND11_MODULE(_native, m) {
   using namespace fused_sepconv;
   m.doc() = "The kernels of fused_sepconv.";
 
-  py::enum_<Activation>(m, "Activation")
+  // Types are local to the module, so that a process may hold the device's and the emulation's.
+  py::enum_<Activation>(m, "Activation", py::module_local())
       .value("none", Activation::none)
       .value("relu", Activation::relu)
       .value("relu6", Activation::relu6)
@@ -177,7 +178,7 @@ PYBIND11_MODULE(_native, m) {
       .value("hardswish", Activation::hardswish)
       .value("gelu", Activation::gelu);
 
-  py::class_<ConvShape>(m, "ConvShape")
+  py::class_<ConvShape>(m, "ConvShape", py::module_local())
       .def(py::init<>())
       .def_readwrite("N", &ConvShape::N)
       .def_readwrite("C", &ConvShape::C)

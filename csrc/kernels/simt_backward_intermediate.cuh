@@ -25,6 +25,12 @@ struct SimtBackwardIntermediateShared {
   Place places[Traits::kRows];
 };
 
+// grad * mid_act'(t), t computed again. A call: inlined, the taps' loops would stand in the epilogue 16 times over.
+template <class Scalar, class Compute>
+FSC_OUTLINE Compute through_mid_activation(const BackwardParams& params, Place place, int k, Compute grad) {
+  return differentiate(params.shape.mid_activation, grad, depthwise_at<Scalar, Compute>(params, place, k));
+}
+
 template <class Traits>
 FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
 simt_backward_intermediate(const FSC_CONST_PARAM BackwardParams params) {
@@ -73,7 +79,7 @@ simt_backward_intermediate(const FSC_CONST_PARAM BackwardParams params) {
       if (k >= shape.K) continue;
       Compute grad = corner.acc[i][j];
       if (shape.mid_activation != Activation::none)
-        grad = differentiate(shape.mid_activation, grad, depthwise_at<Scalar, Compute>(params, place, k));
+        grad = through_mid_activation<Scalar>(params, place, k, grad);
       grad_t[offset(params.grad_t, place, k)] = static_cast<Scalar>(grad);
     }
   }

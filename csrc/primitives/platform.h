@@ -5,6 +5,7 @@
 // in the other headers of this folder, each function of which has a device body and a CPU body.
 //
 //   FSC_DEVICE                  a function of device code, inlined
+//   FSC_OUTLINE                 a function of device code that is called, where inlining costs more than the call
 //   FSC_KERNEL(threads, blocks) a kernel: the block size that it is launched with, blocks wanted per SM
 //   FSC_CONST_PARAM             marks a kernel's parameter struct as read in place from constant memory
 //   FSC_SHARED(Type, name)      the block's dynamic shared memory, seen as one struct: `Type& name`
@@ -19,6 +20,7 @@
 #include "emulator.h"
 
 #define FSC_DEVICE inline
+#define FSC_OUTLINE inline
 #define FSC_KERNEL(threads, blocks) void
 #define FSC_CONST_PARAM
 #define FSC_SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(::emulator::shared_memory(sizeof(Type)))
@@ -37,6 +39,7 @@ using Site = ::emulator::Site;
 #include <cstdint>
 
 #define FSC_DEVICE __device__ __forceinline__
+#define FSC_OUTLINE __device__ __noinline__
 #define FSC_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FSC_CONST_PARAM __grid_constant__
 #define FSC_SHARED(Type, name)                                      \
