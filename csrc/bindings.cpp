@@ -1,7 +1,8 @@
 // bindings.cpp - what Python sees of the native code; the only file that knows pybind11.
 //
 // A call names its instance, gives the ConvShape that its plan built once, and a tensor as an address, with strides
-// where it is an image. Nothing is checked here: fused_sepconv/ops.py is the only caller and has checked everything.
+// where it is an image. Nothing is checked here: fused_sepconv/execution.py is the only caller and has checked
+// everything.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -61,16 +62,16 @@ const auto& reduce_instances() {
 
 // Runs an instance; in the emulation, on buffers that the emulator knows.
 template <class Made, class Params>
-void run(const Made& instance, const Params& params, int device, uintptr_t stream) {
+void run(const Made& instance, const Params& params, Stream stream) {
 #ifdef FSC_EMULATED
   const EmulatedBuffers buffers(instance, params);
 #endif
-  instance.run(instance, params, Queue{device, stream});
+  instance.run(instance, params, stream);
 }
 
 void forward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
              Address pointwise_weight, Address depthwise_bias, Address bias, const ImageArgument& residual,
-             const ImageArgument& y, int device, uintptr_t stream) {
+             const ImageArgument& grad_output, const ImageArgument& y, Stream stream) {
   ForwardParams params;
   params.shape = shape;
   params.x = image(x);
@@ -79,15 +80,16 @@ void forward(const std::string& instance, const ConvShape& shape, const ImageArg
   params.depthwise_bias = pointer(depthwise_bias);
   params.bias = pointer(bias);
   params.residual = image(residual);
+  params.grad_output = image(grad_output);
   params.y = image(y);
-  run(forward_instances().at(instance), params, device, stream);
+  run(forward_instances().at(instance), params, stream);
 }
 
 // One step of a backward; what the step does not use may be null.
 void backward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
               Address pointwise_weight, Address depthwise_bias, const ImageArgument& grad_z,
               const ImageArgument& grad_t, const ImageArgument& grad_x, Address partial_weight, Address partial_bias,
-              int64_t pixels_per_split, int splits, int device, uintptr_t stream) {
+              int64_t pixels_per_split, int splits, Stream stream) {
   BackwardParams params;
   params.shape = shape;
   params.x = image(x);
@@ -101,12 +103,11 @@ void backward(const std::string& instance, const ConvShape& shape, const ImageAr
   params.partial_bias = pointer(partial_bias);
   params.pixels_per_split = pixels_per_split;
   params.splits = splits;
-  run(backward_instances().at(instance), params, device, stream);
+  run(backward_instances().at(instance), params, stream);
 }
 
-void reduce(const std::string& instance, Address partials, Address out, int64_t count, int splits, int device,
-            uintptr_t stream) {
-  run(reduce_instances().at(instance), ReduceParams{pointer(partials), pointer(out), count, splits}, device, stream);
+void reduce(const std::string& instance, Address partials, Address out, int64_t count, int splits, Stream stream) {
+  run(reduce_instances().at(instance), ReduceParams{pointer(partials), pointer(out), count, splits}, stream);
 }
 
 template <class Body>
@@ -142,13 +143,21 @@ py::dict build_info() {
   return result;
 }
 
-// What the driver says of every instance on a device. Raises where there is no usable driver, no such device, or no
-// code for its architecture.
-py::dict attributes([[maybe_unused]] int device) {
+// The CUDA version that the driver serves, as 1000 * major + 10 * minor; 0 where there is no driver.
+int driver_version() {
+  int version = 0;
+#ifndef FSC_EMULATED
+  check(cudaDriverGetVersion(&version), "the driver", "cudaDriverGetVersion");
+#endif
+  return version;
+}
+
+// What the driver says of every instance on the current device. Raises where there is no usable driver, no device, or
+// no code for its architecture.
+py::dict attributes() {
   py::dict result;
 #ifndef FSC_EMULATED
   for_each_instance([&](const Instance& instance) {
-    const DeviceGuard guard(device, instance.name.c_str());
     cudaFuncAttributes of;
     check(cudaFuncGetAttributes(&of, instance.kernel), instance.name.c_str(), "cudaFuncGetAttributes");
     py::dict figures;
@@ -204,15 +213,16 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("forward", &forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("bias"),
-        py::arg("residual"), py::arg("y"), py::arg("device"), py::arg("stream"));
+        py::arg("residual"), py::arg("grad_output"), py::arg("y"), py::arg("stream"));
   m.def("backward", &backward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("grad_z"),
         py::arg("grad_t"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
-        py::arg("pixels_per_split"), py::arg("splits"), py::arg("device"), py::arg("stream"));
+        py::arg("pixels_per_split"), py::arg("splits"), py::arg("stream"));
   m.def("reduce", &reduce, without_gil, py::arg("instance"), py::arg("partials"), py::arg("out"), py::arg("count"),
-        py::arg("splits"), py::arg("device"), py::arg("stream"));
+        py::arg("splits"), py::arg("stream"));
   m.def("instances", &instances);
-  m.def("attributes", &attributes, py::arg("device"));
+  m.def("attributes", &attributes);
+  m.def("driver_version", &driver_version);
   m.def("build_info", &build_info);
 
 #ifdef FSC_EMULATED

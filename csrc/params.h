@@ -16,19 +16,19 @@ enum class Activation : int32_t { none = 0, relu, relu6, elu, silu, hardswish, g
 // Sizes and arguments of a separable convolution. The intermediate (depthwise) image has K = C * multiplier channels;
 // channel k reads input channel k / multiplier.
 struct ConvShape {
-  int64_t N;                     // images; unfolded vmap dimensions may push it past 65,535
-  int32_t C, H, W;               // input channels, height, width
-  int32_t K;                     // depthwise channels: C * multiplier
-  int32_t F;                     // output channels (features)
-  int32_t out_h, out_w;          // output height and width
-  int32_t multiplier;            // depthwise channels per input channel
-  int32_t kernel_h, kernel_w;    // depthwise taps
-  int32_t stride_h, stride_w;    // pixels of the input per pixel of the output
-  int32_t pad_top, pad_left;     // zeros before the first row and column (those after it follow from out_h, out_w)
+  int64_t N;                   // images; unfolded vmap dimensions may push it past 65,535
+  int32_t C, H, W;             // input channels, height, width
+  int32_t K;                   // depthwise channels: C * multiplier
+  int32_t F;                   // output channels (features)
+  int32_t out_h, out_w;        // output height and width
+  int32_t multiplier;          // depthwise channels per input channel
+  int32_t kernel_h, kernel_w;  // depthwise taps
+  int32_t stride_h, stride_w;  // pixels of the input per pixel of the output
+  int32_t pad_top, pad_left;   // zeros before the first row and column (those after it follow from out_h, out_w)
   int32_t dilation_h, dilation_w;
-  Activation pre_activation;     // on the input as it is read
-  Activation mid_activation;     // between depthwise and pointwise
-  Activation activation;         // on the output, after bias and residual
+  Activation pre_activation;  // on the input as it is read
+  Activation mid_activation;  // between depthwise and pointwise
+  Activation activation;      // on the output, after bias and residual
 };
 
 // A (N, channels, height, width) tensor of any layout: base address and strides in elements. Null where absent.
@@ -37,16 +37,19 @@ struct Image {
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
-// One forward call: y = act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual).
+// One forward call: z = pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual, y = act(z). With
+// grad_output it is the backward's look at the same z: y = grad_output * act'(z), where act' can't be read from the
+// output that the forward gave.
 struct ForwardParams {
   ConvShape shape;
-  Image x;                        // (N, C, H, W)
-  const void* depthwise_weight;   // (K, kernel_h, kernel_w), contiguous
-  const void* pointwise_weight;   // (F, K), contiguous
-  const void* depthwise_bias;     // (K) or null
-  const void* bias;               // (F) or null
-  Image residual;                 // (N, F, out_h, out_w), or data == null
-  Image y;                        // (N, F, out_h, out_w)
+  Image x;                       // (N, C, H, W)
+  const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
+  const void* pointwise_weight;  // (F, K), contiguous
+  const void* depthwise_bias;    // (K) or null
+  const void* bias;              // (F) or null
+  Image residual;                // (N, F, out_h, out_w), or data == null
+  Image grad_output;             // (N, F, out_h, out_w), or data == null
+  Image y;                       // (N, F, out_h, out_w)
 };
 
 // One backward call. grad_z is the gradient of the last activation's argument: of y itself where there is none.
@@ -60,17 +63,17 @@ struct ForwardParams {
 // The last two split their sum over the pixels; ReduceParams adds the parts, always in the same order.
 struct BackwardParams {
   ConvShape shape;
-  Image x;                        // (N, C, H, W)
-  const void* depthwise_weight;   // (K, kernel_h, kernel_w), contiguous
-  const void* pointwise_weight;   // (F, K), contiguous
-  const void* depthwise_bias;     // (K) or null
-  Image grad_z;                   // (N, F, out_h, out_w)
-  Image grad_t;                   // (N, K, out_h, out_w): of depthwise(pre_act(x)) + depthwise_bias
-  Image grad_x;                   // (N, C, H, W)
-  void* partial_weight;           // (splits, K, kernel_h, kernel_w) or (splits, F, K), in the kernel's arithmetic type
-  void* partial_bias;             // (splits, K) or (splits, F), or null
-  int64_t pixels_per_split;       // output pixels that one part sums over; the last has what is left
-  int32_t splits;                 // parts
+  Image x;                       // (N, C, H, W)
+  const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
+  const void* pointwise_weight;  // (F, K), contiguous
+  const void* depthwise_bias;    // (K) or null
+  Image grad_z;                  // (N, F, out_h, out_w)
+  Image grad_t;                  // (N, K, out_h, out_w): of depthwise(pre_act(x)) + depthwise_bias
+  Image grad_x;                  // (N, C, H, W)
+  void* partial_weight;          // (splits, K, kernel_h, kernel_w) or (splits, F, K), in the kernel's arithmetic type
+  void* partial_bias;            // (splits, K) or (splits, F), or null
+  int64_t pixels_per_split;      // output pixels that one part sums over; the last has what is left
+  int32_t splits;                // parts
 };
 
 // out[i] = sum over s of partials[s][i], s ascending: the same bits in every run.

@@ -34,9 +34,12 @@ def _pytorch() -> list[str]:
 
 
 def _gpus() -> list[str]:
+    native = _native.load()
+    version = 0 if native is None else native.driver_version()
+    driver = f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none that the kernels could ask"
+    lines = [f"driver: {driver}"]
     if not torch.cuda.is_available():
-        return ["GPUs: none that torch can use (no driver, no device, or a torch without CUDA)"]
-    lines = []
+        return [*lines, "GPUs: none that torch can use (no driver, no device, or a torch without CUDA)"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(
@@ -48,16 +51,22 @@ def _gpus() -> list[str]:
 
 def _calls() -> list[str]:
     """The plan of Xception's middle-flow layer on every kind of tensor that this machine has, and on an H200."""
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     lines = []
-    for device in devices:
-        x = torch.empty(8, 728, 19, 19, device=device)
-        weights = torch.empty(728, 1, 3, 3, device=device), torch.empty(728, 728, 1, 1, device=device)
-        lines += ["", f"a call on {device} tensors:", str(explain(x, *weights, padding=1))]
-    x = torch.empty(8, 728, 19, 19, device="meta")
-    weights = torch.empty(728, 1, 3, 3, device="meta"), torch.empty(728, 728, 1, 1, device="meta")
-    lines += ["", "the same on an H200 (predicted, not measured):", str(explain(x, *weights, padding=1, device="H200"))]
+    for device in ("cpu", *(f"cuda:{index}" for index in gpus)):
+        lines += ["", f"a call on {device} tensors:"]
+        try:
+            lines.append(str(_middle_flow(torch.device(device))))
+        except RuntimeError as error:  # a doctor does not fall ill with the patient
+            lines.append(f"  can't be planned: {error}")
+    lines += ["", "the same on an H200 (predicted, not measured):", str(_middle_flow(torch.device("meta"), "H200"))]
     return lines
+
+
+def _middle_flow(device: torch.device, predict_for: str | None = None) -> object:
+    x = torch.empty(8, 728, 19, 19, device=device)
+    weights = torch.empty(728, 1, 3, 3, device=device), torch.empty(728, 728, 1, 1, device=device)
+    return explain(x, *weights, padding=1, device=predict_for)
 
 
 if __name__ == "__main__":

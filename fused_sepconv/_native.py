@@ -131,8 +131,9 @@ def _installed_folders() -> list[Path]:
 
 
 def _import(file: Path) -> ModuleType:
-    """Imports an extension module from a file of any name; it is `fused_sepconv.lib._native` wherever it lies."""
-    name = f"{__package__}.lib._native"
+    """Imports an extension module from a file of any name. Its own name carries its folder: pybind11 knows modules by
+    name, and would give the first again for another file of the same one."""
+    name = f"{file.parent}._native"
     loader = importlib.machinery.ExtensionFileLoader(name, str(file))
     spec = importlib.util.spec_from_file_location(name, file, loader=loader)
     assert spec is not None

@@ -19,6 +19,9 @@ from .activations import ACTIVATIONS, NAMES
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _DTYPE_NAMES = "float64, float32, float16 or bfloat16"
 
+LARGEST = 2**31 - 1
+"""The largest integer argument: sizes in pixels are 32 bits wide in the kernels, and far beyond any image."""
+
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
 """Zeros (or other padding) at the (top, bottom, left, right) of an image, in pixels."""
@@ -69,20 +72,20 @@ def integer(name: str, value: Any, minimum: int) -> int:
     """`value` as an int that is at least `minimum`; symbolic sizes pass through."""
     if isinstance(value, torch.SymInt):
         return value
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got the bool {value}")
+    if isinstance(value, (bool, Tensor)):
+        raise TypeError(f"{name}: expected an int, got {_describe(value)}")
     try:
         value = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {_describe(value)}") from None
-    if value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if not minimum <= value <= LARGEST:
+        raise ValueError(f"{name}: expected {minimum} to {LARGEST}, got {value}")
     return value
 
 
 def pair(name: str, value: Any, minimum: int) -> Pair:
     """An int or a (height, width) pair as a pair of ints."""
-    if type(value) is int and value >= minimum:
+    if type(value) is int and minimum <= value <= LARGEST:
         return value, value
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
@@ -127,7 +130,7 @@ def padding_sides(padding: Padding | str, size: Pair, kernel: Pair, stride: Pair
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> Pair:
     outputs = (size + stride - 1) // stride
-    total = max((outputs - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+    total = torch.sym_max((outputs - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
     return total // 2, total - total // 2
 
 
@@ -168,23 +171,23 @@ def normalise(
     The casts come before the op, where autograd sees them: an autocast rule registered on the op would leave its
     backward without them.
     """
-    unbatched = isinstance(x, Tensor) and x.dim() == 3
+    unbatched = _is_dense(x) and x.dim() == 3
     if unbatched:
         x = x.unsqueeze(0)
-        residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
+        residual = residual.unsqueeze(0) if _is_dense(residual) else residual
     tensors = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
     if isinstance(x, Tensor) and _autocasts(x.device.type):
         tensors = tuple(_autocast(tensor, x.device.type) for tensor in tensors)
     x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
-    # An eager call's checks are looked up; a traced one's shapes may be symbolic, and tracing happens once.
-    checker = check if torch.compiler.is_compiling() else check_cached
-    arguments = checker(
+    specs = (
         TensorSpec.of("x", x),
         TensorSpec.of("depthwise_weight", depthwise_weight),
         TensorSpec.of("pointwise_weight", pointwise_weight),
         None if bias is None else TensorSpec.of("bias", bias),
         None if depthwise_bias is None else TensorSpec.of("depthwise_bias", depthwise_bias),
         None if residual is None else TensorSpec.of("residual", residual),
+    )
+    options = (
         pair("stride", stride, 1),
         padding_form(padding),
         pair("dilation", dilation, 1),
@@ -192,7 +195,21 @@ def normalise(
         check_activation("mid_activation", mid_activation),
         check_activation("activation", activation),
     )
+    # The checks of an eager call are looked up; while tracing, shapes may be symbolic, and have no hash.
+    arguments = (check if torch.compiler.is_compiling() or _symbolic(specs) else check_cached)(*specs, *options)
     return Call(tensors, arguments, unbatched)
+
+
+def _is_dense(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.layout is torch.strided
+
+
+def _symbolic(specs: tuple[TensorSpec | None, ...]) -> bool:
+    try:
+        hash(specs)
+    except TypeError:
+        return True
+    return False
 
 
 def _autocasts(device_type: str) -> bool:

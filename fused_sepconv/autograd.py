@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 # PyTorch's own names for what `torch.autograd.Function.apply` and its functorch rule do inside; stable since 2.0.
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from . import ops, reference
 from .activations import ACTIVATIONS
 from .arguments import Arguments
-from .memory_format import as_output
+from .memory_format import memory_format_of
 
 _INPUTS = 6  # x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual
 _ARGUMENTS = 7  # stride, padding, dilation, the three activations, backend
@@ -101,9 +101,8 @@ class SeparableConv2dBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_gradients: Tensor) -> tuple:
         function, present = _as_function_of_tensors(ctx)
-        _, vjp = torch.func.vjp(function, *present.values())
         wanted = tuple(grad for grad, asked in zip(grad_gradients, ctx.mask, strict=True) if asked)
-        gradients = dict(zip(present, vjp(wanted), strict=True))
+        gradients = dict(zip(present, _vjp(function, tuple(present.values()), wanted), strict=True))
         return (*(gradients.get(i) for i in range(_INPUTS + 1)), None, *(None,) * _ARGUMENTS, None)
 
 
@@ -122,6 +121,19 @@ def _as_function_of_tensors(ctx: Any) -> tuple[Any, dict[int, Tensor]]:
         return tuple(grad for grad in gradients if grad is not None)
 
     return function, present
+
+
+def _vjp(function: Any, primals: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian product, differentiable in its turn."""
+    if _are_functorch_transforms_active():
+        return torch.func.vjp(function, *primals)[1](cotangents)
+    # torch.func refuses to work under saved-tensor hooks (save_on_cpu, checkpointing); plain autograd does not.
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that the derivative stops at these tensors and yet, where asked for, leads on through them.
+        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in primals]
+        outputs = function(*inputs)
+        return torch.autograd.grad(outputs, inputs, cotangents, create_graph=differentiable, allow_unused=True)
 
 
 @contextmanager
@@ -144,17 +156,24 @@ def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def _is_traced(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    # A graph that is being traced makes dual tensors without entering the level in Python: the tensors alone tell. (Not
+    # asked of ordinary tensors, in whose eager calls the level tells: asking costs a view of each, 20 % of a call.)
+    return torch._VF._unpack_dual(tensor, level=0).tangent is not None
+
+
 def separable_conv2d(*args: Any) -> Tensor:
     """`torch.ops.fused_sepconv.separable_conv2d`, called below autograd where nothing can ask for a derivative.
 
     The op's Autograd kernel would find the same out, in Python, at the price of a second dispatch: 8 us a call.
     """
-    if (
-        torch.compiler.is_compiling()
-        or _are_functorch_transforms_active()
-        or _in_forward_mode()
-        or _records(args[:_INPUTS])
-    ):
+    if _in_forward_mode():
+        return _forward_composite(*args)
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active() or _records(args[:_INPUTS]):
         return ops.separable_conv2d(*args)
     with _AutoDispatchBelowAutograd():
         return ops.separable_conv2d(*args)
@@ -164,7 +183,7 @@ def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite
     """What the op does at PyTorch's Autograd key: apply the function, once, at the level being processed."""
 
     def kernel(*args: Any) -> Any:
-        if _in_forward_mode():
+        if _in_forward_mode() or any(_is_traced(arg) and _has_tangent(arg) for arg in args):
             return composite(*args)
         if not _records(args):
             with _AutoDispatchBelowAutograd():
@@ -181,7 +200,8 @@ def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite
 
 def _forward_composite(*args: Any) -> Tensor:
     *call, _backend = args
-    return as_output(args[0], reference.forward(*call))
+    # Not `as_output`: its copy_ into a new tensor could not be batched.
+    return reference.forward(*call).contiguous(memory_format=memory_format_of(args[0]))
 
 
 def _backward_composite(*args: Any) -> ops.Gradients:

@@ -27,7 +27,8 @@ def use_backend(backend: str) -> Iterator[None]:
     - "fused": this package's kernels; raises, with the reason, where none serves.
     - "reference": PyTorch's own two convolutions.
 
-    Like PyTorch's own backend flags it is one setting for all threads.
+    Like PyTorch's own backend flags it is one setting for all threads: contexts of several threads that overlap leave
+    whichever default the last of them to end had found.
     """
     global _default
     if not isinstance(backend, str):

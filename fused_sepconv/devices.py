@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -16,7 +16,6 @@ class Device:
     """
 
     name: str
-    capability: tuple[int, int]
     sms: int
     shared_bytes: int  # most dynamic shared memory of a block
     bandwidth: float  # device memory, bytes read + written
@@ -44,32 +43,36 @@ _DATASHEET = "NVIDIA's datasheet; 90 % of its bandwidth, as a copy reaches"
 DEVICES = {
     device.name: device
     for device in (
-        Device("A100", (8, 0), 108, 163 << 10, 0.9 * 2.04e12, 19.5e12, 9.7e12, 312e12, 156e12, _DATASHEET),
-        Device("H100", (9, 0), 132, 227 << 10, 0.9 * 3.35e12, 67e12, 33.5e12, 790e12, 400e12, _DATASHEET),
-        Device("H200", (9, 0), 132, 227 << 10, 4.3e12, 67e12, 33.5e12, 790e12, 400e12, "copy and bf16 GEMM measured"),
+        Device("A100", 108, 163 << 10, 0.9 * 2.04e12, 19.5e12, 9.7e12, 312e12, 156e12, _DATASHEET),
+        Device("H100", 132, 227 << 10, 0.9 * 3.35e12, 67e12, 33.5e12, 790e12, 400e12, _DATASHEET),
+        Device("H200", 132, 227 << 10, 4.3e12, 67e12, 33.5e12, 790e12, 400e12, "copy and bf16 GEMM measured"),
     )
 }
 
 
 @lru_cache(maxsize=64)
 def cuda_device(index: int) -> Device:
-    """The CUDA device of that index: one of the table if its name says so, else its properties through H200's ratios."""
+    """The CUDA device of that index: the table's of its name, or else an H200, scaled by the number of its SMs.
+
+    A MIG slice, or a smaller card of the same name, is no device of the table: it has fewer SMs.
+    """
     properties = torch.cuda.get_device_properties(index)
-    for name, device in DEVICES.items():
-        if name in properties.name:
-            return device
-    model = DEVICES["H200"]
     sms = properties.multi_processor_count
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    for name, device in DEVICES.items():
+        if name in properties.name.split() and sms == device.sms:
+            return replace(device, shared_bytes=shared_bytes)
+    model = DEVICES["H200"]
     scale = sms / model.sms
+    datacenter = (properties.major, properties.minor) in ((8, 0), (9, 0), (10, 0))
     return Device(
         name=properties.name,
-        capability=(properties.major, properties.minor),
         sms=sms,
-        shared_bytes=getattr(properties, "shared_memory_per_block_optin", 99 << 10),
+        shared_bytes=shared_bytes,
         bandwidth=model.bandwidth * scale,
         fma_float32=model.fma_float32 * scale,
-        fma_float64=model.fma_float64 * scale / 32,  # consumer chips: 1/64 of float32
+        fma_float64=model.fma_float64 * scale / (1 if datacenter else 32),  # elsewhere 1/64 of float32
         matrix_16bit=model.matrix_16bit * scale,
         matrix_tf32=model.matrix_tf32 * scale,
-        source="H200's, by the number of SMs: not a device of the table",
+        source="an H200's, by the number of SMs",
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import execution
 from .arguments import normalise
+from .backend import use_backend
 from .devices import DEVICES
 from .module import SeparableConv2d
 from .plan import Plan, plan
@@ -26,7 +27,12 @@ class Explanation:
         return f"{self.forward}\n{self.backward}"
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        plans = asdict(self)
+        for plan_data in plans.values():
+            for candidate in plan_data["candidates"]:
+                if candidate["refusal"]:
+                    candidate["predicted_seconds"] = None  # JSON has no infinity
+        return plans
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,9 @@ class ModelExplanation:
 
     def __str__(self) -> str:
         lines = [f"{name}:\n{layer}" for name, layer in self.layers]
-        lines += [f"{name}: calls its children, which are more than plain convolutions" for name in self.children_called]
+        lines += [
+            f"{name}: calls its children, which are more than plain convolutions" for name in self.children_called
+        ]
         lines.append(
             f"{len(self.layers)} layers, predicted: forward {self.forward_seconds * 1e6:.1f} us, "
             f"backward {self.backward_seconds * 1e6:.1f} us"
@@ -65,7 +73,7 @@ class ModelExplanation:
 
 
 def explain(target: Tensor | nn.Module, *args: Any, device: str | None = None, **kwargs: Any) -> Any:
-    """What would run, and why: the plan of a call or of every `SeparableConv2d` in a model. Launches no kernel of ours.
+    """What "auto" would run, and why: the plan of a call, or of every `SeparableConv2d` in a model. Launches no kernel.
 
     `explain(x, depthwise_weight, pointwise_weight, ...)` takes `separable_conv2d`'s arguments and gives an
     `Explanation`. `explain(model, *inputs)` runs the model once, without gradients and in evaluation mode, and gives a
@@ -146,7 +154,7 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
     ]
     try:
         model.eval()  # so that running statistics stay as they are
-        with torch.no_grad():
+        with torch.no_grad(), use_backend("reference"):
             model(*inputs, **kwargs)
     finally:
         for hook in hooks:

@@ -46,7 +46,7 @@ def empty_output(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 
 def as_output(x: Tensor, y: Tensor) -> Tensor:
     """y with the strides that `empty_output` would have given it; copied only where they differ."""
-    n, features, height, width = y.shape
+    _, features, height, width = y.shape
     if memory_format_of(x) == torch.channels_last:
         strides = (height * width * features, 1, width * features, features)
     else:
@@ -55,8 +55,7 @@ def as_output(x: Tensor, y: Tensor) -> Tensor:
 
 
 def as_gradient(tensor: Tensor, grad: Tensor) -> Tensor:
-    """grad with the strides of `torch.empty_like(tensor)`; copied only where they differ."""
-    if grad.stride() == tensor.stride():
-        return grad
+    """grad with the strides of `torch.empty_like(tensor)` and memory of its own; copied only where it has not."""
     like = torch.empty_like(tensor)
-    return grad if grad.stride() == like.stride() else like.copy_(grad)
+    whole = grad.stride() == like.stride() and grad.storage_offset() == 0
+    return grad if whole else like.copy_(grad)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _nn_module
 
 from .activations import ACTIVATIONS
-from .arguments import Padding, Pair, check_activation, integer, padding_form, padding_sides, pair
+from .arguments import Padding, Pair, TensorSpec, check_activation, integer, padding_form, padding_sides, pair
 from .functional import separable_conv2d
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -23,7 +22,8 @@ class SeparableConv2d(nn.Module):
     (C * m -> F, 1 x 1), so that state dicts, initialisers and optimisers see what they know. Their parameters and their
     stride, padding and dilation are read at every call. Where a child is more than a plain `nn.Conv2d` (it carries a
     hook, a parametrisation or pruning, or was replaced by another module), the children are called one after the other
-    instead, so that what a user attached keeps working.
+    instead, whatever the backend, so that what a user attached keeps working. (Hooks for all modules, such as
+    `torch.nn.modules.module.register_module_forward_hook`'s, see this module alone.)
 
     Args:
         in_channels: C.
@@ -109,14 +109,10 @@ class SeparableConv2d(nn.Module):
                 f"depthwise: expected as many groups as input channels ({depthwise.in_channels}), "
                 f"got groups = {depthwise.groups}"
             )
-        plain_pointwise = (
-            tuple(pointwise.kernel_size) == (1, 1)
-            and tuple(pointwise.stride) == (1, 1)
-            and pointwise.padding in ((0, 0), "valid", "same")
-            and pointwise.groups == 1
-        )
-        if not plain_pointwise:
-            raise ValueError(f"pointwise: expected a 1 x 1 convolution, stride 1, no padding, one group, got {pointwise}")
+        if not _is_pointwise(pointwise):
+            raise ValueError(
+                f"pointwise: expected a 1 x 1 convolution, stride 1, no padding, one group, got {pointwise}"
+            )
         if pointwise.in_channels != depthwise.out_channels:
             raise ValueError(
                 f"pointwise: expected depthwise's {depthwise.out_channels} output channels as its input, "
@@ -150,7 +146,13 @@ class SeparableConv2d(nn.Module):
 
     def runs_as_one(self) -> bool:
         """Whether nothing is attached to the children that calling `separable_conv2d` would pass over."""
-        return _is_plain(self.depthwise) and _is_plain(self.pointwise) and not _nn_module._has_any_global_hook()
+        depthwise, pointwise = self.depthwise, self.pointwise
+        return (
+            _is_plain(depthwise)
+            and _is_plain(pointwise)
+            and depthwise.groups == depthwise.in_channels
+            and _is_pointwise(pointwise)
+        )
 
     def call(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `separable_conv2d` that this module is, for an input."""
@@ -180,14 +182,27 @@ class SeparableConv2d(nn.Module):
         x = ACTIVATIONS[self.pre_activation].forward(x)
         if self._own_padding is not None:
             x = self._padded(x, self._own_padding)
-        x = self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
-        return ACTIVATIONS[self.activation].forward(x if residual is None else x + residual)
+        z = self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
+        if residual is not None:
+            if residual.shape != z.shape:
+                raise ValueError(f"residual: expected the output's shape {tuple(z.shape)}, got {tuple(residual.shape)}")
+            z = z + residual.to(z.dtype)
+        return ACTIVATIONS[self.activation].forward(z)
 
     def _padded(self, x: Tensor, padding: Any) -> Tensor:
         conv = self.depthwise
+        spec = TensorSpec.of("x", x)
+        if len(spec.shape) not in (3, 4):
+            raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got {tuple(spec.shape)}")
         form = padding if isinstance(padding, tuple) and len(padding) == 4 else padding_form(padding)
         top, bottom, left, right = padding_sides(form, x.shape[-2:], conv.kernel_size, conv.stride, conv.dilation)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        reach = {"reflect": 1, "circular": 0}.get(mode)  # how much less than the image such a padding may be
+        if reach is not None and (max(top, bottom) > x.shape[-2] - reach or max(left, right) > x.shape[-1] - reach):
+            raise ValueError(
+                f"padding: {mode} padding (top, bottom, left, right) = {(top, bottom, left, right)} is wider than x, "
+                f"{tuple(x.shape)}, can be continued"
+            )
         return F.pad(x, (left, right, top, bottom), mode)
 
     def extra_repr(self) -> str:
@@ -210,6 +225,15 @@ def _divide(padding: Padding | str, stride: Pair) -> tuple[Padding | str | None,
     return (None, (top, left)) if (top, left) == (bottom, right) else (padding, 0)
 
 
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid", "same")
+        and conv.groups == 1
+    )
+
+
 def _is_plain(child: nn.Module) -> bool:
     """Whether calling the child is nothing but its convolution: no subclass, hook or replaced forward."""
     return (
@@ -218,5 +242,5 @@ def _is_plain(child: nn.Module) -> bool:
         and not child._forward_pre_hooks
         and not child._backward_hooks
         and not child._backward_pre_hooks
-        and "forward" not in child.__dict__
+        and not {"forward", "_conv_forward"} & child.__dict__.keys()
     )

@@ -1,7 +1,7 @@
 """The two custom operators: their schemas, what runs them, and what tracers need to know of them.
 
-`torch.ops.fused_sepconv.separable_conv2d` and `..._backward` take an already checked call (`arguments.py`). Each has one
-implementation for every device, which asks the plan what to run: a kernel of the native module or PyTorch's own
+`torch.ops.fused_sepconv.separable_conv2d` and `..._backward` take an already checked call (`arguments.py`). Each has
+one implementation for every device, which asks the plan what to run: a kernel of the native module or PyTorch's own
 convolutions. Their autograd rules are in `autograd.py`.
 """
 
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import execution, reference
 from .arguments import Arguments, output_size
+from .backend import BACKENDS
 from .memory_format import as_gradient, as_output, empty_output
 
 _ARGUMENTS = (
@@ -24,18 +25,23 @@ _ARGUMENTS = (
     "str? pre_activation, str? mid_activation, str? activation, str backend"
 )
 _INPUTS = (
-    "Tensor x, Tensor depthwise_weight, Tensor pointwise_weight, "
-    "Tensor? bias, Tensor? depthwise_bias, Tensor? residual"
+    "Tensor x, Tensor depthwise_weight, Tensor pointwise_weight, Tensor? bias, Tensor? depthwise_bias, Tensor? residual"
+)
+
+# The output's memory format is x's, so a compiler must not change x's on the way.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
 )
 
 LIBRARY = torch.library.Library("fused_sepconv", "DEF")
-LIBRARY.define(f"separable_conv2d({_INPUTS}, {_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"separable_conv2d({_INPUTS}, {_ARGUMENTS}) -> Tensor", tags=_TAGS)
 # Six gradients, in the order of the inputs; one that output_mask does not ask for is an empty tensor of shape (0,).
 # (Not a list, and never undefined: legacy vmap, behind is_grads_batched, falls back for nothing but plain tensors.)
 LIBRARY.define(
     f"separable_conv2d_backward(Tensor grad_output, {_INPUTS}, Tensor? output, {_ARGUMENTS}, bool[6] output_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
 )
 
 separable_conv2d = torch.ops.fused_sepconv.separable_conv2d.default
@@ -68,6 +74,8 @@ def _forward(
         y = execution.forward(tensors, Arguments.of(*arguments), backend)
         if y is not None:
             return y
+    if residual is not None and residual.dtype != x.dtype:  # the one thing that PyTorch's operators would promote
+        raise TypeError(f"residual: expected x's dtype {x.dtype}, got {residual.dtype}")
     with _without_autocast(x):
         return as_output(x, reference.forward(*tensors, *arguments))
 
@@ -107,7 +115,9 @@ def _backward(
 
 
 def _asks_the_plan(x: Tensor, backend: str) -> bool:
-    """Whether a kernel could run: always when asked for; else on CUDA alone (decision: no CPU kernel of our own)."""
+    """Whether a kernel could run: when it is asked for, or on a GPU; on the CPU a well-kept library beats our own."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     return backend == "fused" or (backend == "auto" and x.is_cuda)
 
 
@@ -166,7 +176,8 @@ def _vmap_forward(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
         return _one_by_one(separable_conv2d, info.batch_size, in_dims, args)
     x, residual = (_fold(inputs[i], dims[i], info.batch_size) for i in (0, 5))
     y = separable_conv2d(x, *inputs[_WEIGHTS], residual, *args[6:])
-    return y.unflatten(0, (info.batch_size, -1)) if y.shape[0] else y.reshape(info.batch_size, 0, *y.shape[1:]), 0
+    images = x.shape[0] // info.batch_size if info.batch_size else inputs[0].movedim(dims[0] or 0, 0).shape[1]
+    return y.reshape(info.batch_size, images, *y.shape[1:]), 0
 
 
 @torch.library.register_vmap("fused_sepconv::separable_conv2d_backward", lib=LIBRARY)
@@ -185,6 +196,9 @@ def _fold(tensor: Tensor | None, dim: int | None, batch_size: int) -> Tensor | N
 
 
 def _one_by_one(op: Callable, batch_size: int, in_dims: tuple, args: tuple) -> tuple[Any, int]:
+    if batch_size == 0:
+        raise ValueError("vmap: an empty batch of weights or gradients has no result whose shape could be known")
+
     def example(i: int) -> list[Any]:
         batched = (isinstance(arg, Tensor) and dim is not None for arg, dim in zip(args, in_dims, strict=True))
         return [arg.select(dim, i) if b else arg for arg, dim, b in zip(args, in_dims, batched, strict=True)]
@@ -212,8 +226,10 @@ def _forward_flops(x: Any, depthwise_weight: Any, *_: Any, out_shape: Any = None
 
 
 @register_flop_formula(torch.ops.fused_sepconv.separable_conv2d_backward)
-def _backward_flops(grad_output: Any, x: Any, depthwise_weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
-    """A convolution's work for each gradient asked for; the recomputed forward is overhead and, as usual, not counted."""
+def _backward_flops(
+    grad_output: Any, x: Any, depthwise_weight: Any, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:
+    """A convolution's work for each gradient asked for; the recomputed forward is overhead, and not counted."""
     depthwise, pointwise = _taps_and_pixels(depthwise_weight, grad_output)
     want_x, want_depthwise, want_pointwise, _, want_depthwise_bias, _ = rest[-1]
     want_t = want_x or want_depthwise or want_depthwise_bias

@@ -24,7 +24,7 @@ LIBRARY_BANDWIDTH = 0.85  # assumed: PyTorch's element-wise kernels, of a copy's
 LIBRARY_DEPTHWISE_BANDWIDTH = 0.2
 LIBRARY_MATRIX = 0.75  # assumed: cuBLAS on these shapes, of its peak
 SIMT_FMA = 0.35  # assumed: register tiles of 4 x 4 and taps read through L1, of the FMA peak
-SIMT_BLOCKS_PER_SM = 2  # what the kernels' launch bounds ask for
+SIMT_BLOCKS_PER_SM = 2  # what the launch bounds of the matrix products ask for; the lighter kernels hold more
 SPLIT_PIXELS = 256  # fewest output pixels that are worth a part of their own in a split sum
 
 _INT32 = 2**31 - 1
@@ -176,7 +176,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """All candidates of a problem on a device, the fastest predicted first, those that can't run last."""
+    """All candidates of a problem on a device, the fastest predicted first, those that can't run last.
+
+    Where nothing is known of the device's speed, PyTorch's own convolutions come first: a well-kept library.
+    """
 
     problem: Problem
     device: Device
@@ -218,7 +221,8 @@ class Plan:
 def plan(problem: Problem, device: Device, kernels: Kernels) -> Plan:
     """The plan of a problem; never empty, as PyTorch's own convolutions serve every legal one."""
     candidates = [_reference(problem, device), *_simt(problem, device, kernels)]
-    candidates.sort(key=lambda candidate: (bool(candidate.refusal), candidate.predicted_seconds))
+    if device.source:
+        candidates.sort(key=lambda candidate: (bool(candidate.refusal), candidate.predicted_seconds))
     return Plan(problem, device, tuple(candidates))
 
 
@@ -284,77 +288,85 @@ def _simt(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]
 
 
 def _simt_forward(problem: Problem, name: str, device: Device) -> Candidate:
-    feature_tiles = ceil(problem.F / SIMT_TILE)
-    blocks = ceil(problem.pixels / SIMT_TILE) * feature_tiles
-    byte_count = problem.x_bytes + problem.y_bytes * (2 if problem.residual else 1) + problem.weight_bytes
-    # Whole tiles are computed, tails included, and the depthwise part again for every slab of features.
-    tile_flops = 2 * SIMT_TILE * problem.K * (SIMT_TILE + problem.taps)
+    ((byte_count, blocks, block_flops),) = _simt_steps(problem, device)
     return Candidate(
         family="simt",
         name=name,
         bytes=byte_count,
-        flops=problem.depthwise_flops * feature_tiles + problem.pointwise_flops,
+        flops=blocks * block_flops,
         blocks=blocks,
         waves=blocks / _concurrent(device),
         shared_bytes=INSTANCES[name].shared_bytes,
-        predicted_seconds=_simt_seconds(problem, device, byte_count, blocks, tile_flops),
+        predicted_seconds=_simt_seconds(problem, device, byte_count, blocks, block_flops),
     )
 
 
 def _simt_backward(problem: Problem, name: str, device: Device) -> Candidate:
     """All gradients: the steps of `BackwardParams` in csrc/params.h, one launch each."""
-    x, t, y, weights = problem.x_bytes, problem.intermediate_bytes, problem.y_bytes, problem.weight_bytes
-    channel_tiles, feature_tiles = ceil(problem.K / SIMT_TILE), ceil(problem.F / SIMT_TILE)
-    pixel_tiles = ceil(problem.pixels / SIMT_TILE)
-    recompute = problem.taps if problem.mid_activation else 0
-    depthwise_tiles = ceil(problem.K / (32 if problem.layout == "nhwc" else 4))
-    depthwise_splits = _splits(problem, device, depthwise_tiles)
-    pointwise_splits = _splits(problem, device, channel_tiles * feature_tiles)
-    compute_bytes = 8 if problem.dtype == "float64" else 4
-    depthwise_partials = 2 * depthwise_splits.parts * problem.K * (problem.taps + 1) * compute_bytes
-    pointwise_partials = 2 * pointwise_splits.parts * problem.F * (problem.K + 1) * compute_bytes
-    input_blocks = ceil(problem.N * problem.C * problem.H * problem.W / SIMT_THREADS)
-    pixels_a_block = pointwise_splits.pixels_per_part
-
-    # Each step: device bytes, blocks, flops of a block.
-    steps = [
-        (
-            y + t + weights + (x if problem.mid_activation else 0),
-            pixel_tiles * channel_tiles,
-            2 * SIMT_TILE * SIMT_TILE * (problem.F + recompute),
-        ),
-        (
-            t + x * (2 if problem.pre_activation else 1),
-            input_blocks,
-            2 * SIMT_THREADS * problem.taps * problem.multiplier,
-        ),
-        (
-            t + x + depthwise_partials,
-            depthwise_tiles * depthwise_splits.parts,
-            2 * depthwise_splits.pixels_per_part * (32 if problem.layout == "nhwc" else 4) * (problem.taps + 1),
-        ),
-        (
-            y + x + weights + pointwise_partials,
-            channel_tiles * feature_tiles * pointwise_splits.parts,
-            2 * pixels_a_block * SIMT_TILE * (SIMT_TILE + problem.taps),
-        ),
-    ]
+    steps = _simt_steps(problem, device)
     seconds = sum(_simt_seconds(problem, device, *step) for step in steps) + 4 * LAUNCH_SECONDS  # the reductions
     if problem.activation:
-        seconds += LAUNCH_SECONDS + 3 * y / (device.bandwidth * LIBRARY_BANDWIDTH)
+        seconds += LAUNCH_SECONDS + 3 * problem.y_bytes / (device.bandwidth * LIBRARY_BANDWIDTH)
     blocks = sum(blocks for _, blocks, _ in steps)
     return Candidate(
         family="simt",
         name=name,
-        bytes=sum(byte_count for byte_count, _, _ in steps) + (3 * y if problem.activation else 0),
+        bytes=sum(byte_count for byte_count, _, _ in steps) + (3 * problem.y_bytes if problem.activation else 0),
         flops=sum(blocks * flops for _, blocks, flops in steps),
         blocks=blocks,
         waves=blocks / _concurrent(device),
         shared_bytes=INSTANCES[f"simt_backward_intermediate_{problem.dtype}_{problem.layout}"].shared_bytes,
         predicted_seconds=seconds,
-        depthwise_splits=depthwise_splits,
-        pointwise_splits=pointwise_splits,
+        depthwise_splits=_splits(problem, device, _depthwise_tiles(problem)),
+        pointwise_splits=_splits(problem, device, ceil(problem.K / SIMT_TILE) * ceil(problem.F / SIMT_TILE)),
     )
+
+
+def _simt_steps(problem: Problem, device: Device) -> list[tuple[int, int, int]]:
+    """(device bytes, blocks, flops of a block) of each launch; whole tiles are computed, tails included."""
+    x, t, y, weights = problem.x_bytes, problem.intermediate_bytes, problem.y_bytes, problem.weight_bytes
+    channel_tiles, feature_tiles = ceil(problem.K / SIMT_TILE), ceil(problem.F / SIMT_TILE)
+    pixel_tiles = ceil(problem.pixels / SIMT_TILE)
+    if problem.direction == "forward":
+        # The depthwise part is done again for every slab of features.
+        flops = 2 * SIMT_TILE * problem.K * (SIMT_TILE + problem.taps)
+        return [(x + y * (2 if problem.residual else 1) + weights, pixel_tiles * feature_tiles, flops)]
+
+    depthwise = _splits(problem, device, _depthwise_tiles(problem))
+    pointwise = _splits(problem, device, channel_tiles * feature_tiles)
+    compute_bytes = 8 if problem.dtype == "float64" else 4
+    depthwise_partials = 2 * depthwise.parts * problem.K * (problem.taps + 1) * compute_bytes
+    pointwise_partials = 2 * pointwise.parts * problem.F * (problem.K + 1) * compute_bytes
+    intermediate = (
+        y + t + weights + (x if problem.mid_activation else 0),
+        pixel_tiles * channel_tiles,
+        2 * SIMT_TILE * SIMT_TILE * (problem.F + (problem.taps if problem.mid_activation else 0)),
+    )
+    input_ = (
+        t + x * (2 if problem.pre_activation else 1),
+        ceil(problem.N * problem.C * problem.H * problem.W / SIMT_THREADS),
+        2 * SIMT_THREADS * problem.taps * problem.multiplier,
+    )
+    depthwise_weight = (
+        t + x + depthwise_partials,
+        _depthwise_tiles(problem) * depthwise.parts,
+        2 * depthwise.pixels_per_part * _depthwise_channels(problem) * (problem.taps + 1),
+    )
+    pointwise_weight = (
+        y + x + weights + pointwise_partials,
+        channel_tiles * feature_tiles * pointwise.parts,
+        2 * pointwise.pixels_per_part * SIMT_TILE * (SIMT_TILE + problem.taps),
+    )
+    return [intermediate, input_, depthwise_weight, pointwise_weight]
+
+
+def _depthwise_channels(problem: Problem) -> int:
+    """Channels of a block of simt_backward_depthwise_weight: `SimtDepthwiseWeightTraits::kChannels`."""
+    return 32 if problem.layout == "nhwc" else 4
+
+
+def _depthwise_tiles(problem: Problem) -> int:
+    return ceil(problem.K / _depthwise_channels(problem))
 
 
 def _concurrent(device: Device) -> int:
@@ -392,6 +404,5 @@ def _simt_refusal(problem: Problem, name: str, device: Device, kernels: Kernels)
     reach = max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.F, problem.taps)
     if reach > _INT32 // 2:
         return "a dimension is too large for 32-bit coordinates"
-    elements = problem.N * max(problem.C * problem.H * problem.W, problem.out_h * problem.out_w)
-    blocks = ceil(elements / SIMT_TILE) * ceil(max(problem.K, problem.F) / SIMT_TILE)
-    return f"up to {blocks} blocks are more than a grid holds" if blocks > _INT32 else ""
+    blocks = max(blocks for _, blocks, _ in _simt_steps(problem, device))
+    return f"{blocks} blocks are more than a grid holds" if blocks > _INT32 else ""

@@ -12,34 +12,44 @@ namespace fused_sepconv {
 template <class Compute>
 FSC_DEVICE Compute activate(Activation activation, Compute v) {
   switch (activation) {
-    case Activation::none: return v;
-    case Activation::relu: return v < Compute(0) ? Compute(0) : v;
-    case Activation::relu6: return v < Compute(0) ? Compute(0) : v > Compute(6) ? Compute(6) : v;
-    case Activation::elu: return v > Compute(0) ? v : std::expm1(v);
-    case Activation::silu: return v / (Compute(1) + std::exp(-v));
+    case Activation::none:
+      return v;
+    case Activation::relu:
+      return v < Compute(0) ? Compute(0) : v;
+    case Activation::relu6:
+      return v < Compute(0) ? Compute(0) : v > Compute(6) ? Compute(6) : v;
+    case Activation::elu:
+      return v > Compute(0) ? v : std::expm1(v);
+    case Activation::silu:
+      return v / (Compute(1) + std::exp(-v));
     case Activation::hardswish: {
       const Compute gate = v + Compute(3);
       return v * (gate < Compute(0) ? Compute(0) : gate > Compute(6) ? Compute(6) : gate) / Compute(6);
     }
-    case Activation::gelu: return Compute(0.5) * v * (Compute(1) + std::erf(v * Compute(0.70710678118654752440)));
+    case Activation::gelu:
+      return Compute(0.5) * v * (Compute(1) + std::erf(v * Compute(0.70710678118654752440)));
   }
   return v;
 }
 
-// grad * act'(z) as PyTorch's autograd has it; where the derivative is 0 the result is 0, whatever grad is.
+// grad * act'(z) as PyTorch's autograd has it: past a corner the result is 0, whatever grad is.
 template <class Compute>
 FSC_DEVICE Compute differentiate(Activation activation, Compute grad, Compute z) {
   switch (activation) {
-    case Activation::none: return grad;
-    case Activation::relu: return z <= Compute(0) ? Compute(0) : grad;
-    case Activation::relu6: return z <= Compute(0) || z >= Compute(6) ? Compute(0) : grad;
-    case Activation::elu: return z <= Compute(0) ? grad * std::exp(z) : grad;
+    case Activation::none:
+      return grad;
+    case Activation::relu:
+      return z <= Compute(0) ? Compute(0) : grad;
+    case Activation::relu6:
+      return z <= Compute(0) || z >= Compute(6) ? Compute(0) : grad;
+    case Activation::elu:
+      return z <= Compute(0) ? grad * std::exp(z) : grad;
     case Activation::silu: {
       const Compute sigmoid = Compute(1) / (Compute(1) + std::exp(-z));
       return grad * sigmoid * (Compute(1) + z * (Compute(1) - sigmoid));
     }
     case Activation::hardswish:
-      return z < Compute(-3) ? Compute(0) : z <= Compute(3) ? grad * (z / Compute(3) + Compute(0.5)) : grad;
+      return z <= Compute(-3) ? Compute(0) : z < Compute(3) ? grad * (z / Compute(3) + Compute(0.5)) : grad;
     case Activation::gelu: {
       const Compute cdf = Compute(0.5) * (Compute(1) + std::erf(z * Compute(0.70710678118654752440)));
       const Compute density = std::exp(Compute(-0.5) * z * z) * Compute(0.39894228040143267794);

@@ -23,7 +23,8 @@ FSC_DEVICE Compute depthwise_at(const Params& params, const Place& place, int k)
   const Scalar* bias = static_cast<const Scalar*>(params.depthwise_bias);
   const Scalar* weight =
       static_cast<const Scalar*>(params.depthwise_weight) + static_cast<int64_t>(k) * shape.kernel_h * shape.kernel_w;
-  const Scalar* plane = static_cast<const Scalar*>(params.x.data) + offset(params.x, place.n, k / shape.multiplier, 0, 0);
+  const Scalar* plane =
+      static_cast<const Scalar*>(params.x.data) + offset(params.x, place.n, k / shape.multiplier, 0, 0);
   Compute sum = bias == nullptr ? Compute(0) : static_cast<Compute>(bias[k]);
   for (int kh = 0; kh < shape.kernel_h; ++kh) {
     const int32_t h = tap_row(shape, place, kh);

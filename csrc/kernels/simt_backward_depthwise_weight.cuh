@@ -22,7 +22,7 @@ struct SimtDepthwiseWeightTraits {
   using Compute = Compute_;
   static constexpr Layout kLayout = layout;
   static constexpr int kThreads = 256;
-  // NHWC: a warp reads 32 channels of a pixel; NCHW: 64 pixels of a channel.
+  // NHWC: a warp reads 32 channels of a pixel; NCHW: 32 pixels of a channel.
   static constexpr int kChannels = layout == Layout::nhwc ? 32 : 4;
   static constexpr int kLanes = kThreads / kChannels;
   struct Shared {

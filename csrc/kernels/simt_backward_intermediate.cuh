@@ -21,7 +21,7 @@ namespace fused_sepconv {
 
 template <class Traits>
 struct SimtBackwardIntermediateShared {
-  typename Traits::Slab slab;     // a: grad_z, rows are pixels; b: pointwise weights, columns are channels
+  typename Traits::Slab slab;  // a: grad_z, rows are pixels; b: pointwise weights, columns are channels
   Place places[Traits::kRows];
 };
 
@@ -78,8 +78,7 @@ simt_backward_intermediate(const FSC_CONST_PARAM BackwardParams params) {
       const int k = first_channel + corner.column + j;
       if (k >= shape.K) continue;
       Compute grad = corner.acc[i][j];
-      if (shape.mid_activation != Activation::none)
-        grad = through_mid_activation<Scalar>(params, place, k, grad);
+      if (shape.mid_activation != Activation::none) grad = through_mid_activation<Scalar>(params, place, k, grad);
       grad_t[offset(params.grad_t, place, k)] = static_cast<Scalar>(grad);
     }
   }

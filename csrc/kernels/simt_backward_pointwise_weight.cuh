@@ -21,7 +21,7 @@ namespace fused_sepconv {
 
 template <class Traits>
 struct SimtBackwardPointwiseWeightShared {
-  typename Traits::Slab slab;     // a: grad_z, rows are features; b: depthwise results, columns are channels
+  typename Traits::Slab slab;  // a: grad_z, rows are features; b: depthwise results, columns are channels
   Place places[Traits::kDepth];
 };
 
@@ -65,22 +65,23 @@ simt_backward_pointwise_weight(const FSC_CONST_PARAM BackwardParams params) {
     __syncthreads();
     corner.multiply(shared.slab);
     if (sums_bias) {
+      Compute sum = 0;
       FSC_UNROLL
-      for (int pixel = 0; pixel < Traits::kDepth; ++pixel) bias_sum += shared.slab.a[pixel][threadIdx.x];
+      for (int pixel = 0; pixel < Traits::kDepth; ++pixel) sum += shared.slab.a[pixel][threadIdx.x];
+      bias_sum += sum;
     }
     __syncthreads();  // the slab and its places are read before the next ones are written
   }
 
-  if (Compute* partial = static_cast<Compute*>(params.partial_weight)) {
+  Compute* partial = static_cast<Compute*>(params.partial_weight);
+  FSC_UNROLL
+  for (int i = 0; i < Traits::kCorner; ++i) {
+    const int f = first_feature + corner.row + i;
     FSC_UNROLL
-    for (int i = 0; i < Traits::kCorner; ++i) {
-      const int f = first_feature + corner.row + i;
-      FSC_UNROLL
-      for (int j = 0; j < Traits::kCorner; ++j) {
-        const int k = first_channel + corner.column + j;
-        if (f < shape.F && k < shape.K)
-          partial[(static_cast<int64_t>(split) * shape.F + f) * shape.K + k] = corner.acc[i][j];
-      }
+    for (int j = 0; j < Traits::kCorner; ++j) {
+      const int k = first_channel + corner.column + j;
+      if (f < shape.F && k < shape.K)
+        partial[(static_cast<int64_t>(split) * shape.F + f) * shape.K + k] = corner.acc[i][j];
     }
   }
   const int f = first_feature + static_cast<int>(threadIdx.x);

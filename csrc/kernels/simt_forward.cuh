@@ -10,7 +10,7 @@
 //                                              \                                     /
 //                                               '--- sync --- outer products --- sync
 //                                                                  |  registers: acc[pixel][feature]
-//     y (N, F, out_h, out_w)  <---  + bias + residual, act  <------'
+//     y (N, F, out_h, out_w)  <---  + bias + residual, act  <------'   (or * act', for the backward)
 //
 // Who owns what. A block takes 64 output pixels in a row, through all images. A thread computes the depthwise results
 // of one channel of the slab (NHWC) or of one pixel (NCHW), whichever makes neighbouring threads read neighbouring
@@ -32,9 +32,15 @@ namespace fused_sepconv {
 
 template <class Traits>
 struct SimtForwardShared {
-  typename Traits::Slab slab;     // a: depthwise results, rows are pixels; b: pointwise weights, columns are features
+  typename Traits::Slab slab;  // a: depthwise results, rows are pixels; b: pointwise weights, columns are features
   Place places[Traits::kRows];
 };
+
+// grad * act'(z). A call: inlined, its exponentials would stand in the epilogue 16 times over.
+template <class Compute>
+FSC_OUTLINE Compute through_activation(Activation activation, Compute grad, Compute z) {
+  return differentiate(activation, grad, z);
+}
 
 template <class Traits>
 FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
@@ -78,6 +84,7 @@ simt_forward(const FSC_CONST_PARAM ForwardParams params) {
   Scalar* y = static_cast<Scalar*>(params.y.data);
   const Scalar* bias = static_cast<const Scalar*>(params.bias);
   const Scalar* residual = static_cast<const Scalar*>(params.residual.data);
+  const Scalar* grad_output = static_cast<const Scalar*>(params.grad_output.data);
   FSC_UNROLL
   for (int i = 0; i < Traits::kCorner; ++i) {
     const Place place = shared.places[corner.row + i];
@@ -89,7 +96,12 @@ simt_forward(const FSC_CONST_PARAM ForwardParams params) {
       Compute z = corner.acc[i][j];
       if (bias != nullptr) z += static_cast<Compute>(bias[f]);
       if (residual != nullptr) z += static_cast<Compute>(residual[offset(params.residual, place, f)]);
-      y[offset(params.y, place, f)] = static_cast<Scalar>(activate(shape.activation, z));
+      const Compute result =
+          grad_output == nullptr
+              ? activate(shape.activation, z)
+              : through_activation(shape.activation,
+                                   static_cast<Compute>(grad_output[offset(params.grad_output, place, f)]), z);
+      y[offset(params.y, place, f)] = static_cast<Scalar>(result);
     }
   }
 }

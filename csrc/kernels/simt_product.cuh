@@ -23,8 +23,8 @@ struct SimtTraits {
   static constexpr int kRows = 64;
   static constexpr int kColumns = 64;
   static constexpr int kDepth = 16;
-  static constexpr int kSide = 16;    // the block's threads as a square over the tile
-  static constexpr int kCorner = 4;   // rows and columns of the tile that a thread owns
+  static constexpr int kSide = 16;   // the block's threads as a square over the tile
+  static constexpr int kCorner = 4;  // rows and columns of the tile that a thread owns
   static constexpr int kThreads = kSide * kSide;
   static constexpr int kBlocksPerSm = 2;  // 104 to 114 registers in float64, 71 to 106 in the others: both fit
 
@@ -81,7 +81,24 @@ struct Corner {
     }
   }
 
+  // Adds a slab's product. In float32 a slab is summed by itself first: one long chain of 728 additions strayed 2.2
+  // times as far from the truth as PyTorch's blocked product, and sums of sums stay well within it.
   FSC_DEVICE void multiply(const typename Traits::Slab& slab) {
+    if constexpr (sizeof(Compute) == sizeof(double)) {
+      accumulate(slab, acc);
+    } else {
+      Compute sum[Traits::kCorner][Traits::kCorner] = {};
+      accumulate(slab, sum);
+      FSC_UNROLL
+      for (int i = 0; i < Traits::kCorner; ++i) {
+        FSC_UNROLL
+        for (int j = 0; j < Traits::kCorner; ++j) acc[i][j] += sum[i][j];
+      }
+    }
+  }
+
+ private:
+  FSC_DEVICE void accumulate(const typename Traits::Slab& slab, Compute (&into)[Traits::kCorner][Traits::kCorner]) {
     FSC_UNROLL
     for (int depth = 0; depth < Traits::kDepth; ++depth) {
       Compute a[Traits::kCorner], b[Traits::kCorner];
@@ -92,7 +109,7 @@ struct Corner {
       FSC_UNROLL
       for (int i = 0; i < Traits::kCorner; ++i) {
         FSC_UNROLL
-        for (int j = 0; j < Traits::kCorner; ++j) acc[i][j] += a[i] * b[j];
+        for (int j = 0; j < Traits::kCorner; ++j) into[i][j] += a[i] * b[j];
       }
     }
   }

@@ -6,32 +6,32 @@
 #include <vector>
 
 #include "../params.h"
-#include "launch.h"
+#include "device.h"
 
 namespace fused_sepconv {
 
 struct Instance {
-  std::string name;      // such as "simt_forward_float32_nhwc"
-  int scalar_bytes = 0;  // size of a tensor's element
-  int compute_bytes = 0; // size of what is calculated in, and of partial sums
-  int threads = 0;       // a block
-  int shared_bytes = 0;  // dynamic shared memory a block
+  std::string name;              // such as "simt_forward_float32_nhwc"
+  int scalar_bytes = 0;          // size of a tensor's element
+  int compute_bytes = 0;         // size of what is calculated in, and of partial sums
+  int threads = 0;               // a block
+  int shared_bytes = 0;          // dynamic shared memory a block
   const void* kernel = nullptr;  // for cudaFuncGetAttributes
 };
 
 struct ForwardInstance : Instance {
-  void (*run)(const Instance&, const ForwardParams&, const Queue&) = nullptr;
+  void (*run)(const Instance&, const ForwardParams&, Stream) = nullptr;
 };
 
 enum class BackwardStep { intermediate, input, depthwise_weight, pointwise_weight };
 
 struct BackwardInstance : Instance {
   BackwardStep step = BackwardStep::intermediate;
-  void (*run)(const Instance&, const BackwardParams&, const Queue&) = nullptr;
+  void (*run)(const Instance&, const BackwardParams&, Stream) = nullptr;
 };
 
 struct ReduceInstance : Instance {
-  void (*run)(const Instance&, const ReduceParams&, const Queue&) = nullptr;
+  void (*run)(const Instance&, const ReduceParams&, Stream) = nullptr;
 };
 
 // One function a family and step, defined in the .cu of that name.

@@ -6,6 +6,7 @@
 
 #include "../kernels/image.cuh"
 #include "instance.h"
+#include "launch.h"
 
 namespace fused_sepconv {
 

@@ -1,16 +1,15 @@
 // reduce_splits.cu - instances and grids of the ordered reduction.
 
 #include "../kernels/reduce_splits.cuh"
-
 #include "instances_of.h"
 
 namespace fused_sepconv {
 namespace {
 
 template <class Scalar, class Compute>
-void run(const Instance& instance, const ReduceParams& params, const Queue& queue) {
+void run(const Instance& instance, const ReduceParams& params, Stream stream) {
   launch(instance.name.c_str(), reduce_splits<Scalar, Compute>,
-         {tiles(params.count, kReduceThreads), instance.threads, instance.shared_bytes}, queue, params);
+         {tiles(params.count, kReduceThreads), instance.threads, instance.shared_bytes}, stream, params);
 }
 
 template <class Scalar, class Compute>

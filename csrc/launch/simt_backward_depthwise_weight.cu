@@ -1,17 +1,16 @@
 // simt_backward_depthwise_weight.cu - instances and grids of the gradients of the depthwise weight and bias.
 
 #include "../kernels/simt_backward_depthwise_weight.cuh"
-
 #include "instances_of.h"
 
 namespace fused_sepconv {
 namespace {
 
 template <class Traits>
-void run(const Instance& instance, const BackwardParams& params, const Queue& queue) {
+void run(const Instance& instance, const BackwardParams& params, Stream stream) {
   const int64_t blocks = tiles(params.shape.K, Traits::kChannels) * params.splits;
   launch(instance.name.c_str(), simt_backward_depthwise_weight<Traits>,
-         {blocks, instance.threads, instance.shared_bytes}, queue, params);
+         {blocks, instance.threads, instance.shared_bytes}, stream, params);
 }
 
 struct Family {

@@ -1,18 +1,17 @@
 // simt_backward_input.cu - instances and grids of the gradient of x.
 
 #include "../kernels/simt_backward_input.cuh"
-
 #include "instances_of.h"
 
 namespace fused_sepconv {
 namespace {
 
 template <class Scalar, class Compute, Layout layout>
-void run(const Instance& instance, const BackwardParams& params, const Queue& queue) {
+void run(const Instance& instance, const BackwardParams& params, Stream stream) {
   const ConvShape& shape = params.shape;
   const int64_t blocks = tiles(shape.N * shape.C * shape.H * shape.W, kBackwardInputThreads);
   launch(instance.name.c_str(), simt_backward_input<Scalar, Compute, layout>,
-         {blocks, instance.threads, instance.shared_bytes}, queue, params);
+         {blocks, instance.threads, instance.shared_bytes}, stream, params);
 }
 
 struct Family {

@@ -1,19 +1,17 @@
 // simt_backward_intermediate.cu - instances and grids of the backward's first step.
 
 #include "../kernels/simt_backward_intermediate.cuh"
-
 #include "instances_of.h"
 
 namespace fused_sepconv {
 namespace {
 
 template <class Traits>
-void run(const Instance& instance, const BackwardParams& params, const Queue& queue) {
+void run(const Instance& instance, const BackwardParams& params, Stream stream) {
   const ConvShape& shape = params.shape;
-  const int64_t blocks =
-      tiles(shape.N * shape.out_h * shape.out_w, Traits::kRows) * tiles(shape.K, Traits::kColumns);
+  const int64_t blocks = tiles(shape.N * shape.out_h * shape.out_w, Traits::kRows) * tiles(shape.K, Traits::kColumns);
   launch(instance.name.c_str(), simt_backward_intermediate<Traits>, {blocks, instance.threads, instance.shared_bytes},
-         queue, params);
+         stream, params);
 }
 
 struct Family {

@@ -1,27 +1,25 @@
 // simt_backward_pointwise_weight.cu - instances and grids of the gradients of the pointwise weight and the last bias.
 
 #include "../kernels/simt_backward_pointwise_weight.cuh"
-
 #include "instances_of.h"
 
 namespace fused_sepconv {
 namespace {
 
 template <class Traits>
-void run(const Instance& instance, const BackwardParams& params, const Queue& queue) {
-  const int64_t blocks =
-      tiles(params.shape.K, Traits::kColumns) * tiles(params.shape.F, Traits::kRows) * params.splits;
+void run(const Instance& instance, const BackwardParams& params, Stream stream) {
+  const int64_t blocks = tiles(params.shape.K, Traits::kColumns) * tiles(params.shape.F, Traits::kRows) * params.splits;
   launch(instance.name.c_str(), simt_backward_pointwise_weight<Traits>,
-         {blocks, instance.threads, instance.shared_bytes}, queue, params);
+         {blocks, instance.threads, instance.shared_bytes}, stream, params);
 }
 
 struct Family {
   template <class Scalar, class Compute, Layout layout>
   static BackwardInstance make(const std::string& name) {
     using Traits = SimtTraits<Scalar, Compute, layout>;
-    auto made = make_instance<BackwardInstance, Scalar, Compute>(name, simt_backward_pointwise_weight<Traits>,
-                                                                 Traits::kThreads,
-                                                                 sizeof(SimtBackwardPointwiseWeightShared<Traits>));
+    auto made =
+        make_instance<BackwardInstance, Scalar, Compute>(name, simt_backward_pointwise_weight<Traits>, Traits::kThreads,
+                                                         sizeof(SimtBackwardPointwiseWeightShared<Traits>));
     made.step = BackwardStep::pointwise_weight;
     made.run = run<Traits>;
     return made;

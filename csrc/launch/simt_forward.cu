@@ -1,18 +1,17 @@
 // simt_forward.cu - instances and grids of the SIMT fused forward.
 
 #include "../kernels/simt_forward.cuh"
-
 #include "instances_of.h"
 
 namespace fused_sepconv {
 namespace {
 
 template <class Traits>
-void run(const Instance& instance, const ForwardParams& params, const Queue& queue) {
+void run(const Instance& instance, const ForwardParams& params, Stream stream) {
   const ConvShape& shape = params.shape;
-  const int64_t blocks =
-      tiles(shape.N * shape.out_h * shape.out_w, Traits::kRows) * tiles(shape.F, Traits::kColumns);
-  launch(instance.name.c_str(), simt_forward<Traits>, {blocks, instance.threads, instance.shared_bytes}, queue, params);
+  const int64_t blocks = tiles(shape.N * shape.out_h * shape.out_w, Traits::kRows) * tiles(shape.F, Traits::kColumns);
+  launch(instance.name.c_str(), simt_forward<Traits>, {blocks, instance.threads, instance.shared_bytes}, stream,
+         params);
 }
 
 struct Family {

@@ -5,8 +5,8 @@
 
 namespace fused_sepconv {
 
-// Waits at barrier `id` (1 to 15) until `threads` threads (a multiple of 32) have come, waiting or arriving; orders their
-// memory accesses. All lanes of a warp must come together.
+// Waits at barrier `id` (1 to 15) until `threads` threads (a multiple of 32) have come, waiting or arriving; orders
+// their memory accesses. All lanes of a warp must come together.
 FSC_DEVICE void barrier_sync(int id, int threads, Site site = Site::here()) {
 #ifdef FSC_EMULATED
   ::emulator::barrier_sync(id, threads, site);

@@ -4,10 +4,10 @@
 // eight 16-byte rows in shared memory and as one register a lane: row g, columns 2t and 2t + 1.
 //
 //   mma operands, 16x8 product of depth K:    A (16 x K, row by row)       B (K x 8, column by column)   D (16 x 8)
-//     K = 16, 16-bit    a[0] rows g,   k 2t, 2t+1        b0 column g, k 2t, 2t+1       d[0], d[1] row g,   columns 2t, 2t+1
-//                       a[1] rows g+8, k 2t, 2t+1        b1 column g, k 2t+8, 2t+9     d[2], d[3] row g+8, columns 2t, 2t+1
-//                       a[2] rows g,   k 2t+8, 2t+9
-//                       a[3] rows g+8, k 2t+8, 2t+9
+//     K = 16, 16-bit    a[0] rows g,   k 2t, 2t+1        b0 column g, k 2t, 2t+1       d[0], d[1] row g,   columns 2t,
+//     2t+1
+//                       a[1] rows g+8, k 2t, 2t+1        b1 column g, k 2t+8, 2t+9     d[2], d[3] row g+8, columns 2t,
+//                       2t+1 a[2] rows g,   k 2t+8, 2t+9 a[3] rows g+8, k 2t+8, 2t+9
 //     K = 8, tf32       a[0] row g, k t; a[1] row g+8, k t; a[2] row g, k t+4; a[3] row g+8, k t+4
 //                       b0 column g, k t; b1 column g, k t+4
 #pragma once
@@ -106,8 +106,8 @@ FSC_DEVICE void stmatrix_x4_trans(SharedAddress row, const uint32_t (&fragments)
 #ifdef FSC_EMULATED
   ::emulator::store_matrices(fragments, 4, true, row, site);
 #elif __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(row),
-               "r"(fragments[0]), "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(row), "r"(fragments[0]),
+               "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
                : "memory");
 #else
   const int lane = threadIdx.x % 32;

@@ -1,0 +1,167 @@
+"""The least time in which an H200 can do a separable convolution: what perfect kernels would take.
+
+A kernel takes as long as the slowest of three things, and the other two hide behind it: the bytes it moves, the
+pointwise product on the tensor cores, the depthwise taps on the CUDA cores. Each tensor that a kernel touches moves
+once: what neighbouring blocks read twice is found in L2. Between kernels nothing overlaps and nothing stays in L2.
+Launches cost nothing. The depthwise weights (k * k per channel) are too few to count.
+
+This is a floor, not a forecast: `fused_sepconv.explain` gives the time that the plan expects of its own kernels.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from layers import Layer
+
+BYTES_PER_ELEMENT = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
+"""Of a tensor in device memory, by the name of the arithmetic."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device can do at best."""
+
+    device: str
+    source: str
+    bytes_per_second: float
+    """Device memory, bytes read plus bytes written."""
+    fma_flops: float
+    """CUDA cores, float32, flop/s: a multiply-add is two flops."""
+    matrix_flops: Mapping[str, float]
+    """Tensor cores, flop/s, by dtype. A dtype that is not here multiplies matrices on the CUDA cores."""
+
+
+H200 = Ceilings(
+    device="H200",
+    source="measured on an H200: device-to-device copy, cuBLAS products, float32 FMA loop (float16 taken as bfloat16)",
+    bytes_per_second=4.3e12,
+    fma_flops=67e12,
+    matrix_flops={"bfloat16": 790e12, "float16": 790e12, "tf32": 400e12},
+)
+
+
+class Kernel(NamedTuple):
+    """What one kernel moves and computes."""
+
+    name: str
+    bytes: float
+    """Device memory, read plus written."""
+    matrix_flops: float = 0.0
+    """The pointwise product: 2 flops a multiply-add."""
+    fma_flops: float = 0.0
+    """The depthwise taps: 2 flops a multiply-add."""
+
+    @property
+    def flops(self) -> float:
+        return self.matrix_flops + self.fma_flops
+
+    def seconds(self, dtype: str, ceilings: Ceilings = H200) -> float:
+        moving = self.bytes / ceilings.bytes_per_second
+        if dtype not in ceilings.matrix_flops:
+            return max(moving, self.flops / ceilings.fma_flops)
+        return max(moving, self.matrix_flops / ceilings.matrix_flops[dtype], self.fma_flops / ceilings.fma_flops)
+
+
+class Quantities(NamedTuple):
+    """The sizes of a layer's tensors in bytes, and the flops of one sweep of each of its two convolutions."""
+
+    input: float
+    """Of x; the depthwise result has the same size."""
+    output: float
+    weights: float
+    """The pointwise ones."""
+    product: float
+    taps: float
+
+
+def quantities(layer: Layer, batch: int, dtype: str) -> Quantities:
+    pixels = batch * layer.size**2
+    element = BYTES_PER_ELEMENT[dtype]
+    return Quantities(
+        input=pixels * layer.in_channels * element,
+        output=pixels * layer.out_channels * element,
+        weights=layer.in_channels * layer.out_channels * element,
+        product=2.0 * pixels * layer.in_channels * layer.out_channels,
+        taps=2.0 * layer.kernel_size**2 * pixels * layer.in_channels,
+    )
+
+
+def forward_unfused(layer: Layer, batch: int, dtype: str) -> list[Kernel]:
+    """As every framework does it: the depthwise result goes out to memory and comes back."""
+    q = quantities(layer, batch, dtype)
+    return [
+        Kernel("depthwise", 2 * q.input, fma_flops=q.taps),
+        Kernel("pointwise", q.input + q.output + q.weights, matrix_flops=q.product),
+    ]
+
+
+def forward_fused(layer: Layer, batch: int, dtype: str) -> list[Kernel]:
+    """x is read once, y is written once."""
+    q = quantities(layer, batch, dtype)
+    return [Kernel("forward", q.input + q.output + q.weights, q.product, q.taps)]
+
+
+def backward_unfused(layer: Layer, batch: int, dtype: str) -> list[Kernel]:
+    """Each convolution's input gradient and weight gradient is a kernel; the depthwise result was kept."""
+    q = quantities(layer, batch, dtype)
+    pointwise_bytes = q.input + q.output + q.weights
+    return [
+        Kernel("pointwise input gradient", pointwise_bytes, matrix_flops=q.product),
+        Kernel("pointwise weight gradient", pointwise_bytes, matrix_flops=q.product),
+        Kernel("depthwise input gradient", 2 * q.input, fma_flops=q.taps),
+        Kernel("depthwise weight gradient", 2 * q.input, fma_flops=q.taps),
+    ]
+
+
+def backward_two_kernels(layer: Layer, batch: int, dtype: str) -> list[Kernel]:
+    """One kernel for the pointwise weights, the depthwise result computed again; one for the other two gradients."""
+    q = quantities(layer, batch, dtype)
+    return [
+        Kernel("pointwise weight gradient", q.input + q.output + q.weights, q.product, q.taps),
+        Kernel("input and depthwise weight gradients", 2 * q.input + q.output + q.weights, q.product, 2 * q.taps),
+    ]
+
+
+def backward_one_pass(layer: Layer, batch: int, dtype: str) -> list[Kernel]:
+    """What no backward can beat: x and dy are read once, dx is written once."""
+    q = quantities(layer, batch, dtype)
+    return [Kernel("backward", 2 * q.input + q.output + 2 * q.weights, 2 * q.product, 3 * q.taps)]
+
+
+def seconds(kernels: Iterable[Kernel], dtype: str, ceilings: Ceilings = H200) -> float:
+    """The time of kernels that run one after the other."""
+    return sum(kernel.seconds(dtype, ceilings) for kernel in kernels)
+
+
+class Floor(NamedTuple):
+    """The least that a pass moves, computes and takes."""
+
+    bytes: int
+    flops: int
+    milliseconds: float
+
+
+_FUSED = {
+    "fwd": (forward_fused,),
+    "bwd": (backward_one_pass,),
+    "both": (forward_fused, backward_one_pass),
+}
+_UNFUSED = {
+    "fwd": (forward_unfused,),
+    "bwd": (backward_unfused,),
+    "both": (forward_unfused, backward_unfused),
+}
+
+
+def floor(
+    layer: Layer, batch: int, dtype: str, direction: str, *, fused: bool = True, ceilings: Ceilings = H200
+) -> Floor:
+    """The floor of a pass ("fwd", "bwd" or "both"), of the fused problem or of two separate convolutions."""
+    models = (_FUSED if fused else _UNFUSED)[direction]
+    kernels = [kernel for model in models for kernel in model(layer, batch, dtype)]
+    return Floor(
+        bytes=int(sum(kernel.bytes for kernel in kernels)),
+        flops=int(sum(kernel.flops for kernel in kernels)),
+        milliseconds=seconds(kernels, dtype, ceilings) * 1e3,
+    )

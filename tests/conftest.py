@@ -1,0 +1,116 @@
+"""Where the tests run: every test that asks for ``target`` runs on each place there is.
+
+The CPU is always there. A GPU joins by itself where PyTorch sees one; where there is none the kernels run too, emulated
+on the CPU. All run the same tests. A test may also ask for
+
+- ``dtype``: each dtype that the target computes in, or those of ``@pytest.mark.dtypes(...)`` among them; with
+  ``@pytest.mark.gradients``, each that it has gradients in;
+- ``case``: each case of ``@pytest.mark.cases(...)`` that the target can run in reasonable time.
+
+What a target does not run is never collected, so nothing is ever skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import fused_sepconv
+from tests.cases import CASES, Case
+from tests.emulation import emulated_kernels
+
+EVERY_DTYPE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device, the backend asked for there, and what it can do."""
+
+    device: str
+    backend: str
+    dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
+    gradient_dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
+    patience: dict[torch.dtype, float] = field(default_factory=dict)  # multiplications of the largest case it runs
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.backend}"
+
+    def runs(self, case: Case, dtype: torch.dtype) -> bool:
+        return case.multiplications <= self.patience.get(dtype, math.inf)
+
+
+# Device code is slow on the CPU: no case of more than a million multiplications.
+EMULATED = Target("cpu", "fused", patience=dict.fromkeys(EVERY_DTYPE, 1e6))
+
+
+def targets() -> tuple[Target, ...]:
+    # On most CPUs PyTorch has no fast 16-bit convolution: a full-size layer forward and back takes ten seconds.
+    found = [Target("cpu", "auto", patience={torch.float16: 1e7, torch.bfloat16: 1e7})]
+    if torch.cuda.is_available():
+        return (*found, Target("cuda", "auto"), Target("cuda", "fused"))
+    return (*found, EMULATED)
+
+
+TARGETS = targets()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cases(cases): the cases that the test's `case` goes through")
+    config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes that the test's `dtype` goes through")
+    config.addinivalue_line("markers", "gradients: only where the target has gradients")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    def marked(name: str) -> tuple | None:
+        marker = metafunc.definition.get_closest_marker(name)
+        return marker.args if marker else None
+
+    wanted = [name for name in ("target", "dtype", "case") if name in metafunc.fixturenames]
+    if not {"target", "case"} & set(wanted):
+        return
+    (cases,) = marked("cases") or (CASES,)
+    dtypes = marked("dtypes") or EVERY_DTYPE
+    gradients = marked("gradients") is not None
+
+    def rows() -> Iterator[tuple[Target, torch.dtype | None, Case | None]]:
+        for target in TARGETS if "target" in wanted else (TARGETS[0],):
+            able = target.gradient_dtypes if gradients else target.dtypes
+            for dtype in (d for d in dtypes if d in able) if "dtype" in wanted else able[:1]:
+                if "case" not in wanted:
+                    yield target, dtype, None
+                    continue
+                for case in cases:
+                    if dtype is None or target.runs(case, dtype):
+                        yield target, dtype, case
+
+    columns = [("target", "dtype", "case").index(name) for name in wanted]
+    values = [tuple(row[column] for column in columns) for row in rows()]
+    ids = ["-".join(str(value).removeprefix("torch.") for value in value_row) for value_row in values]
+    indirect = ["target"] if "target" in wanted else False
+    metafunc.parametrize(wanted, values, ids=ids, indirect=indirect)
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """A place to run, its backend in force."""
+    if request.param == EMULATED:
+        with emulated_kernels(checked=False):
+            yield request.param
+    else:
+        with fused_sepconv.use_backend(request.param.backend):
+            yield request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The cases are small: threads that wait for each other would cost more than they bring."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

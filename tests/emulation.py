@@ -1,0 +1,42 @@
+"""The emulated kernels, plain or checked, in place of whatever native module the package has found."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import pytest
+
+import fused_sepconv
+from fused_sepconv import _native, execution
+from tests.cuda_on_cpu.build import build_native
+
+SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
+
+
+@functools.cache
+def _file(checked: bool) -> str:
+    return str(build_native(checked))
+
+
+def _forget() -> None:
+    """What the package remembers of its native module, from the finding of it to the structs that it made."""
+    _native._search.cache_clear()
+    execution._kernels_off_cuda.cache_clear()
+    execution._conv_shape.cache_clear()
+
+
+@contextmanager
+def emulated_kernels(checked: bool) -> Iterator[ModuleType]:
+    """Within the context, CPU tensors run through the emulated device code; gives its module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_SEPCONV_NATIVE", _file(checked))
+        _forget()
+        try:
+            with fused_sepconv.use_backend("fused"):
+                yield _native.load()
+        finally:
+            patch.undo()
+            _forget()

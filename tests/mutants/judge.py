@@ -1,0 +1,215 @@
+"""Judges an emulated native module: does what its kernels give differ from the definition, or break a rule?
+
+`Judge` is a process that has PyTorch imported, and forks for every module: what crashes or hangs is the fork.
+`python -m tests.mutants.judge` is that process. It reads a line for every module, the file's name, and answers with a
+line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEDULES = {False: (("forward", 1), ("reverse", 1), ("random", 1)), True: (("forward", 1), ("reverse", 1))}
+
+
+class Verdict(TypedDict):
+    """`caught` is why the module is wrong. It is empty where nothing seems wrong: `unused` are then the instances that
+    no case executed, and `seconds` is how long all took."""
+
+    caught: str
+    unused: list[str]
+    seconds: float
+
+
+class Judge:
+    """A process that judges one module at a time. It runs in a copy of the checkout, with that copy's package."""
+
+    def __init__(self, root: Path) -> None:
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        environment.pop("PYTHONPATH", None)
+        environment.pop("FUSED_SEPCONV_NATIVE", None)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.mutants.judge"],
+            cwd=root,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def judge(self, native: Path, seconds: float) -> Verdict:
+        """Runs the cases on a module, which is wrong if it takes more than `seconds` of processor time."""
+        print(json.dumps([str(native), seconds]), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+
+# ---- in the process
+
+
+def _cases(checked: bool) -> list:
+    """What a module is asked: small cases of the table, and those of the tiles' exact sizes, tails and splits.
+
+    Every kernel's tile is 64 x 64 (or 32 or 4 channels of the depthwise weight), its slabs are 16 deep, and a sum over
+    more than 256 pixels is split.
+    """
+    from tests.cases import Case, named
+
+    cases = named(
+        "everything",
+        "four different sides",
+        "three activations, both biases",
+        "dilation and stride",
+        "stride larger than the kernel",
+        "kernel larger than the image",
+        "5x2 kernel",
+        "depth multiplier 3",
+        "residual before the activation",
+        "plain",
+        "relu thrice",
+        "relu6 thrice",
+        "elu thrice",
+        "silu thrice",
+        "hardswish thrice",
+        "gelu thrice",
+    )
+    return [
+        *cases,
+        Case("bends", 1, 2, 4, 4, 3, pre_activation="relu", mid_activation="relu"),
+        Case("bends of relu6", 1, 2, 4, 4, 3, pre_activation="relu6"),
+        Case("bends of hardswish", 1, 2, 4, 4, 3, pre_activation="hardswish"),
+        Case("whole tiles", 1, 64, 8, 8, 64, kernel=1, padding=0),
+        Case("one over a tile", 1, 65, 1, 66, 65, kernel=(1, 2), padding=0, bias=True, depthwise_bias=True),
+        Case("many channels, few features", 1, 70, 2, 3, 2, kernel=1, padding=0),
+        Case("few channels, many features", 1, 2, 2, 3, 70, kernel=1, padding=0),
+        Case("a split sum", 1, 4, 17, 17, 3, bias=True, depthwise_bias=True),
+        Case("a split sum, whole tiles of channels", 1, 64, 17, 17, 2, kernel=1, padding=0),
+        Case("a split sum, whole tiles of features", 1, 2, 17, 17, 64, kernel=1, padding=0),
+    ]
+
+
+def _tensors(case) -> dict[str, Tensor]:
+    tensors = case.tensors()
+    if case.name.startswith("bends"):
+        corners = [0.0, 3.0, -3.0, 6.0]  # where activations have no derivative
+        tensors["x"].view(-1)[: 2 * len(corners)] = tensors["x"].new_tensor(2 * corners)
+        tensors["depthwise_weight"][-1] = 0.0  # another channel is 0 throughout after the taps
+    return tensors
+
+
+def _forward_and_back(function: Callable[..., Tensor], tensors: dict[str, Tensor], options: dict) -> dict[str, Tensor]:
+    import torch
+
+    y = function(**tensors, **options)
+    grad_output = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(y.dtype)
+    gradients = torch.autograd.grad(y, list(tensors.values()), grad_output)
+    return {"y": y.detach(), **{f"the gradient of {name}": g for name, g in zip(tensors, gradients, strict=True)}}
+
+
+def _what_is_wrong(native: Path) -> tuple[str, list[str]]:
+    """The first thing that is wrong with a module, or nothing; and the instances that were never executed."""
+    os.environ["FUSED_SEPCONV_NATIVE"] = str(native)
+    import torch
+
+    import fused_sepconv
+    from fused_sepconv import _native
+    from tests.cases import two_convolutions
+
+    from .scratch import INSTANCES
+
+    module = _native.load()
+    tolerance = {"float64": 1e-12, "float32": 2e-6}
+    memory_formats = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+    for case in _cases(module.is_checked()):
+        exact = {name: tensor.requires_grad_() for name, tensor in _tensors(case).items()}
+        oracle = _forward_and_back(two_convolutions, exact, case.options)
+        for dtype, layout in INSTANCES:
+            tensors = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in exact.items()}
+            tensors["x"] = tensors["x"].contiguous(memory_format=memory_formats[layout])
+            tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+            for order, seed in SCHEDULES[module.is_checked()]:
+                module.set_schedule(order, seed)
+                where = f"{case.name}, {dtype}, {layout}, {order}"
+                try:
+                    with fused_sepconv.use_backend("fused"):
+                        ours = _forward_and_back(fused_sepconv.separable_conv2d, tensors, case.options)
+                except module.EmulatorError as error:
+                    return f"{where}: {error}", []
+                for name, right in oracle.items():
+                    error, scale = float((ours[name].double() - right).abs().max()), float(right.abs().max())
+                    if not error <= tolerance[dtype] * max(scale, 1.0):
+                        return f"{where}: {name} is {error:.1e} off, of {scale:.1e}", []
+    return "", sorted({instance["name"] for instance in module.instances()} - set(module.executed()))
+
+
+def _judge_in_a_fork(native: Path, seconds: float) -> Verdict:
+    started = time.monotonic()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.dup2(2, 1)  # stdout is the answer's
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            answer = _what_is_wrong(native)
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}", []
+        os.write(writer, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writer)
+    # The limit of processor time does not end one that sleeps for ever.
+    if not select.select([reader], [], [], 10 * seconds)[0]:
+        os.kill(child, signal.SIGKILL)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    caught, unused = json.loads(answer) if answer else (_how_it_ended(status), [])
+    return {"caught": caught, "unused": unused, "seconds": time.monotonic() - started}
+
+
+def _how_it_ended(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    if code in (-signal.SIGKILL, -signal.SIGXCPU):
+        return "time-out"
+    return f"crash: {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
+
+
+def main() -> None:
+    import torch
+
+    import fused_sepconv  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        native, seconds = json.loads(line)
+        print(json.dumps(_judge_in_a_fork(Path(native), seconds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A copy of the checkout in which kernels may be broken, and the emulated module of each mutant built there.
+
+A fresh copy is made for every mutant, from one whose objects are up to date: only what includes the changed file is
+then compiled. To make that quick the copies keep two instances of a family, `INSTANCES`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cuda_on_cpu.build import BUILD, ROOT
+
+from .mutate import KERNELS, Mutant
+
+# Both layouts, both arithmetics. A family that has neither dtype wants another entry here: the judge runs each, and
+# tests/test_mutants.py asks that all the instances that are left are executed.
+INSTANCES = (("float64", "nhwc"), ("float32", "nchw"))
+
+_MADE = re.compile(
+    r"(?:[\w:]+ )?[\w:]*make<[^<>]*>\([^()\"]*\"(?:\w*?_)??(?P<dtype>float64|float32|float16|bfloat16)"
+    r"(?:_(?P<layout>nhwc|nchw))?\"\),?"
+)
+
+
+class DoesNotCompile(Exception):
+    """The mutant is no program."""
+
+
+class Scratch:
+    """The copies under `folder`: `pristine`, which is built but never changed, and one a name for mutants."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pristine = folder / "pristine"
+        ignored = shutil.ignore_patterns("__pycache__", "lib", "_emulator_tests*", "lock")
+        (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
+        with open(ROOT / BUILD / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # not while a build is under way
+            for part in ("csrc", "fused_sepconv", "tests", BUILD):
+                shutil.copytree(ROOT / part, self.pristine / part, ignore=ignored)
+        for path in sorted((self.pristine / "csrc/launch").iterdir()):
+            path.write_text(_with_few_instances(path.read_text()))
+        self.native = {checked: _build(self.pristine, checked) for checked in (False, True)}
+
+    def copy(self, name: str, mutant: Mutant) -> Path:
+        """A copy of `pristine`, in place of the last one of this name, with the mutant in it."""
+        root = self.folder / name
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.pristine, root)
+        path = root / KERNELS / mutant.file
+        path.write_text(mutant.apply(path.read_text()))
+        return root
+
+    def build(self, root: Path, checked: bool) -> Path:
+        """The emulated native module of a copy."""
+        return _build(root, checked)
+
+
+def _with_few_instances(text: str) -> str:
+    def kept(match: re.Match[str]) -> str:
+        dtype, layout = match.group("dtype", "layout")
+        keep = any(dtype == wanted[0] and layout in (None, wanted[1]) for wanted in INSTANCES)
+        return match.group() if keep else ""
+
+    return _MADE.sub(kept, text)
+
+
+def _build(root: Path, checked: bool) -> Path:
+    command = [sys.executable, "-m", "tests.cuda_on_cpu", *(["--checked"] if checked else [])]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise DoesNotCompile(result.stderr)
+    return Path(result.stdout.splitlines()[-1])

@@ -1,0 +1,1012 @@
+"""The rest of PyTorch: opcheck, compile, export, autocast, vmap, torch.func, forward mode, double backward."""
+
+import contextlib
+import copy
+import itertools
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_sepconv
+from fused_sepconv import SeparableConv2d, execution, separable_conv2d
+from tests.cases import ACTIVATIONS, TENSORS, Case, four_sides, named, pair, two_convolutions
+from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
+
+FORWARD = torch.ops.fused_sepconv.separable_conv2d
+BACKWARD = torch.ops.fused_sepconv.separable_conv2d_backward
+
+CHOSEN = named(
+    "plain",
+    "all six tensors",
+    "relu thrice",
+    "gelu thrice",
+    "depth multiplier 2",
+    "same, stride 2, even size",
+    "four different sides",
+    "everything",
+)
+
+
+def leaves(case, dtype=torch.float64, requires_grad=True, seed=0, device="cpu"):
+    return {name: t.to(device, dtype).requires_grad_(requires_grad) for name, t in case.tensors(seed).items()}
+
+
+def close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def op_arguments(case, backend="auto"):
+    stride, dilation = pair(case.stride), pair(case.dilation)
+    sides = four_sides(case.padding, (case.H, case.W), pair(case.kernel), stride, dilation)
+    activations = (case.pre_activation, case.mid_activation, case.activation)
+    return [list(stride), list(sides), list(dilation), *activations, backend]
+
+
+def forward_arguments(case, tensors, backend="auto"):
+    return (*(tensors.get(name) for name in TENSORS), *op_arguments(case, backend))
+
+
+def backward_arguments(case, tensors, requires_grad=False, backend="auto"):
+    y = two_convolutions(**tensors, **case.options).detach()
+    saved = y if case.activation in ("relu", "relu6", "elu") else None
+    grad_output = torch.randn_like(y).requires_grad_(requires_grad)
+    mask = [name in tensors for name in TENSORS]
+    return (grad_output, *(tensors.get(name) for name in TENSORS), saved, *op_arguments(case, backend), mask)
+
+
+# opcheck
+
+
+@pytest.mark.dtypes(torch.float32)
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
+@pytest.mark.cases((*CHOSEN, *named("batch 0", "1x1 image", "silu after")))
+def test_opcheck_finds_nothing_in_the_forward(target, case, requires_grad):
+    if requires_grad and torch.float32 not in target.gradient_dtypes:
+        requires_grad = False
+    tensors = leaves(case, torch.float32, requires_grad, device=target.device)
+    torch.library.opcheck(FORWARD, forward_arguments(case, tensors, target.backend))
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc"))
+@pytest.mark.cases(CHOSEN)
+def test_opcheck_finds_nothing_in_the_forward_of_either_layout(case, layout):
+    tensors = leaves(case, torch.float32)
+    tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
+    torch.library.opcheck(FORWARD, forward_arguments(case, tensors))
+
+
+@pytest.mark.gradients
+@pytest.mark.dtypes(torch.float32)
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
+@pytest.mark.cases((*CHOSEN, *named("batch 0", "1x1 image", "silu after")))
+def test_opcheck_finds_nothing_in_the_backward(target, case, requires_grad):
+    tensors = leaves(case, torch.float32, requires_grad, device=target.device)
+    arguments = backward_arguments(case, tensors, requires_grad, target.backend)
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not requires_grad:  # the graph of a double backward is one that AOTAutograd does not trace
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(BACKWARD, arguments, test_utils=tests)
+
+
+def test_the_op_called_directly_is_differentiable():
+    (case,) = named("everything")
+    tensors = leaves(case)
+    y = FORWARD(*forward_arguments(case, tensors))
+    found = torch.autograd.grad(y.square().sum(), list(tensors.values()))
+    y = two_convolutions(**tensors, **case.options)
+    for ours, eager in zip(found, torch.autograd.grad(y.square().sum(), list(tensors.values())), strict=True):
+        close(ours, eager)
+
+
+def test_the_backward_op_called_directly_is_differentiable():
+    (case,) = named("everything")
+    tensors = leaves(case)
+    arguments = backward_arguments(case, tensors, requires_grad=True)
+    asking = [arguments[0], *tensors.values()]
+    ours = torch.autograd.grad(sum(g.square().sum() for g in BACKWARD(*arguments)), asking)
+    y = two_convolutions(**tensors, **case.options)
+    first = torch.autograd.grad(y, list(tensors.values()), arguments[0], create_graph=True)
+    eager = torch.autograd.grad(sum(g.square().sum() for g in first), asking)
+    for a, b in zip(ours, eager, strict=True):
+        close(a, b)
+
+
+# torch.compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    # An error inside a compiled jvp leaves PyTorch in forward mode, and the next test with it.
+    with contextlib.suppress(RuntimeError):
+        torch._C._exit_dual_level(level=0)
+
+
+def value_and_gradients(function, tensors, options):
+    y = function(**tensors, **options)
+    return [y, *torch.autograd.grad(y.square().sum(), [t for t in tensors.values() if t.requires_grad])]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.cases((*CHOSEN, *named("unbatched, everything", "batch 0", "silu after")))
+def test_it_compiles_into_one_graph_forward_and_backward(case, dynamic):
+    compiled = torch.compile(separable_conv2d, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    tensors = leaves(case)
+    expected = value_and_gradients(two_convolutions, tensors, case.options)
+    for ours, eager in zip(value_and_gradients(compiled, tensors, case.options), expected, strict=True):
+        close(ours, eager)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_it_compiles_with_inductor_in_both_layouts():
+    network = nn.Sequential(
+        SeparableConv2d(3, 8, 3, padding="same", stride=2, activation="relu"),
+        nn.BatchNorm2d(8),
+        SeparableConv2d(8, 4, 3, padding=1, pre_activation="relu"),
+    )
+    compiled = torch.compile(network, fullgraph=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 11, 9).contiguous(memory_format=memory_format)
+        results = []
+        for module in (network, compiled):
+            leaf = x.clone().requires_grad_()
+            y = module(leaf)
+            assert y.is_contiguous(memory_format=memory_format)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *network.parameters()])))
+        for ours, eager in zip(*results, strict=True):
+            close(ours, eager, 2e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_dynamic_graph_serves_every_size():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    module = SeparableConv2d(3, 5, 3, padding="same", stride=2, dtype=torch.float64)
+    compiled = torch.compile(module, backend=count, fullgraph=True, dynamic=True)
+    for n, h, w in ((2, 9, 8), (3, 12, 11), (5, 20, 7), (4, 6, 30)):
+        x = torch.randn(n, 3, h, w, dtype=torch.float64)
+        close(compiled(x), module(x))
+    assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_op_is_one_node_of_the_graph():
+    seen = []
+
+    def look(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    module = SeparableConv2d(3, 5, 3, padding=1, pre_activation="relu", activation="gelu")
+    torch.compile(module, backend=look, fullgraph=True)(torch.randn(1, 3, 6, 6))
+    assert sum("fused_sepconv" in name for name in seen) == 1
+    assert not any(("conv2d" in name and "fused_sepconv" not in name) or "gelu" in name for name in seen)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_use_backend_is_heard_inside_and_outside_of_what_is_compiled():
+    heard = []
+
+    def look(graph, inputs):
+        for node in graph.graph.nodes:
+            if "fused_sepconv" in str(node.target):
+                heard.append((*node.args, *node.kwargs.values())[-1])
+        return graph
+
+    def inside(x, depthwise_weight, pointwise_weight):
+        with fused_sepconv.use_backend("reference"):
+            return separable_conv2d(x, depthwise_weight, pointwise_weight, padding=1)
+
+    tensors = leaves(named("plain")[0])
+    expected = two_convolutions(**tensors, padding=1)
+    compiled = torch.compile(separable_conv2d, backend=look, fullgraph=True)
+    close(compiled(**tensors, padding=1), expected)
+    with fused_sepconv.use_backend("reference"):
+        close(compiled(**tensors, padding=1), expected)
+    close(compiled(**tensors, padding=1), expected)
+    assert heard == ["auto", "reference"]
+    heard.clear()
+    close(torch.compile(inside, backend=look, fullgraph=True)(**tensors), expected)
+    assert heard == ["reference"]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_module_with_a_hook_compiles_too():
+    module = SeparableConv2d(3, 5, 3, padding=1, dtype=torch.float64)
+    module.depthwise.register_forward_hook(lambda child, args, output: output * 2)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_bad_call_is_named_under_compile_too():
+    compiled = torch.compile(separable_conv2d, backend="eager")
+    with pytest.raises(Exception, match="pointwise_weight"):
+        compiled(torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3), torch.randn(5, 3, 1, 1))
+
+
+# export and make_fx
+
+
+@pytest.mark.parametrize("strict", (False, True), ids=("not strict", "strict"))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"padding": 1},
+        {"padding": "same", "stride": 2, "activation": "relu"},
+        {"padding": ((1, 0), (2, 1)), "pre_activation": "silu", "depth_multiplier": 2},
+        {"padding": 1, "padding_mode": "reflect"},
+    ),
+    ids=str,
+)
+def test_it_exports_with_dynamic_sizes(options, strict):
+    module = SeparableConv2d(3, 5, 3, dtype=torch.float64, **options).eval()
+    # The four sizes follow from what the layer strides over, so that every one of them is allowed.
+    n, h, w = (torch.export.Dim(name, min=2, max=64) for name in ("n", "h", "w"))
+    x = torch.randn(2, 3, 16, 12, dtype=torch.float64)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: n, 2: 4 * h, 3: 4 * w},), strict=strict)
+    assert any("fused_sepconv.separable_conv2d" in str(node.target) for node in program.graph.nodes)
+    for shape in ((2, 3, 16, 12), (5, 3, 32, 8), (3, 3, 8, 64)):
+        x = torch.randn(shape, dtype=torch.float64)
+        close(program.module()(x), module(x))
+
+
+def test_an_exported_program_is_saved_and_loaded(tmp_path):
+    module = SeparableConv2d(3, 5, 3, padding="same", stride=2, activation="relu").eval()
+    x = torch.randn(2, 3, 9, 9)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    close(loaded(x), module(x), 1e-6)
+
+
+@pytest.mark.parametrize("tracing_mode", ("real", "fake", "symbolic"))
+@pytest.mark.cases(named("everything", "relu thrice", "same, stride 2, even size"))
+def test_make_fx_traces_forward_and_backward(case, tracing_mode):
+    tensors = leaves(case)
+    names = list(tensors)
+
+    def step(*values):
+        return value_and_gradients(separable_conv2d, dict(zip(names, values, strict=True)), case.options)
+
+    graph = make_fx(step, tracing_mode=tracing_mode)(*tensors.values())
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert any(name.startswith("fused_sepconv.separable_conv2d.") for name in targets)
+    assert any(name.startswith("fused_sepconv.separable_conv2d_backward") for name in targets)
+    other = leaves(case, seed=7)
+    expected = value_and_gradients(two_convolutions, other, case.options)
+    for ours, eager in zip(graph(*other.values()), expected, strict=True):
+        close(ours, eager)
+
+
+# autocast
+
+
+LOW = (torch.float16, torch.bfloat16)
+lows = pytest.mark.parametrize("low", LOW, ids=str)
+
+
+def under_autocast(function, tensors, options, device, low, grad_output):
+    with torch.autocast(device, dtype=low):
+        y = function(**tensors, **options)
+    return [y, *torch.autograd.grad(y, list(tensors.values()), grad_output.to(device, y.dtype))]
+
+
+@pytest.mark.gradients
+@pytest.mark.dtypes(torch.float32)
+@lows
+@pytest.mark.cases(
+    named("plain", "biases", "relu thrice", "728->728@19 reduced", "every dimension: one over", "same, stride 3",
+          "four different sides", "depth multiplier 2", "silu between")
+)  # fmt: skip
+def test_autocast_does_what_it_does_to_the_pair(target, dtype, case, low):
+    if low not in target.gradient_dtypes:
+        low = dtype
+    tensors = leaves(case, dtype, device=target.device)
+    grad_output = torch.randn(case.output_shape, dtype=torch.float64)
+    ours = under_autocast(separable_conv2d, tensors, case.options, target.device, low, grad_output)
+    eager = under_autocast(two_convolutions, tensors, case.options, target.device, low, grad_output)
+    exact = {name: t.detach().double().cpu().requires_grad_() for name, t in tensors.items()}
+    y = two_convolutions(**exact, **case.options)
+    oracle = [y.detach(), *torch.autograd.grad(y, list(exact.values()), grad_output.to(low).double())]
+    assert ours[0].dtype == low
+    assert_as_close_as_eager(ours[0], eager[0], oracle[0])
+    for name, trio in zip(tensors, zip(ours[1:], eager[1:], oracle[1:], strict=True), strict=True):
+        assert trio[0].dtype == torch.float32
+        assert_gradient_as_close_as_eager(*trio, name=f"gradient of {name}")
+
+
+@lows
+def test_autocast_takes_inputs_that_are_low_already(low):
+    (case,) = named("biases")
+    tensors = leaves(case, torch.float32, requires_grad=False)
+    mixed = {**tensors, "x": tensors["x"].to(low), "bias": tensors["bias"].to(low)}
+    with torch.autocast("cpu", dtype=low):
+        y = separable_conv2d(**mixed, padding=1)
+        expected = separable_conv2d(**{name: t.to(low) for name, t in tensors.items()}, padding=1)
+    assert y.dtype == low
+    assert torch.equal(y, expected)
+
+
+@lows
+def test_autocast_takes_a_residual_in_float32(low):
+    (case,) = named("all six tensors")
+    tensors = leaves(case, torch.float32)
+    with torch.autocast("cpu", dtype=low):
+        y = separable_conv2d(**tensors, **case.options)
+    assert y.dtype == low
+    exact = two_convolutions(**{name: t.detach().double() for name, t in tensors.items()}, **case.options)
+    close(y.double(), exact, 0.1)
+    y.float().sum().backward()
+    assert tensors["residual"].grad.dtype == torch.float32
+    close(tensors["residual"].grad, torch.ones_like(tensors["residual"]))
+
+
+@lows
+def test_autocast_leaves_float64_as_it_is(low):
+    (case,) = named("everything")
+    tensors = leaves(case)
+    with torch.autocast("cpu", dtype=low):
+        found = value_and_gradients(separable_conv2d, tensors, case.options)
+    for ours, eager in zip(found, value_and_gradients(two_convolutions, tensors, case.options), strict=True):
+        assert ours.dtype == torch.float64
+        close(ours, eager)
+
+
+def test_autocast_switched_off_inside_is_off():
+    (case,) = named("plain")
+    tensors = leaves(case, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert separable_conv2d(**tensors).dtype == torch.float32
+
+
+def test_autocast_of_another_device_does_nothing():
+    (case,) = named("plain")
+    tensors = leaves(case, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            assert separable_conv2d(**tensors).dtype == torch.float32
+
+
+@lows
+@pytest.mark.parametrize("inside", (False, True), ids=("a backward outside of it", "a backward inside of it"))
+def test_a_backward_is_the_same_inside_and_outside_of_autocast(low, inside):
+    module = SeparableConv2d(4, 5, 3, padding=1, activation="silu")
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=low):
+        loss = module(x).float().square().sum()
+        expected = [g.clone() for g in torch.autograd.grad(loss, [x, *module.parameters()], retain_graph=True)]
+        if inside:
+            found = torch.autograd.grad(loss, [x, *module.parameters()])
+    if not inside:
+        found = torch.autograd.grad(loss, [x, *module.parameters()])
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@lows
+def test_the_module_trains_under_autocast(low):
+    module = SeparableConv2d(4, 5, 3, padding=1, activation="relu")
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    x, wanted = torch.randn(4, 4, 8, 8), torch.rand(4, 5, 8, 8)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=low):
+            loss = (module(x).float() - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@lows
+def test_autocast_is_heard_under_compile(low):
+    (case,) = named("biases")
+    tensors = leaves(case, torch.float32)
+    compiled = torch.compile(separable_conv2d, backend="aot_eager", fullgraph=True)
+    grad_output = torch.randn(case.output_shape)
+    ours = under_autocast(compiled, tensors, case.options, "cpu", low, grad_output)
+    eager = under_autocast(separable_conv2d, tensors, case.options, "cpu", low, grad_output)
+    for a, b in zip(ours, eager, strict=True):
+        assert a.dtype == b.dtype
+        close(a, b, 2e-2)
+
+
+# vmap
+
+
+VMAPPED = named(
+    "plain", "all six tensors", "relu thrice", "same, stride 2, even size", "depth multiplier 2", "everything"
+)
+
+
+def stacked(case, mapped, in_dim=0, count=3, requires_grad=False):
+    """The case's tensors, ``count`` different ones stacked at ``in_dim`` for those that are mapped."""
+    several = [case.tensors(seed) for seed in range(count)]
+    tensors = {
+        name: torch.stack([one[name] for one in several], in_dim) if name in mapped else several[0][name]
+        for name in several[0]
+    }
+    return {name: tensor.requires_grad_(requires_grad) for name, tensor in tensors.items()}
+
+
+def one_by_one(case, tensors, mapped, in_dim=0, count=3):
+    return torch.stack(
+        [
+            two_convolutions(
+                **{name: t.select(in_dim, i) if name in mapped else t for name, t in tensors.items()}, **case.options
+            )
+            for i in range(count)
+        ]
+    )
+
+
+MAPS = {
+    "x": ("x",),
+    "depthwise weight": ("depthwise_weight",),
+    "pointwise weight": ("pointwise_weight",),
+    "weights": ("depthwise_weight", "pointwise_weight"),
+    "x and weights": ("x", "depthwise_weight", "pointwise_weight"),
+    "biases": ("bias", "depthwise_bias"),
+    "residual": ("residual",),
+    "x and residual": ("x", "residual"),
+    "everything": TENSORS,
+}
+
+
+@pytest.mark.parametrize("in_dim", (0, 1, -1))
+@pytest.mark.parametrize("mapped", MAPS.values(), ids=MAPS)
+@pytest.mark.cases(VMAPPED)
+def test_vmap_is_a_loop(case, mapped, in_dim):
+    mapped = [name for name in mapped if name in case.tensors()] or ["x"]
+    tensors = stacked(case, mapped, in_dim)
+    names = list(tensors)
+    in_dims = tuple(in_dim if name in mapped else None for name in names)
+
+    def call(*values):
+        return separable_conv2d(**dict(zip(names, values, strict=True)), **case.options)
+
+    expected = one_by_one(case, tensors, mapped, in_dim)
+    close(torch.vmap(call, in_dims=in_dims)(*tensors.values()), expected)
+    close(torch.vmap(call, in_dims=in_dims, out_dims=2)(*tensors.values()), expected.movedim(0, 2))
+
+
+@pytest.mark.parametrize("mapped", MAPS.values(), ids=MAPS)
+def test_a_gradient_goes_back_through_vmap(mapped):
+    (case,) = named("everything")
+    tensors = stacked(case, mapped, requires_grad=True)
+    names = list(tensors)
+    in_dims = tuple(0 if name in mapped else None for name in names)
+
+    def call(*values):
+        return separable_conv2d(**dict(zip(names, values, strict=True)), **case.options)
+
+    y = torch.vmap(call, in_dims=in_dims)(*tensors.values())
+    found = torch.autograd.grad(y.square().sum(), list(tensors.values()))
+    y = one_by_one(case, tensors, mapped)
+    for ours, eager in zip(found, torch.autograd.grad(y.square().sum(), list(tensors.values())), strict=True):
+        close(ours, eager)
+
+
+def test_vmap_over_unbatched_images_is_a_batch():
+    case = Case("unbatched under vmap", None, 3, 6, 5, 4, padding=1, bias=True)
+    tensors = case.tensors()
+    x = torch.randn(5, 3, 6, 5, dtype=torch.float64)
+    weights = [tensors[name] for name in ("depthwise_weight", "pointwise_weight", "bias")]
+    mapped = torch.vmap(lambda image: separable_conv2d(image, *weights, padding=1))(x)
+    close(mapped, two_convolutions(x, *weights, padding=1))
+
+
+def test_vmap_in_vmap_is_a_loop_in_a_loop():
+    (case,) = named("plain")
+    tensors = case.tensors()
+    x = torch.randn(2, 3, *case.x_shape, dtype=torch.float64)
+    weights = torch.stack([tensors["depthwise_weight"] * scale for scale in (1.0, -2.0)])
+
+    def call(x, depthwise_weight):
+        return separable_conv2d(x, depthwise_weight, tensors["pointwise_weight"], padding=1)
+
+    found = torch.vmap(torch.vmap(call, in_dims=(0, None)), in_dims=(0, 0))(x, weights)
+    for i, j in itertools.product(range(2), range(3)):
+        close(found[i, j], two_convolutions(x[i, j], weights[i], tensors["pointwise_weight"], padding=1))
+
+
+def test_vmap_over_a_batch_of_none_or_one():
+    (case,) = named("everything")
+    tensors = case.tensors()
+    others = {name: t for name, t in tensors.items() if name not in ("x", "residual")}
+
+    def call(x, residual):
+        return separable_conv2d(x, **others, residual=residual, **case.options)
+
+    found = torch.vmap(call)(tensors["x"][None], tensors["residual"][None])
+    close(found[0], two_convolutions(**tensors, **case.options))
+    empty = torch.vmap(call)(tensors["x"][None, :0], tensors["residual"][None, :0])
+    assert empty.shape == (1, 0, *case.output_shape[1:])
+
+
+def test_many_models_at_once():
+    """An ensemble, as torch.func.stack_module_state makes it."""
+    modules = [SeparableConv2d(3, 4, 3, padding="same", stride=2, dtype=torch.float64) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(modules)
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(modules[0], (parameters, buffers), (x,))
+
+    found = torch.vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
+    close(found, torch.stack([module(x) for module in modules]))
+
+
+# torch.func
+
+
+@pytest.mark.cases((*CHOSEN, *named("unbatched, everything", "silu after")))
+def test_func_grad_is_the_gradient(case):
+    tensors = leaves(case, requires_grad=False)
+    names = list(tensors)
+
+    def loss(function):
+        return lambda *values: function(**dict(zip(names, values, strict=True)), **case.options).square().sum()
+
+    every = tuple(range(len(names)))
+    found = torch.func.grad(loss(separable_conv2d), argnums=every)(*tensors.values())
+    expected = torch.func.grad(loss(two_convolutions), argnums=every)(*tensors.values())
+    for ours, eager in zip(found, expected, strict=True):
+        close(ours, eager)
+
+
+@pytest.mark.cases(VMAPPED)
+def test_per_sample_gradients_are_those_of_each_sample_alone(case):
+    tensors = leaves(case, requires_grad=False)
+    per_sample = {name for name in tensors if name in ("x", "residual")}
+    weights = [name for name in tensors if name not in per_sample]
+    count = case.N
+
+    def loss(function):
+        def of(weight_values, sample_values):
+            values = {**dict(zip(weights, weight_values, strict=True)), **sample_values}
+            return function(**values, **case.options).square().sum()
+
+        return of
+
+    samples = {name: tensors[name] for name in per_sample}
+    weight_values = tuple(tensors[name] for name in weights)
+    found = torch.vmap(torch.func.grad(loss(separable_conv2d)), in_dims=(None, 0))(weight_values, samples)
+    for i in range(count):
+        one = {name: value[i] for name, value in samples.items()}
+        expected = torch.func.grad(loss(two_convolutions))(weight_values, one)
+        for ours, eager in zip(found, expected, strict=True):
+            close(ours[i], eager)
+
+
+def test_per_sample_gradients_of_a_module():
+    """The recipe of PyTorch's own tutorial: functional_call, grad, vmap."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        SeparableConv2d(3, 6, 3, padding=1, activation="relu", dtype=torch.float64),
+        SeparableConv2d(6, 4, 3, stride=2, padding="same", depthwise_bias=True, dtype=torch.float64),
+    )
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(model, parameters, (sample[None],)).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(4):
+        model.zero_grad()
+        model(x[i : i + 1]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            close(found[name][i], parameter.grad)
+
+
+def small_functions(function, case):
+    tensors = leaves(case, requires_grad=False)
+    names = list(tensors)
+    return (lambda *values: function(**dict(zip(names, values, strict=True)), **case.options)), tuple(tensors.values())
+
+
+JACOBIANS = named("1x1 image and kernel", "plain", "relu thrice", "gelu thrice", "unbatched", "everything")
+
+
+@pytest.mark.cases(JACOBIANS)
+def test_jacrev_is_the_jacobian(case):
+    ours, values = small_functions(separable_conv2d, case)
+    theirs, _ = small_functions(two_convolutions, case)
+    every = tuple(range(len(values)))
+    for a, b in zip(torch.func.jacrev(ours, every)(*values), torch.func.jacrev(theirs, every)(*values), strict=True):
+        close(a, b)
+
+
+@pytest.mark.cases(JACOBIANS)
+def test_a_jacobian_by_batched_gradients_is_the_jacobian(case):
+    """torch.autograd.grad with is_grads_batched, and functional.jacobian(vectorize=True) over it."""
+    ours, values = small_functions(separable_conv2d, case)
+    theirs, _ = small_functions(two_convolutions, case)
+    found = torch.autograd.functional.jacobian(ours, values, vectorize=True)
+    for a, b in zip(found, torch.autograd.functional.jacobian(theirs, values), strict=True):
+        close(a, b)
+
+
+def test_vjp_is_the_product():
+    (case,) = named("everything")
+    ours, values = small_functions(separable_conv2d, case)
+    theirs, _ = small_functions(two_convolutions, case)
+    (y, ours_back), (expected, theirs_back) = torch.func.vjp(ours, *values), torch.func.vjp(theirs, *values)
+    close(y, expected)
+    cotangent = torch.randn_like(y)
+    for a, b in zip(ours_back(cotangent), theirs_back(cotangent), strict=True):
+        close(a, b)
+
+
+def test_functional_call_uses_the_parameters_that_it_is_given():
+    module = SeparableConv2d(3, 4, 3, padding=1, dtype=torch.float64)
+    other = SeparableConv2d(3, 4, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    close(torch.func.functional_call(module, dict(other.named_parameters()), (x,)), other(x))
+    zero = {"pointwise.weight": torch.zeros(4, 3, 1, 1, dtype=torch.float64)}
+    found = torch.func.functional_call(module, zero, (x,))
+    close(found, module.pointwise.bias.view(1, 4, 1, 1).expand_as(found))
+
+
+@pytest.mark.cases(named("1x1 image and kernel", "gelu thrice", "relu thrice", "everything"))
+def test_a_gradient_of_a_gradient_is_eagers(case):
+    def twice(function):
+        call, values = small_functions(function, case)
+
+        def penalty(*values):
+            gradients = torch.func.grad(lambda *v: call(*v).square().sum(), tuple(range(len(values))))(*values)
+            return sum(gradient.square().sum() for gradient in gradients)
+
+        return torch.func.grad(penalty, tuple(range(len(values))))(*values)
+
+    for ours, eager in zip(twice(separable_conv2d), twice(two_convolutions), strict=True):
+        close(ours, eager, 1e-9)
+
+
+# Forward mode: PyTorch's own operators carry the tangents, so it is right, and never silently zero
+
+
+def right(ours, theirs, tolerance=1e-10):
+    expected = theirs()
+    assert all(tensor.abs().max() > 0 for tensor in expected if tensor.numel()), "zero would prove nothing"
+    for a, b in zip(ours(), expected, strict=True):
+        close(a, b, tolerance)
+
+
+def right_or_refused(ours, theirs):
+    """Where tracing and forward mode meet PyTorch itself refuses much; a wrong number is never right."""
+    expected = theirs()
+    try:
+        found = ours()
+    except Exception:
+        return
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+def tangents(values, seed=100):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(value.shape, generator=generator, dtype=value.dtype) for value in values)
+
+
+FORWARD_MODE = (
+    *CHOSEN,
+    *named("elu thrice", "silu after", "relu6 thrice", "hardswish thrice", "unbatched, everything"),
+)
+
+
+@pytest.mark.cases(FORWARD_MODE)
+def test_jvp_is_right(case):
+    def product(function):
+        call, values = small_functions(function, case)
+        return torch.func.jvp(call, values, tangents(values))
+
+    right(lambda: product(separable_conv2d), lambda: product(two_convolutions))
+
+
+@pytest.mark.parametrize("alone", TENSORS)
+def test_jvp_along_one_input_is_right(alone):
+    (case,) = named("everything")
+
+    def product(function):
+        call, values = small_functions(function, case)
+        position = list(case.tensors()).index(alone)
+
+        def of_one(value):
+            return call(*values[:position], value, *values[position + 1 :])
+
+        return torch.func.jvp(of_one, (values[position],), tangents((values[position],)))
+
+    right(lambda: product(separable_conv2d), lambda: product(two_convolutions))
+
+
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
+@pytest.mark.cases(named("everything", "relu thrice", "plain"))
+def test_dual_numbers_are_right(case, requires_grad):
+    def product(function):
+        tensors = leaves(case, requires_grad=requires_grad)
+        with forward_ad.dual_level():
+            along = tangents(list(tensors.values()))
+            duals = {n: forward_ad.make_dual(t, v) for (n, t), v in zip(tensors.items(), along, strict=True)}
+            primal, tangent = forward_ad.unpack_dual(function(**duals, **case.options))
+            assert tangent is not None, "the tangent was lost"
+            return [primal.detach(), tangent.detach()]
+
+    right(lambda: product(separable_conv2d), lambda: product(two_convolutions))
+
+
+def test_dual_numbers_through_the_op_itself_are_right():
+    (case,) = named("everything")
+    tensors = leaves(case, requires_grad=False)
+
+    def product(call):
+        with forward_ad.dual_level():
+            along = tangents(list(tensors.values()))
+            duals = {n: forward_ad.make_dual(t, v) for (n, t), v in zip(tensors.items(), along, strict=True)}
+            primal, tangent = forward_ad.unpack_dual(call(duals))
+            assert tangent is not None, "the tangent was lost"
+            return [primal, tangent]
+
+    right(
+        lambda: product(lambda duals: FORWARD(*forward_arguments(case, duals))),
+        lambda: product(lambda duals: two_convolutions(**duals, **case.options)),
+    )
+
+
+@pytest.mark.cases(named("plain", "relu thrice", "gelu thrice"))
+def test_forward_over_reverse_is_right(case):
+    """A Hessian-vector product, the usual way."""
+
+    def product(function):
+        call, values = small_functions(function, case)
+        gradient = torch.func.grad(lambda *v: call(*v).square().sum(), tuple(range(len(values))))
+        _, found = torch.func.jvp(gradient, values, tangents(values))
+        return found
+
+    right(lambda: product(separable_conv2d), lambda: product(two_convolutions), 1e-9)
+
+
+@pytest.mark.cases(named("plain", "relu thrice", "gelu thrice"))
+def test_reverse_over_forward_is_right(case):
+    def product(function):
+        call, values = small_functions(function, case)
+
+        def slope(*v):
+            return torch.func.jvp(call, v, tangents(values))[1].square().sum()
+
+        return torch.func.grad(slope, tuple(range(len(values))))(*values)
+
+    right(lambda: product(separable_conv2d), lambda: product(two_convolutions), 1e-9)
+
+
+@pytest.mark.cases(named("1x1 image and kernel", "gelu thrice", "unbatched"))
+def test_jacfwd_and_the_hessian_are_right(case):
+    def jacobian(function):
+        call, values = small_functions(function, case)
+        return [torch.func.jacfwd(call)(*values)]
+
+    def hessian(function):
+        call, values = small_functions(function, case)
+        return [torch.func.hessian(lambda x: call(x, *values[1:]).pow(3).sum())(values[0])]
+
+    right(lambda: jacobian(separable_conv2d), lambda: jacobian(two_convolutions))
+    right(lambda: hessian(separable_conv2d), lambda: hessian(two_convolutions), 1e-9)
+
+
+@pytest.mark.cases(named("1x1 image and kernel", "gelu thrice", "everything"))
+def test_forward_mode_passes_gradcheck(case):
+    tensors = leaves(case)
+
+    def call(*values):
+        return separable_conv2d(**dict(zip(tensors, values, strict=True)), **case.options)
+
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()), check_forward_ad=True, check_backward_ad=False)
+
+
+def with_a_way_past(function, case):
+    """The call, plus the sum of its inputs: a tangent lost on the way leaves a result that is wrong, not missing."""
+    call, values = small_functions(function, case)
+    return (lambda *values: call(*values).sum() + sum(value.sum() for value in values)), values
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", ("jvp", "dual numbers"))
+@pytest.mark.parametrize("build", (small_functions, with_a_way_past), ids=("alone", "with a way past"))
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+def test_forward_mode_under_compile_is_right_or_refused(backend, build, how):
+    (case,) = named("relu thrice")
+
+    def product(function):
+        call, values = build(function, case)
+
+        def jvp(values, along):
+            return torch.func.jvp(call, values, along)
+
+        def dual(values, along):
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(call(*map(forward_ad.make_dual, values, along)))
+
+        return (jvp if how == "jvp" else dual), (values, tangents(values))
+
+    ours, values = product(separable_conv2d)
+    theirs, _ = product(two_convolutions)
+    right_or_refused(lambda: torch.compile(ours, backend=backend)(*values), lambda: theirs(*values))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_what_is_compiled_and_then_differentiated_forward_is_right_or_refused():
+    (case,) = named("relu thrice")
+    compiled = torch.compile(separable_conv2d, backend="aot_eager")
+
+    def product(function):
+        call, values = small_functions(function, case)
+        return torch.func.jvp(call, values, tangents(values))
+
+    right_or_refused(lambda: product(compiled), lambda: product(two_convolutions))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_func_grad_and_vmap_compile():
+    (case,) = named("plain")
+    tensors = leaves(case, requires_grad=False)
+    weights = (tensors["depthwise_weight"], tensors["pointwise_weight"])
+
+    def loss(function):
+        return lambda weights, x: function(x, *weights, padding=1, activation="relu").square().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss(separable_conv2d)), in_dims=(None, 0))
+    expected = torch.vmap(torch.func.grad(loss(two_convolutions)), in_dims=(None, 0))(weights, tensors["x"])
+    found = torch.compile(per_sample, backend="aot_eager")(weights, tensors["x"])
+    for ours, eager in zip(found, expected, strict=True):
+        close(ours, eager)
+
+
+# Other ways to run a graph
+
+
+def test_checkpointing_recomputes_the_same():
+    module = SeparableConv2d(4, 4, 3, padding=1, activation="gelu", dtype=torch.float64)
+    results = []
+    for checkpointed in (False, True):
+        x = torch.ones(2, 4, 6, 6, dtype=torch.float64).cumsum(-1).requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+        results.append(torch.autograd.grad(y.square().sum(), [x, *module.parameters()]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_threads_may_share_a_module():
+    module = SeparableConv2d(4, 6, 3, padding=1, activation="relu", dtype=torch.float64)
+    images = [torch.randn(n % 3 + 1, 4, 6 + n % 2, 6, dtype=torch.float64) for n in range(16)]
+    expected = [two_convolutions(
+        x, module.depthwise.weight, module.pointwise.weight, module.pointwise.bias, padding=1, activation="relu"
+    ) for x in images]  # fmt: skip
+    found = [None] * len(images)
+
+    def work(n):
+        for i in range(n, len(images), 4):
+            x = images[i].clone().requires_grad_()
+            y = module(x)
+            (gradient,) = torch.autograd.grad(y.sum(), x)
+            found[i] = (y.detach(), gradient)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for result, y in zip(found, expected, strict=True):
+        close(result[0], y.detach())
+        assert result[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("elsewhere", (False, True), ids=("this thread", "another thread"))
+def test_a_backward_runs_on_the_backend_of_its_forward(elsewhere):
+    backends = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (FORWARD.default, BACKWARD.default):
+                names = [argument.name for argument in func._schema.arguments]
+                given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+                backends.append((func._schema.name.split("::")[1], given["backend"]))
+            return func(*args, **(kwargs or {}))
+
+    tensors = leaves(named("relu thrice")[0])
+    with Record(), fused_sepconv.use_backend("reference"):
+        y = separable_conv2d(**tensors, padding=1)
+
+    def backward():
+        with Record():
+            y.sum().backward()
+
+    if elsewhere:
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join(60)
+    else:
+        backward()
+    assert backends == [("separable_conv2d", "reference"), ("separable_conv2d_backward", "reference")]
+
+
+def test_a_tensor_subclass_of_the_users_passes_through():
+    class Tagged(torch.Tensor):
+        pass
+
+    tensors = leaves(named("plain")[0], requires_grad=False)
+    y = separable_conv2d(tensors["x"].as_subclass(Tagged), tensors["depthwise_weight"], tensors["pointwise_weight"])
+    assert isinstance(y, Tagged)
+    close(y.as_subclass(torch.Tensor), two_convolutions(**tensors))
+
+
+def test_averaged_models_follow_the_weights():
+    """torch.optim.swa_utils copies the module and its buffers; the copy computes with its own averages."""
+    module = SeparableConv2d(3, 4, 3, padding=1, dtype=torch.float64)
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    for _ in range(2):
+        averaged.update_parameters(module)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1.0)
+    reference = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter, average in zip(reference.parameters(), averaged.module.parameters(), strict=True):
+            parameter.copy_(average)
+    assert torch.equal(averaged(x), reference(x))
+
+
+def test_every_activation_of_the_definition_is_one_of_the_packages():
+    """The tests' own table and the package's name the same seven."""
+    assert set(ACTIVATIONS) == set(fused_sepconv.activations.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("transform", (torch.func.jacfwd, torch.func.hessian), ids=lambda t: t.__name__)
+def test_per_sample_forward_mode_in_channels_last(transform):
+    weights = torch.randn(3, 1, 3, 3, dtype=torch.float64), torch.randn(2, 3, 1, 1, dtype=torch.float64)
+    batch = torch.randn(2, 1, 3, 3, 4, dtype=torch.float64)
+    batch = torch.stack([image.contiguous(memory_format=torch.channels_last) for image in batch])
+
+    def sample(function):
+        return torch.vmap(transform(lambda x: function(x, *weights, padding=1, mid_activation="silu").square().sum()))
+
+    ours, right = sample(fused_sepconv.separable_conv2d)(batch), sample(two_convolutions)(batch)
+    torch.testing.assert_close(ours, right)
+
+
+def test_vmap_over_an_empty_batch_of_images_keeps_their_number():
+    y = torch.vmap(fused_sepconv.separable_conv2d, in_dims=(0, None, None))(
+        torch.randn(0, 2, 3, 4, 5), torch.randn(3, 1, 1, 1), torch.randn(4, 3, 1, 1)
+    )
+    assert y.shape == (0, 2, 4, 4, 5)
+
+
+def test_the_flag_for_tf32_is_read_in_each_of_its_forms():
+    if not hasattr(torch.backends.cudnn, "conv"):
+        return
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision, allowed in (("tf32", True), ("ieee", False), ("none", False)):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert execution._tf32() == allowed
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
