@@ -15,7 +15,8 @@ from .activations import ACTIVATIONS
 from .arguments import Arguments, TensorSpec, check_cached, output_size
 from .devices import DEVICES, Device, cuda_device
 from .memory_format import empty_output, memory_format_of
-from .plan import INSTANCES, Candidate, Kernels, Plan, Problem, Splits, plan
+from .plan import INSTANCES, Plan, plan
+from .problem import Candidate, Kernels, Problem, Splits
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import execution
-from .arguments import normalise
+from .arguments import Call, normalise
 from .backend import use_backend
 from .devices import DEVICES
 from .module import SeparableConv2d
@@ -90,41 +90,10 @@ def explain(target: Tensor | nn.Module, *args: Any, device: str | None = None, *
         raise ValueError(f"device: expected None or one of {tuple(DEVICES)}, got {device!r}")
     if isinstance(target, nn.Module):
         return _explain_model(target, args, kwargs, device)
-    return _explain_call(_bind(target, *args, **kwargs), device)
+    return _explain_call(normalise(target, *args, **kwargs), device)
 
 
-def _bind(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    *,
-    depthwise_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    pre_activation: str | None = None,
-    mid_activation: str | None = None,
-    activation: str | None = None,
-) -> Any:
-    return normalise(
-        x,
-        depthwise_weight,
-        pointwise_weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        depthwise_bias,
-        residual,
-        pre_activation,
-        mid_activation,
-        activation,
-    )
-
-
-def _explain_call(call: Any, device: str | None) -> Explanation:
+def _explain_call(call: Call, device: str | None) -> Explanation:
     plans = []
     for direction in ("forward", "backward"):
         problem = execution.problem_of(direction, call.tensors, call.arguments)
@@ -142,7 +111,7 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
 
     def note(module: SeparableConv2d, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.runs_as_one():
-            layers.append((names[module], _explain_call(_bind(**module.call(*args, **kwargs)), device)))
+            layers.append((names[module], _explain_call(normalise(**module.call(*args, **kwargs)), device)))
         else:
             children_called.append(names[module])
 

@@ -60,11 +60,11 @@ def separable_conv2d(
         stride,
         padding,
         dilation,
-        depthwise_bias,
-        residual,
-        pre_activation,
-        mid_activation,
-        activation,
+        depthwise_bias=depthwise_bias,
+        residual=residual,
+        pre_activation=pre_activation,
+        mid_activation=mid_activation,
+        activation=activation,
     )
     y = autograd.separable_conv2d(*call.tensors, *call.arguments, default_backend())
     return y.squeeze(0) if call.unbatched else y

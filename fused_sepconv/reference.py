@@ -124,11 +124,11 @@ def separable_conv2d(
         stride,
         padding,
         dilation,
-        depthwise_bias,
-        residual,
-        pre_activation,
-        mid_activation,
-        activation,
+        depthwise_bias=depthwise_bias,
+        residual=residual,
+        pre_activation=pre_activation,
+        mid_activation=mid_activation,
+        activation=activation,
     )
     y = forward(*call.tensors, *call.arguments)
     return y.squeeze(0) if call.unbatched else y

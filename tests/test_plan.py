@@ -12,7 +12,8 @@ import fused_sepconv
 from fused_sepconv.arguments import Arguments
 from fused_sepconv.devices import DEVICES
 from fused_sepconv.execution import ALL_KERNELS, problem_of
-from fused_sepconv.plan import INSTANCES, Kernels, Problem, plan
+from fused_sepconv.plan import INSTANCES, plan
+from fused_sepconv.problem import Kernels, Problem
 from tests.cases import CASES, Case, four_sides, pair
 from tests.emulation import emulated_kernels
 

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
 
-from .explained import explanation
+from .explained import explanation, is_equivalent
 from .judge import Judge
 from .mutate import Mutant, all_mutants, sample
 from .trial import CAUGHT_BY, Outcome, Trials
 
 WANTED = 0.95
-COLUMNS = ("mutants", *CAUGHT_BY, "equivalent", "unexplained", "caught")
+COLUMNS = ("mutants", *CAUGHT_BY, "equivalent", "survived", "caught")
 
 
 def main() -> int:
@@ -82,28 +82,25 @@ def _line(outcome: Outcome) -> str:
 
 
 def _report(outcomes: Sequence[Outcome]) -> int:
+    """Prints the figures and the survivors; gives the exit status."""
     judged = [outcome for outcome in outcomes if outcome.end != "no program"]
     survivors = [outcome.mutant for outcome in judged if outcome.end == "survived"]
-    unexplained = [mutant for mutant in survivors if not explanation(mutant)]
 
-    print()
-    print(f"{'':12}" + "".join(f"{column:>13}" for column in COLUMNS))
+    print("\n" + " " * 12 + "".join(f"{column:>12}" for column in COLUMNS))
     for kind in (*sorted({outcome.mutant.kind for outcome in judged}), "all"):
-        of_kind = [outcome for outcome in judged if kind in (outcome.mutant.kind, "all")]
-        ends = Counter(outcome.end for outcome in of_kind)
-        unknown = sum(kind in (mutant.kind, "all") for mutant in unexplained)
-        equivalent = ends["survived"] - unknown
+        ends = Counter(
+            "equivalent" if outcome.end == "survived" and is_equivalent(outcome.mutant) else outcome.end
+            for outcome in judged
+            if kind in (outcome.mutant.kind, "all")
+        )
         caught = sum(ends[name] for name in CAUGHT_BY)
-        share = f"{caught / max(len(of_kind) - equivalent, 1):.1%}"
-        figures = (len(of_kind), *(ends[name] for name in CAUGHT_BY), equivalent, unknown, share)
-        print(f"{kind:12}" + "".join(f"{figure:>13}" for figure in figures))
-    print(f"\n{len(outcomes) - len(judged)} more were no programs. Survivors:")
+        share = caught / max(ends.total() - ends["equivalent"], 1)  # of those that could be caught
+        figures = (ends.total(), *(ends[name] for name in COLUMNS[1:-1]), f"{share:.1%}")
+        print(f"{kind:12}" + "".join(f"{figure:>12}" for figure in figures))
+    print(f"\n{len(outcomes) - len(judged)} more were no programs. What was not caught:")
     for mutant in survivors:
         print(f"  {mutant}\n      {explanation(mutant) or 'NOT EXPLAINED'}")
-
-    caught = len(judged) - len(survivors)
-    enough = caught >= WANTED * (caught + len(unexplained))
-    return 0 if enough and not unexplained else 1
+    return 0 if share >= WANTED and all(map(explanation, survivors)) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""The words of planning: what a problem is, and what a candidate for running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+LAUNCH_SECONDS = 3e-6
+"""Assumed, until measured: a kernel's share of launching and draining."""
+LIBRARY_BANDWIDTH = 0.85
+"""Assumed, until measured: what a plain kernel reaches of a copy's bandwidth."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call in one direction: everything that a choice of kernel may depend on. Sizes in elements."""
+
+    direction: str  # "forward" or "backward"
+    N: int
+    C: int
+    H: int
+    W: int
+    F: int
+    multiplier: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # top, bottom, left, right
+    dilation: tuple[int, int]
+    out_h: int
+    out_w: int
+    dtype: str
+    layout: str  # "nhwc" or "nchw": which dimension of x is the fastest
+    pre_activation: str | None = None
+    mid_activation: str | None = None
+    activation: str | None = None
+    residual: bool = False
+    tf32: bool = False  # float32 convolutions may use TF32
+
+    @property
+    def K(self) -> int:
+        """Channels of the depthwise result."""
+        return self.C * self.multiplier
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of all images."""
+        return self.N * self.out_h * self.out_w
+
+    def bytes_of(self, elements: int) -> int:
+        return elements * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def x_bytes(self) -> int:
+        return self.bytes_of(self.N * self.C * self.H * self.W)
+
+    @property
+    def intermediate_bytes(self) -> int:
+        """The depthwise result, which a fused kernel never writes."""
+        return self.bytes_of(self.pixels * self.K)
+
+    @property
+    def y_bytes(self) -> int:
+        return self.bytes_of(self.pixels * self.F)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.bytes_of(self.K * (self.taps + self.F))
+
+    @property
+    def depthwise_flops(self) -> int:
+        return 2 * self.pixels * self.K * self.taps
+
+    @property
+    def pointwise_flops(self) -> int:
+        return 2 * self.pixels * self.K * self.F
+
+    def __str__(self) -> str:
+        """Such as "728->728@19 3x3 forward, N 64, bfloat16 nhwc"."""
+        size = f"{self.H}" if self.H == self.W else f"{self.H}x{self.W}"
+        kernel = f"{self.kernel[0]}x{self.kernel[1]}"
+        return f"{self.C}->{self.F}@{size} {kernel} {self.direction}, N {self.N}, {self.dtype} {self.layout}"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which instances of the native module can run on a device; where none can, why."""
+
+    instances: frozenset[str]
+    why_none: str = ""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A kernel of the native module as it is compiled (a test holds this against what the module says)."""
+
+    name: str
+    threads: int  # a block
+    shared_bytes: int  # dynamic shared memory a block
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A sum over all output pixels, cut into parts that blocks sum side by side."""
+
+    parts: int
+    pixels_per_part: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that could run a problem, with its predicted cost on the plan's device, or why it can't."""
+
+    family: str  # "reference" or a family of kernels
+    name: str  # the instance, or "reference"
+    bytes: int = 0  # device memory, read + written
+    flops: int = 0
+    blocks: int = 0
+    waves: float = 0.0  # blocks over those that the device holds at once
+    shared_bytes: int = 0
+    predicted_seconds: float = float("inf")
+    refusal: str = ""  # why it can't run; empty if it can
+    depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
+    pointwise_splits: Splits | None = None
