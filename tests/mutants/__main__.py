@@ -1,7 +1,7 @@
 """python -m tests.mutants: plants every bug that `mutate.py` can make in the kernels, and counts those that are seen.
 
-Some 700 mutants take about 25 minutes on two cores. The exit status is 1 where fewer than 95 % are caught or where one
-survives that explained.py does not explain.
+Some 700 mutants take about half an hour on two cores. The exit status is 1 where fewer than 95 % of those that are not
+equivalent are caught, or where one survives that explained.py does not explain.
 """
 
 from __future__ import annotations

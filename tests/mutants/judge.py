@@ -18,10 +18,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+import fused_sepconv
+from fused_sepconv import _native
+from tests.cases import Case, named, two_convolutions
+
+from .scratch import INSTANCES
+
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+MEMORY_FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 SCHEDULES = {False: (("forward", 1), ("reverse", 1), ("random", 1)), True: (("forward", 1), ("reverse", 1))}
 
@@ -72,15 +81,11 @@ class Judge:
 # ---- in the process
 
 
-def _cases(checked: bool) -> list:
-    """What a module is asked: small cases of the table, and those of the tiles' exact sizes, tails and splits.
-
-    Every kernel's tile is 64 x 64 (or 32 or 4 channels of the depthwise weight), its slabs are 16 deep, and a sum over
-    more than 256 pixels is split.
-    """
-    from tests.cases import Case, named
-
-    cases = named(
+# What a module is asked: small cases of the table, the bends of activations, and tiles and splits that are whole or one
+# over. A tile is 64 x 64 (32 or 4 channels for the depthwise weight), its slabs are 16 deep, and a sum over more than
+# 256 pixels is split.
+CASES = (
+    *named(
         "everything",
         "four different sides",
         "three activations, both biases",
@@ -97,23 +102,21 @@ def _cases(checked: bool) -> list:
         "silu thrice",
         "hardswish thrice",
         "gelu thrice",
-    )
-    return [
-        *cases,
-        Case("bends", 1, 2, 4, 4, 3, pre_activation="relu", mid_activation="relu"),
-        Case("bends of relu6", 1, 2, 4, 4, 3, pre_activation="relu6"),
-        Case("bends of hardswish", 1, 2, 4, 4, 3, pre_activation="hardswish"),
-        Case("whole tiles", 1, 64, 8, 8, 64, kernel=1, padding=0),
-        Case("one over a tile", 1, 65, 1, 66, 65, kernel=(1, 2), padding=0, bias=True, depthwise_bias=True),
-        Case("many channels, few features", 1, 70, 2, 3, 2, kernel=1, padding=0),
-        Case("few channels, many features", 1, 2, 2, 3, 70, kernel=1, padding=0),
-        Case("a split sum", 1, 4, 17, 17, 3, bias=True, depthwise_bias=True),
-        Case("a split sum, whole tiles of channels", 1, 64, 17, 17, 2, kernel=1, padding=0),
-        Case("a split sum, whole tiles of features", 1, 2, 17, 17, 64, kernel=1, padding=0),
-    ]
+    ),
+    Case("bends", 1, 2, 4, 4, 3, pre_activation="relu", mid_activation="relu"),
+    Case("bends of relu6", 1, 2, 4, 4, 3, pre_activation="relu6"),
+    Case("bends of hardswish", 1, 2, 4, 4, 3, pre_activation="hardswish"),
+    Case("whole tiles", 1, 64, 8, 8, 64, kernel=1, padding=0),
+    Case("one over a tile", 1, 65, 1, 66, 65, kernel=(1, 2), padding=0, bias=True, depthwise_bias=True),
+    Case("many channels, few features", 1, 70, 2, 3, 2, kernel=1, padding=0),
+    Case("few channels, many features", 1, 2, 2, 3, 70, kernel=1, padding=0),
+    Case("a split sum", 1, 4, 17, 17, 3, bias=True, depthwise_bias=True),
+    Case("a split sum, whole tiles of channels", 1, 64, 17, 17, 2, kernel=1, padding=0),
+    Case("a split sum, whole tiles of features", 1, 2, 17, 17, 64, kernel=1, padding=0),
+)
 
 
-def _tensors(case) -> dict[str, Tensor]:
+def _tensors(case: Case) -> dict[str, Tensor]:
     tensors = case.tensors()
     if case.name.startswith("bends"):
         corners = [0.0, 3.0, -3.0, 6.0]  # where activations have no derivative
@@ -123,8 +126,6 @@ def _tensors(case) -> dict[str, Tensor]:
 
 
 def _forward_and_back(function: Callable[..., Tensor], tensors: dict[str, Tensor], options: dict) -> dict[str, Tensor]:
-    import torch
-
     y = function(**tensors, **options)
     grad_output = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(y.dtype)
     gradients = torch.autograd.grad(y, list(tensors.values()), grad_output)
@@ -134,23 +135,13 @@ def _forward_and_back(function: Callable[..., Tensor], tensors: dict[str, Tensor
 def _what_is_wrong(native: Path) -> tuple[str, list[str]]:
     """The first thing that is wrong with a module, or nothing; and the instances that were never executed."""
     os.environ["FUSED_SEPCONV_NATIVE"] = str(native)
-    import torch
-
-    import fused_sepconv
-    from fused_sepconv import _native
-    from tests.cases import two_convolutions
-
-    from .scratch import INSTANCES
-
     module = _native.load()
-    tolerance = {"float64": 1e-12, "float32": 2e-6}
-    memory_formats = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-    for case in _cases(module.is_checked()):
+    for case in CASES:
         exact = {name: tensor.requires_grad_() for name, tensor in _tensors(case).items()}
         oracle = _forward_and_back(two_convolutions, exact, case.options)
         for dtype, layout in INSTANCES:
             tensors = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in exact.items()}
-            tensors["x"] = tensors["x"].contiguous(memory_format=memory_formats[layout])
+            tensors["x"] = tensors["x"].contiguous(memory_format=MEMORY_FORMATS[layout])
             tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
             for order, seed in SCHEDULES[module.is_checked()]:
                 module.set_schedule(order, seed)
@@ -162,7 +153,7 @@ def _what_is_wrong(native: Path) -> tuple[str, list[str]]:
                     return f"{where}: {error}", []
                 for name, right in oracle.items():
                     error, scale = float((ours[name].double() - right).abs().max()), float(right.abs().max())
-                    if not error <= tolerance[dtype] * max(scale, 1.0):
+                    if not error <= TOLERANCE[dtype] * max(scale, 1.0):
                         return f"{where}: {name} is {error:.1e} off, of {scale:.1e}", []
     return "", sorted({instance["name"] for instance in module.instances()} - set(module.executed()))
 
@@ -173,7 +164,8 @@ def _judge_in_a_fork(native: Path, seconds: float) -> Verdict:
     child = os.fork()
     if child == 0:
         os.close(reader)
-        os.dup2(2, 1)  # stdout is the answer's
+        for stream in (1, 2):  # stdout is the answers', and the C library's last words say nothing to anyone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
@@ -201,10 +193,6 @@ def _how_it_ended(status: int) -> str:
 
 
 def main() -> None:
-    import torch
-
-    import fused_sepconv  # noqa: F401
-
     torch.set_num_threads(1)
     for line in sys.stdin:
         native, seconds = json.loads(line)

@@ -159,7 +159,7 @@ def _statement(code: str, start: int, end: int) -> tuple[int, int]:
     return _strip(code, min(first, start), max(last, end))
 
 
-def _in_context(code: str, start: int, end: int, replacement: str, width: int = 60) -> str:
+def _in_context(code: str, start: int, end: int, replacement: str, width: int = 28) -> str:
     """The statement in one line with the change marked in it: `k {< -> <=} shape.K`."""
     first, last = _statement(code, start, end)
     parts = (code[first:start], code[start:end], code[end:last], replacement)
@@ -266,10 +266,18 @@ def _twins(code: str) -> Iterator[Change]:
             is_member = name.startswith(".")
             pattern = rf"(?<=\.){name[1:]}\b(?!\()" if is_member else rf"(?<![\w.]){name}\b"
             for match in re.finditer(pattern, code):
-                declares = re.search(r"\b(?:int|int32_t|int64_t|auto) $", code[: match.start()])
-                counts = not is_member and _header_around(code, match.start(), "for") >= 0
-                if not (declares or counts):
+                if is_member or _may_stand_at(code, twin, match.start()):
                     yield *match.span(), "twin", twin.removeprefix(".")
+
+
+def _may_stand_at(code: str, name: str, at: int) -> bool:
+    """Whether a name in place of that at `at` would compile, and would neither declare anything nor count a loop."""
+    if re.search(r"\b(?:int|int32_t|int64_t|auto) $", code[:at]) or _header_around(code, at, "for") >= 0:
+        return False
+    function = code.rfind("\n}", 0, at) + 1
+    return code[at:].lstrip("abcdefghijklmnopqrstuvwxyz_")[0] == "(" or bool(
+        re.search(rf"\b{name}\b", code[function:at])
+    )
 
 
 def _bypasses(code: str) -> Iterator[Change]:
