@@ -60,32 +60,9 @@ def test_gradcheck(target, dtype, case):
     assert torch.autograd.gradcheck(call, tuple(inputs.values()), check_batched_grad=False)
 
 
-TWICE = named(
-    "all six tensors",
-    "unbatched, everything",
-    "depth multiplier 2",
-    "four different sides",
-    "same, stride 2, dilation 2",
-    "1x1 image",
-    "windows in the padding alone",
-    "relu thrice",
-    "relu6 thrice",
-    "elu thrice",
-    "silu thrice",
-    "hardswish thrice",
-    "gelu thrice",
-    "relu6 after",
-    "elu after",
-    "silu after",
-    "three activations, both biases",
-    "everything",
-    "batch 0",
-)
-
-
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float64)
-@pytest.mark.cases(TWICE)
+@pytest.mark.cases(SMALL)
 def test_gradgradcheck(target, dtype, case):
     inputs = leaves(case.tensors(), dtype, target.device)
 

@@ -25,6 +25,13 @@ FORMATS = (torch.channels_last, torch.contiguous_format)
 # strides, dilation, multiplier, uneven padding, biases, residual, activations.
 SMALL = tuple(case for case in CASES if case.N and case.multiplications < 60_000)
 
+# Sums over more pixels than one part takes, ragged (289 in parts of 145 and 144), and tiles that K or F just fills.
+SPLIT = (
+    Case("two parts of pixels", N=1, C=3, H=17, W=17, F=2, bias=True, depthwise_bias=True, mid_activation="relu"),
+    Case("two parts, K fills a tile", N=1, C=64, H=17, W=17, F=2, kernel=1, padding=0, bias=True),
+    Case("two parts, F fills a tile", N=1, C=2, H=17, W=17, F=64, kernel=1, padding=0, bias=True),
+)
+
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
 def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
@@ -53,7 +60,7 @@ def forward_and_back(function, tensors: dict[str, Tensor], options: dict) -> lis
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nhwc", "nchw"])
-@pytest.mark.cases(SMALL)
+@pytest.mark.cases((*SMALL, *SPLIT))
 def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, memory_format):
     tensors = inputs(case, torch.float64, memory_format)
     runs = []
