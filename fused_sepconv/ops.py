@@ -212,7 +212,7 @@ def _one_by_one(op: Callable, batch_size: int, in_dims: tuple, args: tuple) -> t
 # torch.utils.flop_counter -------------------------------------------------------------------------------------------
 
 
-def _taps_and_pixels(depthwise: Sequence[int], y: Sequence[int]) -> tuple[int, int]:
+def _convolution_flops(depthwise: Sequence[int], y: Sequence[int]) -> tuple[int, int]:
     """Flops of the depthwise and of the pointwise convolution: two a multiply-add."""
     intermediate, _, kernel_h, kernel_w = depthwise
     n, features, out_h, out_w = y
@@ -222,7 +222,7 @@ def _taps_and_pixels(depthwise: Sequence[int], y: Sequence[int]) -> tuple[int, i
 
 @register_flop_formula(torch.ops.fused_sepconv.separable_conv2d)
 def _forward_flops(x: Any, depthwise_weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sum(_taps_and_pixels(depthwise_weight, out_shape))
+    return sum(_convolution_flops(depthwise_weight, out_shape))
 
 
 @register_flop_formula(torch.ops.fused_sepconv.separable_conv2d_backward)
@@ -230,7 +230,7 @@ def _backward_flops(
     grad_output: Any, x: Any, depthwise_weight: Any, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:
     """A convolution's work for each gradient asked for; the recomputed forward is overhead, and not counted."""
-    depthwise, pointwise = _taps_and_pixels(depthwise_weight, grad_output)
+    depthwise, pointwise = _convolution_flops(depthwise_weight, grad_output)
     want_x, want_depthwise, want_pointwise, _, want_depthwise_bias, _ = rest[-1]
     want_t = want_x or want_depthwise or want_depthwise_bias
     return pointwise * (want_t + want_pointwise) + depthwise * (want_x + want_depthwise)
