@@ -177,7 +177,7 @@ def normalise(
         x = x.unsqueeze(0)
         residual = residual.unsqueeze(0) if _is_dense(residual) else residual
     tensors = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
-    if isinstance(x, Tensor) and _autocasts(x.device.type):
+    if isinstance(x, Tensor) and autocasts(x.device.type):
         tensors = tuple(_autocast(tensor, x.device.type) for tensor in tensors)
     x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
     specs = (
@@ -213,7 +213,8 @@ def _symbolic(specs: tuple[TensorSpec | None, ...]) -> bool:
     return False
 
 
-def _autocasts(device_type: str) -> bool:
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a device."""
     # is_autocast_enabled refuses devices that autocast does not know (meta).
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import execution, reference
-from .arguments import Arguments, output_size
+from .arguments import Arguments, autocasts, output_size
 from .backend import BACKENDS
 from .memory_format import as_gradient, as_output, empty_output
 
@@ -123,9 +123,8 @@ def _asks_the_plan(x: Tensor, backend: str) -> bool:
 
 def _without_autocast(x: Tensor) -> Any:
     """The op computes in the dtype it is given; autocast's casts came before it."""
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if autocasts(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
 
