@@ -28,7 +28,7 @@ Padding = tuple[int, int, int, int]
 
 
 class Arguments(NamedTuple):
-    """The checked non-tensor arguments of a call, as the op's schema has them."""
+    """The checked non-tensor arguments of `separable_conv2d`, as the op's schema has them."""
 
     stride: Pair
     padding: Padding
@@ -37,17 +37,27 @@ class Arguments(NamedTuple):
     mid_activation: str | None
     activation: str | None
 
-    @classmethod
-    def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], *activations: str | None):
-        """From the op's arguments, whose lists are not hashable."""
-        return cls(tuple(stride), tuple(padding), tuple(dilation), *activations)
+
+class DepthwiseArguments(NamedTuple):
+    """The checked non-tensor arguments of `depthwise_conv2d`, as the op's schema has them."""
+
+    stride: Pair
+    padding: Padding
+    dilation: Pair
+    pre_activation: str | None
+    activation: str | None
+
+
+def hashable(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """An op's arguments with tuples for its lists, which have no hash."""
+    return tuple(tuple(value) if isinstance(value, (list, tuple)) else value for value in arguments)
 
 
 class Call(NamedTuple):
-    """A checked call. `tensors`: x (N, C, H, W), depthwise_weight, pointwise_weight, bias, depthwise_bias, residual."""
+    """A checked call. `tensors` has every tensor that the op takes, None for those not given; x is (N, C, H, W)."""
 
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-    arguments: Arguments
+    tensors: tuple[Tensor | None, ...]
+    arguments: Arguments | DepthwiseArguments
     unbatched: bool
 
 
@@ -167,7 +177,7 @@ def normalise(
     mid_activation: str | None = None,
     activation: str | None = None,
 ) -> Call:
-    """A public function's arguments as a checked call, cast to autocast's dtype where autocast is on.
+    """The arguments of `separable_conv2d` as a checked call, cast to autocast's dtype where autocast is on.
 
     The casts come before the op, where autograd sees them: an autocast rule registered on the op would leave its
     backward without them.
@@ -176,9 +186,7 @@ def normalise(
     if unbatched:
         x = x.unsqueeze(0)
         residual = residual.unsqueeze(0) if _is_dense(residual) else residual
-    tensors = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
-    if isinstance(x, Tensor) and autocasts(x.device.type):
-        tensors = tuple(_autocast(tensor, x.device.type) for tensor in tensors)
+    tensors = _as_autocast_reads(x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
     x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
     specs = (
         TensorSpec.of("x", x),
@@ -196,8 +204,38 @@ def normalise(
         check_activation("mid_activation", mid_activation),
         check_activation("activation", activation),
     )
-    # The checks of an eager call are looked up; while tracing, shapes may be symbolic, and have no hash.
-    arguments = (check if torch.compiler.is_compiling() or _symbolic(specs) else check_cached)(*specs, *options)
+    arguments = (check if _is_traced(specs) else check_cached)(*specs, *options)
+    return Call(tensors, arguments, unbatched)
+
+
+def normalise_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *,
+    pre_activation: str | None = None,
+    activation: str | None = None,
+) -> Call:
+    """`normalise`, for `depthwise_conv2d`."""
+    unbatched = _is_dense(x) and x.dim() == 3
+    tensors = _as_autocast_reads(x.unsqueeze(0) if unbatched else x, weight, bias)
+    x, weight, bias = tensors
+    specs = (
+        TensorSpec.of("x", x),
+        TensorSpec.of("weight", weight),
+        None if bias is None else TensorSpec.of("bias", bias),
+    )
+    options = (
+        pair("stride", stride, 1),
+        padding_form(padding),
+        pair("dilation", dilation, 1),
+        check_activation("pre_activation", pre_activation),
+        check_activation("activation", activation),
+    )
+    arguments = (check_depthwise if _is_traced(specs) else check_depthwise_cached)(*specs, *options)
     return Call(tensors, arguments, unbatched)
 
 
@@ -205,7 +243,10 @@ def _is_dense(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.layout is torch.strided
 
 
-def _symbolic(specs: tuple[TensorSpec | None, ...]) -> bool:
+def _is_traced(specs: tuple[TensorSpec | None, ...]) -> bool:
+    """Whether checks can't be looked up: while tracing, shapes may be symbolic, and have no hash."""
+    if torch.compiler.is_compiling():
+        return True
     try:
         hash(specs)
     except TypeError:
@@ -217,6 +258,14 @@ def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a device."""
     # is_autocast_enabled refuses devices that autocast does not know (meta).
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _as_autocast_reads(x: Any, *others: Any) -> tuple[Any, ...]:
+    """A call's tensors, cast where autocast is on for x's device."""
+    tensors = (x, *others)
+    if isinstance(x, Tensor) and autocasts(x.device.type):
+        return tuple(_autocast(tensor, x.device.type) for tensor in tensors)
+    return tensors
 
 
 def _autocast(tensor: Any, device_type: str) -> Any:
@@ -240,7 +289,7 @@ def check(
     mid_activation: str | None,
     activation: str | None,
 ) -> Arguments:
-    """Refuses a bad call, or gives its arguments in the op's form. x is batched here: (N, C, H, W)."""
+    """Refuses a bad call of `separable_conv2d`, or gives its arguments in the op's form. x is batched: (N, C, H, W)."""
     tensors = {
         "x": x,
         "depthwise_weight": depthwise_weight,
@@ -249,27 +298,10 @@ def check(
         "depthwise_bias": depthwise_bias,
         "residual": residual,
     }
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _check_kind(name, tensor, x)
-
-    if len(x.shape) != 4:
-        raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got {len(x.shape)} dimensions: {_shape(x)}")
-    batch, channels, height, width = x.shape
-    if channels < 1 or height < 1 or width < 1:
-        raise ValueError(f"x: expected at least one channel, row and column, got {_shape(x)}")
-    if len(depthwise_weight.shape) != 4 or depthwise_weight.shape[1] != 1:
-        raise ValueError(
-            f"depthwise_weight: expected (C * m, 1, kh, kw) for x with C = {channels}, got {_shape(depthwise_weight)}"
-        )
-    intermediate, _, kernel_h, kernel_w = depthwise_weight.shape
-    if intermediate < 1 or intermediate % channels != 0:
-        raise ValueError(
-            f"depthwise_weight: expected a multiple of x's {channels} channels in dimension 0, "
-            f"got {_shape(depthwise_weight)}"
-        )
-    if kernel_h < 1 or kernel_w < 1:
-        raise ValueError(f"depthwise_weight: expected a kernel of at least 1 x 1, got {_shape(depthwise_weight)}")
+    _check_kinds(tensors)
+    sides, (batch, intermediate, out_h, out_w) = _check_depthwise(
+        "depthwise_weight", x, depthwise_weight, stride, padding, dilation
+    )
     if len(pointwise_weight.shape) != 4 or tuple(pointwise_weight.shape[1:]) != (intermediate, 1, 1):
         raise ValueError(
             f"pointwise_weight: expected (F, {intermediate}, 1, 1) after depthwise_weight {_shape(depthwise_weight)}, "
@@ -280,34 +312,77 @@ def check(
         raise ValueError(f"pointwise_weight: expected at least one output channel, got {_shape(pointwise_weight)}")
     _check_vector("bias", bias, features, "F, pointwise_weight's dimension 0")
     _check_vector("depthwise_bias", depthwise_bias, intermediate, "C * m, depthwise_weight's dimension 0")
-
-    kernel = (kernel_h, kernel_w)
-    sides = padding_sides(padding, (height, width), kernel, stride, dilation)
-    out_h, out_w = output_size((height, width), kernel, stride, sides, dilation)
-    if out_h < 1 or out_w < 1:
-        raise ValueError(
-            f"x: the kernel of depthwise_weight, {kernel_h} x {kernel_w} with dilation {dilation}, is larger than the "
-            f"image {height} x {width} with padding (top, bottom, left, right) = {sides}: the output would be empty"
-        )
     expected = (batch, features, out_h, out_w)
     if residual is not None and tuple(residual.shape) != expected:
         raise ValueError(f"residual: expected the output's shape {expected}, got {_shape(residual)}")
     return Arguments(stride, sides, dilation, pre_activation, mid_activation, activation)
 
 
+def check_depthwise(
+    x: TensorSpec,
+    weight: TensorSpec,
+    bias: TensorSpec | None,
+    stride: Pair,
+    padding: Padding | str,
+    dilation: Pair,
+    pre_activation: str | None,
+    activation: str | None,
+) -> DepthwiseArguments:
+    """`check`, for `depthwise_conv2d`."""
+    _check_kinds({"x": x, "weight": weight, "bias": bias})
+    sides, (_, channels, _, _) = _check_depthwise("weight", x, weight, stride, padding, dilation)
+    _check_vector("bias", bias, channels, "C * m, weight's dimension 0")
+    return DepthwiseArguments(stride, sides, dilation, pre_activation, activation)
+
+
 check_cached = lru_cache(maxsize=4096)(check)
-"""`check` for an eager call: what the shapes of a call decide is looked up the next time (3 us against 20)."""
+check_depthwise_cached = lru_cache(maxsize=4096)(check_depthwise)
+"""The checks for an eager call: what the shapes of a call decide is looked up the next time (3 us against 20)."""
 
 
-def _check_kind(name: str, tensor: TensorSpec, x: TensorSpec) -> None:
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: expected an ordinary dense tensor, got layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected {_DTYPE_NAMES}, got {tensor.dtype}")
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+def _check_kinds(tensors: dict[str, TensorSpec | None]) -> None:
+    """Refuses tensors that no kernel reads, or that are not of x's dtype and device."""
+    x = tensors["x"]
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: expected an ordinary dense tensor, got layout {tensor.layout}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected {_DTYPE_NAMES}, got {tensor.dtype}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+
+
+def _check_depthwise(
+    name: str, x: TensorSpec, weight: TensorSpec, stride: Pair, padding: Padding | str, dilation: Pair
+) -> tuple[Padding, tuple[int, int, int, int]]:
+    """Refuses what is no depthwise convolution of x with the weight `name`.
+
+    Gives the four sides of its padding and the shape of its result, (N, C * m, out_h, out_w).
+    """
+    if len(x.shape) != 4:
+        raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got {len(x.shape)} dimensions: {_shape(x)}")
+    batch, channels, height, width = x.shape
+    if channels < 1 or height < 1 or width < 1:
+        raise ValueError(f"x: expected at least one channel, row and column, got {_shape(x)}")
+    if len(weight.shape) != 4 or weight.shape[1] != 1:
+        raise ValueError(f"{name}: expected (C * m, 1, kh, kw) for x with C = {channels}, got {_shape(weight)}")
+    intermediate, _, *kernel = weight.shape
+    if intermediate < 1 or intermediate % channels != 0:
+        raise ValueError(f"{name}: expected a multiple of x's {channels} channels in dimension 0, got {_shape(weight)}")
+    if kernel[0] < 1 or kernel[1] < 1:
+        raise ValueError(f"{name}: expected a kernel of at least 1 x 1, got {_shape(weight)}")
+    sides = padding_sides(padding, (height, width), kernel, stride, dilation)
+    out_h, out_w = output_size((height, width), kernel, stride, sides, dilation)
+    if out_h < 1 or out_w < 1:
+        raise ValueError(
+            f"x: the kernel of {name}, {kernel[0]} x {kernel[1]} with dilation {dilation}, is larger than the "
+            f"image {height} x {width} with padding (top, bottom, left, right) = {sides}: the output would be empty"
+        )
+    return sides, (batch, intermediate, out_h, out_w)
 
 
 def _check_vector(name: str, tensor: TensorSpec | None, length: int, meaning: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _native
 from .activations import ACTIVATIONS
-from .arguments import Arguments, TensorSpec, check_cached, output_size
+from .arguments import Arguments, DepthwiseArguments, TensorSpec, check_cached, output_size
 from .devices import DEVICES, Device, cuda_device
 from .memory_format import empty_output, memory_format_of
 from .plan import INSTANCES, Plan, plan
@@ -20,6 +20,9 @@ from .problem import Candidate, Kernels, Problem, Splits
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual."""
+
+DepthwiseTensors = tuple[Tensor, Tensor, Tensor | None]
+"""x, weight, bias."""
 
 ALL_KERNELS = Kernels(frozenset(INSTANCES))
 """What a complete build has; predictions for a device that is not here assume it."""
@@ -55,6 +58,23 @@ def backward(
         _check_like("output", output, tensors[0], problem)
     with _current(tensors[0].device):
         return _launch_backward(candidate, problem, grad_output, tensors, output, output_mask)
+
+
+def depthwise_forward(tensors: DepthwiseTensors, arguments: DepthwiseArguments, backend: str) -> Tensor | None:
+    """`forward`, of a depthwise convolution alone."""
+    return None
+
+
+def depthwise_backward(
+    grad_output: Tensor,
+    tensors: DepthwiseTensors,
+    output: Tensor | None,
+    arguments: DepthwiseArguments,
+    backend: str,
+    output_mask: tuple[bool, ...],
+) -> tuple[Tensor | None, ...] | None:
+    """`backward`, of a depthwise convolution alone: the gradients of x, weight and bias."""
+    return None
 
 
 def _check(tensors: Tensors, arguments: Arguments) -> None:

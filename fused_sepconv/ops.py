@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import execution, reference
-from .arguments import Arguments, autocasts, output_size
+from .arguments import Arguments, autocasts, hashable, output_size
 from .backend import BACKENDS
 from .memory_format import as_gradient, as_output, empty_output
 
@@ -71,7 +71,7 @@ def _forward(
     tensors = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
     arguments = (stride, padding, dilation, pre_activation, mid_activation, activation)
     if _asks_the_plan(x, backend):
-        y = execution.forward(tensors, Arguments.of(*arguments), backend)
+        y = execution.forward(tensors, Arguments(*hashable(arguments)), backend)
         if y is not None:
             return y
     if residual is not None and residual.dtype != x.dtype:  # the one thing that PyTorch's operators would promote
@@ -103,7 +103,7 @@ def _backward(
     gradients = None
     if _asks_the_plan(x, backend):
         gradients = execution.backward(
-            grad_output, tensors, output, Arguments.of(*arguments), backend, tuple(output_mask)
+            grad_output, tensors, output, Arguments(*hashable(arguments)), backend, tuple(output_mask)
         )
     if gradients is None:
         with _without_autocast(x):
