@@ -122,6 +122,7 @@ py::list instances() {
   for_each_instance([&](const Instance& instance) {
     py::dict figures;
     figures["name"] = instance.name;
+    figures["spelling"] = instance.spelling;
     figures["threads"] = instance.threads;
     figures["shared_bytes"] = instance.shared_bytes;
     result.append(figures);

@@ -25,7 +25,17 @@ def _kernels() -> list[str]:
         built = "the CPU emulation, for tests"
     else:
         built = f"built by nvcc {info['nvcc']} for architectures {info['architectures']}"
-    return [f"kernels: {len(native.instances())} instances, {built}", f"  in {_native.path()}"]
+    instances = _native.instances()
+    lines = [f"kernels: {len(instances)} instances, {built}", f"  in {_native.path()}"]
+    known = [instance for instance in instances.values() if instance.registers is not None]
+    if known:
+        largest, local = max(known, key=lambda i: i.registers), sum(bool(i.local_bytes) for i in known)
+        lines.append(
+            f"  registers a thread: {min(i.registers for i in known)} to {largest.registers} ({largest.name}), "
+            f"shared memory a block: up to {max(i.shared_bytes for i in known)} bytes, "
+            f"{local or 'none'} of {len(known)} with local memory"
+        )
+    return lines
 
 
 def _pytorch() -> list[str]:

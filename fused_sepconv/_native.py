@@ -66,6 +66,55 @@ def resources() -> dict[str, dict[str, dict[str, int | str]]]:
     return json.loads(report.read_text()) if report is not None and report.is_file() else {}
 
 
+class Instance(NamedTuple):
+    """A kernel of the native module as it was compiled; `registers` and `local_bytes` are None where nothing tells."""
+
+    name: str
+    spelling: str  # in C++
+    threads: int  # a block, at most
+    shared_bytes: int  # dynamic shared memory a block, at most
+    registers: int | None  # a thread
+    local_bytes: int | None  # a thread: spilled registers and arrays that did not fit into registers
+
+
+def instances(architecture: str | None = None) -> dict[str, Instance]:
+    """Every kernel of the native module by name, with what the binary says of it.
+
+    The driver's figures (cudaFuncGetAttributes) for the current device where there is a driver that runs the build, or
+    else the compiler's report for `architecture` ("sm_90a"); without an architecture, the most of any.
+
+    Empty where there is no native module. The emulation has neither registers nor local memory.
+    """
+    module = load()
+    if module is None:
+        return {}
+    driver = _driver_figures(module) if architecture is None else {}
+    reports = [report for name, report in resources().items() if architecture in (None, name)]
+    compiled: dict[int | str, list[tuple[int, int]]] = {}
+    for kernel in (kernel for report in reports for kernel in report.values()):
+        local = kernel["stack"] + kernel["spill_stores"] + kernel["spill_loads"]
+        compiled.setdefault(kernel["name"], []).append((kernel["registers"], local))
+    found = {}
+    for figures in module.instances():
+        name, spelling = figures["name"], figures["spelling"]
+        registers = local_bytes = None
+        if name in driver:
+            registers, local_bytes = driver[name]["registers"], driver[name]["local_bytes"]
+        elif spelling in compiled:
+            registers, local_bytes = (max(column) for column in zip(*compiled[spelling], strict=True))
+        found[name] = Instance(name, spelling, figures["threads"], figures["shared_bytes"], registers, local_bytes)
+    return found
+
+
+def _driver_figures(module: ModuleType) -> dict[str, dict[str, int]]:
+    if not module.driver_version():
+        return {}
+    try:
+        return dict(module.attributes())
+    except RuntimeError:  # a driver without a device, or one that the build has no code for
+        return {}
+
+
 @functools.cache
 def _search() -> _Search:
     if named := os.environ.get("FUSED_SEPCONV_NATIVE"):

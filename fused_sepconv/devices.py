@@ -7,6 +7,10 @@ from functools import lru_cache
 
 import torch
 
+REGISTERS_OF_AN_SM = 65_536
+THREADS_OF_AN_SM = 2048
+RESERVED_SHARED_BYTES = 1024  # a block, by the system
+
 
 @dataclass(frozen=True)
 class Device:
@@ -24,6 +28,12 @@ class Device:
     matrix_16bit: float
     matrix_tf32: float
     source: str
+
+    def blocks_per_sm(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """Blocks that an SM holds at once, if each takes so much; registers are given out in units of 8 a thread."""
+        by_registers = REGISTERS_OF_AN_SM // (threads * (-(-registers // 8) * 8))
+        by_shared = (self.shared_bytes + RESERVED_SHARED_BYTES) // (shared_bytes + RESERVED_SHARED_BYTES)
+        return min(by_registers, by_shared, THREADS_OF_AN_SM // threads)
 
     def fma(self, dtype: str) -> float:
         """CUDA-core flop/s; 16-bit types are computed in float32."""

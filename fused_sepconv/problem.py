@@ -96,11 +96,12 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Instance:
-    """A kernel of the native module as it is compiled (a test holds this against what the module says)."""
+    """A kernel of the native module as it is compiled (tests hold this against what the binary says)."""
 
     name: str
     threads: int  # a block
     shared_bytes: int  # dynamic shared memory a block
+    registers: int  # a thread's, at most: what the launch bounds leave it
 
 
 @dataclass(frozen=True)

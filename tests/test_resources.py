@@ -1,27 +1,24 @@
-"""What the compiler gave each kernel, on every architecture it was compiled for: the report that the build leaves.
+"""What the compiler gave each kernel, on every architecture it was compiled for, and what the plan counts on.
 
-Where the package has no kernels there is no report, and nothing is claimed.
+The figures are those of the report that the build leaves, and the driver's where there is one. Where the package has
+no kernels there are none, and nothing is claimed.
 """
 
 from __future__ import annotations
 
 from fused_sepconv import _native
+from fused_sepconv.devices import DEVICES
+from fused_sepconv.families import simt
 from fused_sepconv.plan import INSTANCES
 
-REGISTERS_OF_AN_SM = 65_536
 
-# Blocks an SM that the kernels' launch bounds ask for; all have 256 threads.
-BLOCKS = {"simt_forward": 2, "simt_backward_intermediate": 2, "simt_backward_pointwise_weight": 2}
-OTHER_BLOCKS = 4
-
-
-def kernels() -> list[tuple[str, str, dict]]:
-    """(architecture, kernel, its resources)"""
-    return [
-        (architecture, resources["name"], resources)
-        for architecture, report in _native.resources().items()
-        for resources in report.values()
-    ]
+def compiled() -> list[tuple[str, _native.Instance]]:
+    """(where the figures are from, a kernel) for every source of figures and every kernel."""
+    sources = {architecture: _native.instances(architecture) for architecture in _native.resources()}
+    info = _native.build_info()
+    if info is not None and not info["emulated"]:
+        sources["the driver, or the most of any architecture"] = _native.instances()
+    return [(source, instance) for source, instances in sources.items() for instance in instances.values()]
 
 
 def test_there_is_a_report_where_there_are_kernels():
@@ -34,19 +31,33 @@ def test_every_instance_was_compiled_for_every_architecture():
         assert len(report) == len(INSTANCES), architecture
 
 
+def test_the_report_tells_of_every_instance():
+    for source, instance in compiled():
+        assert instance.registers, f"{source} says nothing of {instance.name}: {instance.spelling}"
+
+
 def test_nothing_spills_or_lives_in_local_memory():
-    for architecture, name, resources in kernels():
-        used = {what: resources[what] for what in ("stack", "spill_stores", "spill_loads")}
-        assert not any(used.values()), f"{architecture} {name}: {used}"
+    for source, instance in compiled():
+        assert instance.local_bytes == 0, f"{source}: {instance}"
 
 
-def test_shared_memory_is_the_struct_that_the_launch_gives():
-    for architecture, name, resources in kernels():
-        assert resources["static_shared"] == 0, f"{architecture} {name}: {resources['static_shared']} bytes beside it"
+def test_all_shared_memory_is_what_the_launch_gives():
+    for architecture, report in _native.resources().items():
+        for resources in report.values():
+            assert resources["static_shared"] == 0, f"{architecture}: {resources}"
 
 
-def test_as_many_blocks_fit_an_sm_as_the_launch_bounds_ask_for():
-    for architecture, name, resources in kernels():
-        blocks = next((count for kernel, count in BLOCKS.items() if f"{kernel}<" in name), OTHER_BLOCKS)
-        per_thread = -(-resources["registers"] // 8) * 8  # registers are given out in units of 8 a thread
-        assert per_thread * 256 * blocks <= REGISTERS_OF_AN_SM, f"{architecture} {name}: {resources['registers']}"
+def test_the_plan_counts_on_what_was_compiled():
+    for source, instance in compiled():
+        planned = INSTANCES[instance.name]
+        assert (instance.threads, instance.shared_bytes) == (planned.threads, planned.shared_bytes), source
+        assert instance.registers <= planned.registers, f"{source}: {instance}"
+
+
+def test_as_many_blocks_fit_an_sm_as_the_plan_counts_on():
+    for source, instance in compiled():
+        if instance.name not in simt.INSTANCES:
+            continue
+        for device in DEVICES.values():
+            fit = device.blocks_per_sm(instance.threads, instance.registers, instance.shared_bytes)
+            assert fit >= simt.BLOCKS_PER_SM, f"{source}, {device.name}: {instance}"

@@ -12,6 +12,7 @@ namespace fused_sepconv {
 
 struct Instance {
   std::string name;              // such as "simt_forward_float32_nhwc"
+  std::string spelling;          // of the kernel in C++, by which the compiler's resource report knows it
   int scalar_bytes = 0;          // size of a tensor's element
   int compute_bytes = 0;         // size of what is calculated in, and of partial sums
   int threads = 0;               // a block

@@ -1,7 +1,11 @@
 // instances_of.h - the dtypes and layouts that a family is compiled for, and the names of its instances.
 #pragma once
 
+#include <cxxabi.h>
+
+#include <cstdlib>
 #include <string>
+#include <typeinfo>
 #include <vector>
 
 #include "../kernels/image.cuh"
@@ -12,11 +16,28 @@ namespace fused_sepconv {
 
 inline int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
+template <auto kernel>
+struct KernelName {};
+
+// A kernel's C++ spelling, such as "void fused_sepconv::reduce_splits<float, float>(fused_sepconv::ReduceParams)". It
+// is read from a type's name: a kernel's own symbol is the compiler's affair, and local to the object.
+template <auto kernel>
+std::string spelling_of() {
+  int status = 0;
+  char* demangled = abi::__cxa_demangle(typeid(KernelName<kernel>).name(), nullptr, nullptr, &status);
+  const std::string type = status == 0 ? demangled : "";
+  std::free(demangled);
+  const size_t begin = type.find("&(");
+  const size_t end = type.rfind(")>");
+  return begin == std::string::npos || end == std::string::npos ? "" : type.substr(begin + 2, end - begin - 2);
+}
+
 // What a kernel's launch needs besides its params. `Made` is one of the Instance structs.
-template <class Made, class Scalar, class Compute, class Kernel>
-Made make_instance(const std::string& name, Kernel* kernel, int threads, int shared_bytes) {
+template <class Made, class Scalar, class Compute, auto kernel>
+Made make_instance(const std::string& name, int threads, int shared_bytes) {
   Made made;
   made.name = name;
+  made.spelling = spelling_of<kernel>();
   made.scalar_bytes = sizeof(Scalar);
   made.compute_bytes = sizeof(Compute);
   made.threads = threads;

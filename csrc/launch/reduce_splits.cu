@@ -14,7 +14,7 @@ void run(const Instance& instance, const ReduceParams& params, Stream stream) {
 
 template <class Scalar, class Compute>
 ReduceInstance make(const std::string& name) {
-  auto made = make_instance<ReduceInstance, Scalar, Compute>(name, reduce_splits<Scalar, Compute>, kReduceThreads, 0);
+  auto made = make_instance<ReduceInstance, Scalar, Compute, reduce_splits<Scalar, Compute>>(name, kReduceThreads, 0);
   made.run = run<Scalar, Compute>;
   return made;
 }

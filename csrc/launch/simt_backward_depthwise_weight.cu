@@ -17,8 +17,8 @@ struct Family {
   template <class Scalar, class Compute, Layout layout>
   static BackwardInstance make(const std::string& name) {
     using Traits = SimtDepthwiseWeightTraits<Scalar, Compute, layout>;
-    auto made = make_instance<BackwardInstance, Scalar, Compute>(name, simt_backward_depthwise_weight<Traits>,
-                                                                 Traits::kThreads, sizeof(typename Traits::Shared));
+    auto made = make_instance<BackwardInstance, Scalar, Compute, simt_backward_depthwise_weight<Traits>>(
+        name, Traits::kThreads, sizeof(typename Traits::Shared));
     made.step = BackwardStep::depthwise_weight;
     made.run = run<Traits>;
     return made;

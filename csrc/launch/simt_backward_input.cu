@@ -17,8 +17,8 @@ void run(const Instance& instance, const BackwardParams& params, Stream stream) 
 struct Family {
   template <class Scalar, class Compute, Layout layout>
   static BackwardInstance make(const std::string& name) {
-    auto made = make_instance<BackwardInstance, Scalar, Compute>(name, simt_backward_input<Scalar, Compute, layout>,
-                                                                 kBackwardInputThreads, 0);
+    auto made = make_instance<BackwardInstance, Scalar, Compute, simt_backward_input<Scalar, Compute, layout>>(
+        name, kBackwardInputThreads, 0);
     made.step = BackwardStep::input;
     made.run = run<Scalar, Compute, layout>;
     return made;

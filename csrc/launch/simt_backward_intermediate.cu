@@ -18,8 +18,8 @@ struct Family {
   template <class Scalar, class Compute, Layout layout>
   static BackwardInstance make(const std::string& name) {
     using Traits = SimtTraits<Scalar, Compute, layout>;
-    auto made = make_instance<BackwardInstance, Scalar, Compute>(
-        name, simt_backward_intermediate<Traits>, Traits::kThreads, sizeof(SimtBackwardIntermediateShared<Traits>));
+    auto made = make_instance<BackwardInstance, Scalar, Compute, simt_backward_intermediate<Traits>>(
+        name, Traits::kThreads, sizeof(SimtBackwardIntermediateShared<Traits>));
     made.step = BackwardStep::intermediate;
     made.run = run<Traits>;
     return made;

@@ -17,9 +17,8 @@ struct Family {
   template <class Scalar, class Compute, Layout layout>
   static BackwardInstance make(const std::string& name) {
     using Traits = SimtTraits<Scalar, Compute, layout>;
-    auto made =
-        make_instance<BackwardInstance, Scalar, Compute>(name, simt_backward_pointwise_weight<Traits>, Traits::kThreads,
-                                                         sizeof(SimtBackwardPointwiseWeightShared<Traits>));
+    auto made = make_instance<BackwardInstance, Scalar, Compute, simt_backward_pointwise_weight<Traits>>(
+        name, Traits::kThreads, sizeof(SimtBackwardPointwiseWeightShared<Traits>));
     made.step = BackwardStep::pointwise_weight;
     made.run = run<Traits>;
     return made;

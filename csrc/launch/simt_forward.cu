@@ -18,8 +18,8 @@ struct Family {
   template <class Scalar, class Compute, Layout layout>
   static ForwardInstance make(const std::string& name) {
     using Traits = SimtTraits<Scalar, Compute, layout>;
-    auto made = make_instance<ForwardInstance, Scalar, Compute>(name, simt_forward<Traits>, Traits::kThreads,
-                                                                sizeof(SimtForwardShared<Traits>));
+    auto made = make_instance<ForwardInstance, Scalar, Compute, simt_forward<Traits>>(
+        name, Traits::kThreads, sizeof(SimtForwardShared<Traits>));
     made.run = run<Traits>;
     return made;
   }

@@ -18,6 +18,8 @@ TILE = 64
 DEPTH = 16
 THREADS = 256
 _PLACE_BYTES = 16  # struct Place: where an output pixel lies
+_PRODUCT_REGISTERS = 128  # a thread, for BLOCKS_PER_SM blocks an SM
+_LIGHT_REGISTERS = 64  # for twice as many
 
 
 def _instances() -> list[Instance]:
@@ -26,15 +28,15 @@ def _instances() -> list[Instance]:
         compute_bytes = 8 if dtype == "float64" else 4
         slab = DEPTH * 2 * (TILE + 4) * compute_bytes
         for layout in ("nhwc", "nchw"):
-            shared = {
-                "simt_forward": slab + TILE * _PLACE_BYTES,
-                "simt_backward_intermediate": slab + TILE * _PLACE_BYTES,
-                "simt_backward_input": 0,
-                "simt_backward_depthwise_weight": THREADS * compute_bytes,
-                "simt_backward_pointwise_weight": slab + DEPTH * _PLACE_BYTES,
+            resources = {
+                "simt_forward": (slab + TILE * _PLACE_BYTES, _PRODUCT_REGISTERS),
+                "simt_backward_intermediate": (slab + TILE * _PLACE_BYTES, _PRODUCT_REGISTERS),
+                "simt_backward_input": (0, _LIGHT_REGISTERS),
+                "simt_backward_depthwise_weight": (THREADS * compute_bytes, _LIGHT_REGISTERS),
+                "simt_backward_pointwise_weight": (slab + DEPTH * _PLACE_BYTES, _PRODUCT_REGISTERS),
             }
-            instances += [Instance(f"{name}_{dtype}_{layout}", THREADS, size) for name, size in shared.items()]
-        instances.append(Instance(f"reduce_splits_{dtype}", THREADS, 0))
+            instances += [Instance(f"{name}_{dtype}_{layout}", THREADS, *taken) for name, taken in resources.items()]
+        instances.append(Instance(f"reduce_splits_{dtype}", THREADS, 0, _LIGHT_REGISTERS))
     return instances
 
 
