@@ -55,6 +55,11 @@ const auto& backward_instances() {
   return all;
 }
 
+const auto& depthwise_forward_kernels() {
+  static const auto all = by_name({simt_depthwise_forward_instances(), depthwise_forward_instances()});
+  return all;
+}
+
 const auto& reduce_instances() {
   static const auto all = by_name({reduce_splits_instances()});
   return all;
@@ -106,6 +111,20 @@ void backward(const std::string& instance, const ConvShape& shape, const ImageAr
   run(backward_instances().at(instance), params, stream);
 }
 
+void depthwise_forward(const std::string& instance, const ConvShape& shape, const DepthwiseTiling& tiling,
+                       const ImageArgument& x, Address depthwise_weight, Address depthwise_bias,
+                       const ImageArgument& grad_output, const ImageArgument& y, Stream stream) {
+  DepthwiseForwardParams params;
+  params.shape = shape;
+  params.tiling = tiling;
+  params.x = image(x);
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.depthwise_bias = pointer(depthwise_bias);
+  params.grad_output = image(grad_output);
+  params.y = image(y);
+  run(depthwise_forward_kernels().at(instance), params, stream);
+}
+
 void reduce(const std::string& instance, Address partials, Address out, int64_t count, int splits, Stream stream) {
   run(reduce_instances().at(instance), ReduceParams{pointer(partials), pointer(out), count, splits}, stream);
 }
@@ -114,6 +133,7 @@ template <class Body>
 void for_each_instance(const Body& body) {
   for (const auto& [name, instance] : forward_instances()) body(instance);
   for (const auto& [name, instance] : backward_instances()) body(instance);
+  for (const auto& [name, instance] : depthwise_forward_kernels()) body(instance);
   for (const auto& [name, instance] : reduce_instances()) body(instance);
 }
 
@@ -211,6 +231,20 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("mid_activation", &ConvShape::mid_activation)
       .def_readwrite("activation", &ConvShape::activation);
 
+  py::class_<DepthwiseTiling>(m, "DepthwiseTiling", py::module_local())
+      .def(py::init<>())
+      .def_readwrite("phases_h", &DepthwiseTiling::phases_h)
+      .def_readwrite("phases_w", &DepthwiseTiling::phases_w)
+      .def_readwrite("column_tiles", &DepthwiseTiling::column_tiles)
+      .def_readwrite("tile_columns", &DepthwiseTiling::tile_columns)
+      .def_readwrite("first_row", &DepthwiseTiling::first_row)
+      .def_readwrite("first_column", &DepthwiseTiling::first_column)
+      .def_readwrite("groups", &DepthwiseTiling::groups)
+      .def_readwrite("groups_per_part", &DepthwiseTiling::groups_per_part)
+      .def_readwrite("parts", &DepthwiseTiling::parts)
+      .def_readwrite("warps", &DepthwiseTiling::warps)
+      .def_readwrite("shared_bytes", &DepthwiseTiling::shared_bytes);
+
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("forward", &forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("bias"),
@@ -219,6 +253,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("grad_z"),
         py::arg("grad_t"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
         py::arg("pixels_per_split"), py::arg("splits"), py::arg("stream"));
+  m.def("depthwise_forward", &depthwise_forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("tiling"),
+        py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("grad_output"), py::arg("y"),
+        py::arg("stream"));
   m.def("reduce", &reduce, without_gil, py::arg("instance"), py::arg("partials"), py::arg("out"), py::arg("count"),
         py::arg("splits"), py::arg("stream"));
   m.def("instances", &instances);

@@ -76,6 +76,48 @@ struct BackwardParams {
   int32_t splits;                // parts
 };
 
+// How the depthwise kernels cut a problem (fused_sepconv/families/depthwise.py decides; the kernels only follow).
+//
+// A dilated convolution is `phases` convolutions without dilation side by side, each on every dilation-th row or
+// column. The images of all phases are cut into strips, a tile of columns over the whole height; a strip into groups of
+// rows; and all groups, numbered strip after strip, into parts, one a block (for each chunk of channels).
+struct DepthwiseTiling {
+  int32_t phases_h, phases_w;  // dilation / gcd(stride, dilation)
+  int32_t column_tiles;        // strips side by side
+  int32_t tile_columns;        // columns of a strip
+  int32_t first_row;           // of a phase: 0, or in the backward where x and the pixels that own a gradient begin
+  int32_t first_column;
+  int32_t groups;           // of a strip
+  int32_t groups_per_part;  // the last part has what is left
+  int32_t parts;
+  int32_t warps;         // of a block: 4 columns each
+  int32_t shared_bytes;  // of a block
+};
+
+// One forward call of a depthwise convolution by itself: t = depthwise(pre_act(x)) + depthwise_bias, y = mid_act(t).
+// With grad_output it is a backward's first step: y = grad_output * mid_act'(t).
+struct DepthwiseForwardParams {
+  ConvShape shape;               // F and the last activation are not used
+  DepthwiseTiling tiling;        // of the kernels that take tiles
+  Image x;                       // (N, C, H, W)
+  const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
+  const void* depthwise_bias;    // (K) or null
+  Image grad_output;             // (N, K, out_h, out_w), or data == null
+  Image y;                       // (N, K, out_h, out_w)
+};
+
+// One backward call of it, from the gradient of t: all gradients in one pass over x and grad_t.
+struct DepthwiseBackwardParams {
+  ConvShape shape;
+  DepthwiseTiling tiling;
+  Image x;                       // (N, C, H, W)
+  const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
+  Image grad_t;                  // (N, K, out_h, out_w)
+  Image grad_x;                  // (N, C, H, W), or data == null
+  float* partial_weight;         // (parts, K, kernel_h, kernel_w), or null
+  float* partial_bias;           // (parts, K), or null
+};
+
 // out[i] = sum over s of partials[s][i], s ascending: the same bits in every run.
 struct ReduceParams {
   const void* partials;  // (splits, count), in the kernels' arithmetic type

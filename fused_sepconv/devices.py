@@ -30,8 +30,12 @@ class Device:
     source: str
 
     def blocks_per_sm(self, threads: int, registers: int, shared_bytes: int) -> int:
-        """Blocks that an SM holds at once, if each takes so much; registers are given out in units of 8 a thread."""
-        by_registers = REGISTERS_OF_AN_SM // (threads * (-(-registers // 8) * 8))
+        """Blocks that an SM holds at once, if each takes so much.
+
+        Registers are given out in units of 8 a thread, and each quarter of the SM has a quarter of them for its warps.
+        """
+        warps = 4 * (REGISTERS_OF_AN_SM // 4 // (32 * (-(-registers // 8) * 8)))
+        by_registers = warps // (threads // 32)
         by_shared = (self.shared_bytes + RESERVED_SHARED_BYTES) // (shared_bytes + RESERVED_SHARED_BYTES)
         return min(by_registers, by_shared, THREADS_OF_AN_SM // threads)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import execution
+from . import execution, launching
 from .arguments import Call, normalise
 from .backend import use_backend
 from .devices import DEVICES
@@ -98,7 +98,7 @@ def _explain_call(call: Call, device: str | None) -> Explanation:
     for direction in ("forward", "backward"):
         problem = execution.problem_of(direction, call.tensors, call.arguments)
         if device is None:
-            plans.append(execution.plan_for(problem, call.tensors[0].device))
+            plans.append(launching.plan_for(problem, call.tensors[0].device))
         else:
             plans.append(plan(problem, DEVICES[device], execution.ALL_KERNELS))
     return Explanation(*plans)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .devices import Device
-from .families import library, simt
-from .problem import Candidate, Kernels, Problem
+from .families import depthwise, library, simt, split
+from .problem import Candidate, DepthwiseProblem, Kernels, Problem
 
-FAMILIES = (library, simt)
+FAMILIES = (library, simt, split)
 
-INSTANCES = simt.INSTANCES
+INSTANCES = simt.INSTANCES | depthwise.INSTANCES
 """Every kernel of a complete native module, by name."""
 
 
@@ -29,7 +29,7 @@ class Plan:
     Where nothing is known of the device's speed, PyTorch's own convolutions come first: a well-kept library.
     """
 
-    problem: Problem
+    problem: Problem | DepthwiseProblem
     device: Device
     candidates: tuple[Candidate, ...]
 
@@ -38,13 +38,20 @@ class Plan:
         """What "auto" runs."""
         return self.candidates[0]
 
-    def choose(self, backend: str) -> Candidate:
-        """What a backend runs; under "fused" a RuntimeError with the reasons where no kernel can."""
+    def choose(self, backend: str, family: str | None = None) -> Candidate:
+        """What a backend runs; under "fused" a RuntimeError with the reasons where no kernel can.
+
+        With `family`, "fused" runs that family's kernels where one of them can.
+        """
         if backend == "auto":
             return self.chosen
-        for candidate in self.candidates:
-            if (candidate.family == "reference") == (backend == "reference") and not candidate.refusal:
-                return candidate
+        able = [
+            candidate
+            for candidate in self.candidates
+            if (candidate.family == "reference") == (backend == "reference") and not candidate.refusal
+        ]
+        for candidate in sorted(able, key=lambda candidate: candidate.family != family):
+            return candidate
         reasons = "; ".join(dict.fromkeys(c.refusal for c in self.candidates if c.refusal))
         raise RuntimeError(f'use_backend("fused"): no kernel serves {self.problem}: {reasons}')
 
@@ -61,14 +68,16 @@ class Plan:
                     f"  {mark} {candidate.name}: predicted {candidate.predicted_seconds * 1e6:.1f} us, "
                     f"{candidate.bytes / 1e6:.1f} MB, {candidate.flops / 1e9:.2f} Gflop"
                     + (f", {candidate.blocks} blocks in {candidate.waves:.2f} waves" if candidate.blocks else "")
+                    + (f"; {candidate.note}" if candidate.note else "")
                 )
         return "\n".join(lines)
 
 
 @lru_cache(maxsize=4096)
-def plan(problem: Problem, device: Device, kernels: Kernels) -> Plan:
+def plan(problem: Problem | DepthwiseProblem, device: Device, kernels: Kernels) -> Plan:
     """The plan of a problem; never empty, as PyTorch's own convolutions serve every legal one."""
-    candidates = [candidate for family in FAMILIES for candidate in family.candidates(problem, device, kernels)]
+    families = (depthwise,) if isinstance(problem, DepthwiseProblem) else FAMILIES
+    candidates = [candidate for family in families for candidate in family.candidates(problem, device, kernels)]
     if device.source:
         candidates.sort(key=lambda candidate: (bool(candidate.refusal), candidate.predicted_seconds))
     return Plan(problem, device, tuple(candidates))

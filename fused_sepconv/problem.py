@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -36,6 +36,7 @@ class Problem:
     activation: str | None = None
     residual: bool = False
     tf32: bool = False  # float32 convolutions may use TF32
+    aligned: bool = True  # x's address and strides allow accesses of 16 bytes along its fastest dimension
 
     @property
     def K(self) -> int:
@@ -79,11 +80,80 @@ class Problem:
     def pointwise_flops(self) -> int:
         return 2 * self.pixels * self.K * self.F
 
+    def depthwise(self, direction: str) -> DepthwiseProblem:
+        """The depthwise convolution in it, by itself."""
+        shared = {field.name: getattr(self, field.name) for field in fields(DepthwiseProblem)}
+        return DepthwiseProblem(**{**shared, "direction": direction})
+
     def __str__(self) -> str:
         """Such as "728->728@19 3x3 forward, N 64, bfloat16 nhwc"."""
-        size = f"{self.H}" if self.H == self.W else f"{self.H}x{self.W}"
-        kernel = f"{self.kernel[0]}x{self.kernel[1]}"
-        return f"{self.C}->{self.F}@{size} {kernel} {self.direction}, N {self.N}, {self.dtype} {self.layout}"
+        return f"{self.C}->{self.F}@{_size_and_kernel(self)}"
+
+
+@dataclass(frozen=True)
+class DepthwiseProblem:
+    """One call of a depthwise convolution by itself, in one direction; the fields are `Problem`'s."""
+
+    direction: str
+    N: int
+    C: int
+    H: int
+    W: int
+    multiplier: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    out_h: int
+    out_w: int
+    dtype: str
+    layout: str
+    pre_activation: str | None = None
+    mid_activation: str | None = None  # `depthwise_conv2d`'s activation
+    aligned: bool = True
+
+    @property
+    def K(self) -> int:
+        return self.C * self.multiplier
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def pixels(self) -> int:
+        return self.N * self.out_h * self.out_w
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def x_bytes(self) -> int:
+        return self.N * self.C * self.H * self.W * self.element_bytes
+
+    @property
+    def y_bytes(self) -> int:
+        return self.pixels * self.K * self.element_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.K * self.taps * self.element_bytes
+
+    @property
+    def flops(self) -> int:
+        """Of the forward; each gradient takes as many."""
+        return 2 * self.pixels * self.K * self.taps
+
+    def __str__(self) -> str:
+        channels = f"{self.C}" if self.multiplier == 1 else f"{self.C}x{self.multiplier}"
+        return f"depthwise {channels}@{_size_and_kernel(self)}"
+
+
+def _size_and_kernel(problem: Problem | DepthwiseProblem) -> str:
+    size = f"{problem.H}" if problem.H == problem.W else f"{problem.H}x{problem.W}"
+    kernel = f"{problem.kernel[0]}x{problem.kernel[1]}"
+    return f"{size} {kernel} {problem.direction}, N {problem.N}, {problem.dtype} {problem.layout}"
 
 
 @dataclass(frozen=True)
@@ -99,8 +169,8 @@ class Instance:
     """A kernel of the native module as it is compiled (tests hold this against what the binary says)."""
 
     name: str
-    threads: int  # a block
-    shared_bytes: int  # dynamic shared memory a block
+    threads: int  # a block; where the plan chooses, at most
+    shared_bytes: int  # dynamic shared memory a block; where the plan chooses, at most
     registers: int  # a thread's, at most: what the launch bounds leave it
 
 
@@ -110,6 +180,23 @@ class Splits:
 
     parts: int
     pixels_per_part: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a depthwise kernel cuts a problem: `DepthwiseTiling` in csrc/params.h, which says what each is."""
+
+    phases_h: int
+    phases_w: int
+    column_tiles: int
+    tile_columns: int
+    first_row: int
+    first_column: int
+    groups: int
+    groups_per_part: int
+    parts: int
+    warps: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -127,3 +214,7 @@ class Candidate:
     refusal: str = ""  # why it can't run; empty if it can
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
     pointwise_splits: Splits | None = None
+    tiling: Tiling | None = None  # of a depthwise kernel
+    steps: tuple[Candidate, ...] = ()  # of the split family: the depthwise kernels that it runs, in order
+    pointwise: str = ""  # of the split family: how PyTorch runs the 1x1
+    note: str = ""  # what else is worth telling

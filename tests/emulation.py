@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import fused_sepconv
-from fused_sepconv import _native, execution
+from fused_sepconv import _native, launching
 from tests.cuda_on_cpu.build import build_native
 
 SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
@@ -24,8 +24,9 @@ def _file(checked: bool) -> str:
 def _forget() -> None:
     """What the package remembers of its native module, from the finding of it to the structs that it made."""
     _native._search.cache_clear()
-    execution._kernels_off_cuda.cache_clear()
-    execution._conv_shape.cache_clear()
+    launching._kernels_off_cuda.cache_clear()
+    launching.conv_shape.cache_clear()
+    launching.tiling_of.cache_clear()
 
 
 @contextmanager

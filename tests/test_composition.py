@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_sepconv
-from fused_sepconv import SeparableConv2d, execution, separable_conv2d
+from fused_sepconv import SeparableConv2d, launching, separable_conv2d
 from tests.cases import ACTIVATIONS, TENSORS, Case, four_sides, named, pair, two_convolutions
 from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
 
@@ -1007,6 +1007,6 @@ def test_the_flag_for_tf32_is_read_in_each_of_its_forms():
     try:
         for precision, allowed in (("tf32", True), ("ieee", False), ("none", False)):
             torch.backends.cudnn.conv.fp32_precision = precision
-            assert execution._tf32() == allowed
+            assert launching.tf32() == allowed
     finally:
         torch.backends.cudnn.conv.fp32_precision = before

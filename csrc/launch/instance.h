@@ -15,8 +15,8 @@ struct Instance {
   std::string spelling;          // of the kernel in C++, by which the compiler's resource report knows it
   int scalar_bytes = 0;          // size of a tensor's element
   int compute_bytes = 0;         // size of what is calculated in, and of partial sums
-  int threads = 0;               // a block
-  int shared_bytes = 0;          // dynamic shared memory a block
+  int threads = 0;               // a block; where the plan chooses, at most
+  int shared_bytes = 0;          // dynamic shared memory a block; where the plan chooses, at most
   const void* kernel = nullptr;  // for cudaFuncGetAttributes
 };
 
@@ -31,6 +31,14 @@ struct BackwardInstance : Instance {
   void (*run)(const Instance&, const BackwardParams&, Stream) = nullptr;
 };
 
+struct DepthwiseForwardInstance : Instance {
+  void (*run)(const Instance&, const DepthwiseForwardParams&, Stream) = nullptr;
+};
+
+struct DepthwiseBackwardInstance : Instance {
+  void (*run)(const Instance&, const DepthwiseBackwardParams&, Stream) = nullptr;
+};
+
 struct ReduceInstance : Instance {
   void (*run)(const Instance&, const ReduceParams&, Stream) = nullptr;
 };
@@ -41,6 +49,8 @@ std::vector<BackwardInstance> simt_backward_intermediate_instances();
 std::vector<BackwardInstance> simt_backward_input_instances();
 std::vector<BackwardInstance> simt_backward_depthwise_weight_instances();
 std::vector<BackwardInstance> simt_backward_pointwise_weight_instances();
+std::vector<DepthwiseForwardInstance> simt_depthwise_forward_instances();
+std::vector<DepthwiseForwardInstance> depthwise_forward_instances();
 std::vector<ReduceInstance> reduce_splits_instances();
 
 }  // namespace fused_sepconv

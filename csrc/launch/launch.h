@@ -15,6 +15,8 @@ struct Grid {
   int shared_bytes;  // dynamic shared memory a block: sizeof its struct
 };
 
+constexpr int kLargestSharedBytes = 227 * 1024;  // of any device that the kernels are built for
+
 #ifdef FSC_EMULATED
 
 template <class Params>

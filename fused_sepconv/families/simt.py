@@ -5,7 +5,17 @@ from __future__ import annotations
 from math import ceil
 
 from ..devices import Device
-from ..problem import ELEMENT_BYTES, LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Instance, Kernels, Problem, Splits
+from ..problem import (
+    ELEMENT_BYTES,
+    LAUNCH_SECONDS,
+    LIBRARY_BANDWIDTH,
+    Candidate,
+    DepthwiseProblem,
+    Instance,
+    Kernels,
+    Problem,
+    Splits,
+)
 
 FMA_FRACTION = 0.35  # assumed, until measured: register tiles of 4 x 4 and taps read through L1, of the FMA peak
 BLOCKS_PER_SM = 2  # what the launch bounds of the matrix products ask for; the lighter kernels hold more
@@ -82,7 +92,7 @@ def _backward(problem: Problem, name: str, device: Device) -> Candidate:
         waves=blocks / _concurrent(device),
         shared_bytes=INSTANCES[f"simt_backward_intermediate_{problem.dtype}_{problem.layout}"].shared_bytes,
         predicted_seconds=seconds,
-        depthwise_splits=_splits(problem, device, _depthwise_tiles(problem)),
+        depthwise_splits=depthwise_splits(problem, device),
         pointwise_splits=_splits(problem, device, ceil(problem.K / TILE) * ceil(problem.F / TILE)),
     )
 
@@ -97,7 +107,7 @@ def _steps(problem: Problem, device: Device) -> list[tuple[int, int, int]]:
         flops = 2 * TILE * problem.K * (TILE + problem.taps)
         return [(x + y * (2 if problem.residual else 1) + weights, pixel_tiles * feature_tiles, flops)]
 
-    depthwise = _splits(problem, device, _depthwise_tiles(problem))
+    depthwise = depthwise_splits(problem, device)
     pointwise = _splits(problem, device, channel_tiles * feature_tiles)
     compute_bytes = 8 if problem.dtype == "float64" else 4
     depthwise_partials = 2 * depthwise.parts * problem.K * (problem.taps + 1) * compute_bytes
@@ -125,12 +135,17 @@ def _steps(problem: Problem, device: Device) -> list[tuple[int, int, int]]:
     return [intermediate, input_, depthwise_weight, pointwise_weight]
 
 
-def _depthwise_channels(problem: Problem) -> int:
+def depthwise_splits(problem: Problem | DepthwiseProblem, device: Device) -> Splits:
+    """How simt_backward_depthwise_weight cuts its sum over the pixels."""
+    return _splits(problem, device, _depthwise_tiles(problem))
+
+
+def _depthwise_channels(problem: Problem | DepthwiseProblem) -> int:
     """Channels of a block of simt_backward_depthwise_weight: `SimtDepthwiseWeightTraits::kChannels`."""
     return 32 if problem.layout == "nhwc" else 4
 
 
-def _depthwise_tiles(problem: Problem) -> int:
+def _depthwise_tiles(problem: Problem | DepthwiseProblem) -> int:
     return ceil(problem.K / _depthwise_channels(problem))
 
 
@@ -145,7 +160,7 @@ def _seconds(problem: Problem, device: Device, byte_count: int, blocks: int, blo
     return LAUNCH_SECONDS + max(byte_count / (device.bandwidth * LIBRARY_BANDWIDTH), arithmetic)
 
 
-def _splits(problem: Problem, device: Device, tiles: int) -> Splits:
+def _splits(problem: Problem | DepthwiseProblem, device: Device, tiles: int) -> Splits:
     """Enough parts to give every SM its blocks, each of at least SPLIT_PIXELS pixels and none empty."""
     wanted = max(1, min(ceil(_concurrent(device) / tiles), ceil(problem.pixels / SPLIT_PIXELS)))
     pixels_per_part = max(1, ceil(problem.pixels / wanted))

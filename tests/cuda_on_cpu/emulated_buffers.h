@@ -38,6 +38,24 @@ class EmulatedBuffers {
     write("partial_bias", params.partial_bias, rows * instance.compute_bytes);
   }
 
+  EmulatedBuffers(const Instance& instance, const DepthwiseForwardParams& params) : instance_(instance) {
+    const ConvShape& shape = params.shape;
+    read_depthwise_operands(params);
+    read("depthwise_bias", params.depthwise_bias, shape.K);
+    read("grad_output", params.grad_output.data, output_extent(params.grad_output, shape, shape.K));
+    write("y", params.y.data, output_extent(params.y, shape, shape.K) * instance.scalar_bytes);
+  }
+
+  EmulatedBuffers(const Instance& instance, const DepthwiseBackwardParams& params) : instance_(instance) {
+    const ConvShape& shape = params.shape;
+    read_depthwise_operands(params);
+    read("grad_t", params.grad_t.data, output_extent(params.grad_t, shape, shape.K));
+    write("grad_x", params.grad_x.data, input_extent(params.grad_x, shape) * instance.scalar_bytes);
+    const int64_t rows = int64_t{params.tiling.parts} * shape.K;
+    write("partial_weight", params.partial_weight, rows * shape.kernel_h * shape.kernel_w * instance.compute_bytes);
+    write("partial_bias", params.partial_bias, rows * instance.compute_bytes);
+  }
+
   EmulatedBuffers(const Instance& instance, const ReduceParams& params) : instance_(instance) {
     scope_.input("partials", params.partials, params.splits * params.count * instance.compute_bytes);
     write("out", params.out, params.count * instance.scalar_bytes);
@@ -45,10 +63,16 @@ class EmulatedBuffers {
 
  private:
   template <class Params>
-  void read_operands(const Params& params) {
+  void read_depthwise_operands(const Params& params) {
     const ConvShape& shape = params.shape;
     read("x", params.x.data, input_extent(params.x, shape));
     read("depthwise_weight", params.depthwise_weight, int64_t{shape.K} * shape.kernel_h * shape.kernel_w);
+  }
+
+  template <class Params>
+  void read_operands(const Params& params) {
+    const ConvShape& shape = params.shape;
+    read_depthwise_operands(params);
     read("pointwise_weight", params.pointwise_weight, int64_t{shape.F} * shape.K);
     read("depthwise_bias", params.depthwise_bias, shape.K);
   }

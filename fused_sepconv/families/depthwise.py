@@ -1,0 +1,414 @@
+"""The depthwise kernels by themselves: those at the speed of memory, and the generic ones that serve every problem.
+
+The fast kernels (csrc/kernels/depthwise_*.cuh) take 3x3, 5x5 and 7x7 in NHWC, in float32, float16 and bfloat16. This
+module decides how they cut a problem, and knows to the byte what they then read and write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, gcd
+
+from ..devices import Device
+from ..problem import (
+    ELEMENT_BYTES,
+    LAUNCH_SECONDS,
+    LIBRARY_BANDWIDTH,
+    Candidate,
+    DepthwiseProblem,
+    Instance,
+    Kernels,
+    Tiling,
+)
+from . import simt
+from .library import LIBRARY_DEPTHWISE_BANDWIDTH
+
+BANDWIDTH_FRACTION = 0.88  # assumed, until measured: of a copy's bandwidth
+SM_BANDWIDTH = 1.5  # assumed, until measured: what one SM can draw, of its share of the bandwidth
+ISSUE_FRACTION = 0.7  # assumed, until measured: instructions issued, of the peak
+BLOCK_SECONDS = 1.5e-6  # assumed, until measured: a block's start and its first rows' latency, which nothing covers
+
+COLUMNS = 4  # of a thread: kDepthwiseColumns in csrc/kernels/depthwise_strips.cuh
+WARP = 32
+DTYPES = ("float32", "float16", "bfloat16")
+KERNELS = (3, 5, 7)
+STRIDES = (1, 2)
+LARGEST_SHARED_BYTES = 227 << 10
+
+_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is fixed when a fast kernel is compiled: `DepthwiseTraits` in csrc/kernels/depthwise_strips.cuh."""
+
+    direction: str
+    kernel: int
+    stride: int  # after dilation is taken apart
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"depthwise_{self.direction}_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}_nhwc"
+
+    @property
+    def rows(self) -> int:
+        """A group's: of the output in the forward, of x in the backward."""
+        return 4 if self.stride == 1 else 2
+
+    @property
+    def lane_channels(self) -> int:
+        return 4 // ELEMENT_BYTES[self.dtype]
+
+    @property
+    def chunk(self) -> int:
+        return WARP * self.lane_channels
+
+    @property
+    def pixel_bytes(self) -> int:
+        return self.chunk * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def max_warps(self) -> int:
+        return 8 if self.kernel == 7 else 10
+
+    @property
+    def registers(self) -> int:
+        return {3: 96, 5: 168, 7: 255}[self.kernel]
+
+    @property
+    def window_rows(self) -> int:
+        """Rows that a group needs, of x in the forward, of the output's gradient in the backward."""
+        return (self.rows - 1) * self.stride + self.kernel
+
+    def shared_bytes(self, warps: int, pre_activation: bool) -> int:
+        """Dynamic shared memory of a block: two windows of rows, and a group of outputs on their way out."""
+        columns = (warps * COLUMNS - 1) * self.stride + self.kernel
+        return (2 * self.window_rows * columns + warps * self.rows * COLUMNS) * self.pixel_bytes
+
+    @property
+    def instructions(self) -> float:
+        """Of a thread a group, about: window reads and conversions, multiply-adds, copies and stores."""
+        values = self.rows * COLUMNS * self.lane_channels
+        window = self.window_rows * ((COLUMNS - 1) * self.stride + self.kernel) * (1 + self.lane_channels)
+        return window + values * self.kernel**2 + 4 * values + 60
+
+
+ALL_TRAITS = tuple(
+    Traits(direction, kernel, stride, dtype)
+    for direction in ("forward",)
+    for kernel in KERNELS
+    for stride in STRIDES
+    for dtype in DTYPES
+)
+
+
+def _instance(traits: Traits) -> Instance:
+    shared_bytes = traits.shared_bytes(traits.max_warps, pre_activation=True)
+    return Instance(traits.name, WARP * traits.max_warps, min(shared_bytes, LARGEST_SHARED_BYTES), traits.registers)
+
+
+INSTANCES = {traits.name: _instance(traits) for traits in ALL_TRAITS} | {
+    f"simt_depthwise_forward_{dtype}_{layout}": Instance(
+        f"simt_depthwise_forward_{dtype}_{layout}", simt.THREADS, 0, registers=64
+    )
+    for dtype in ELEMENT_BYTES
+    for layout in ("nhwc", "nchw")
+}
+
+
+def candidates(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> list[Candidate]:
+    """PyTorch's own, the generic kernels and, each with its reason where it can't, a fast one."""
+    return [_reference(problem, device), _generic(problem, device, kernels), _fast(problem, device, kernels)]
+
+
+def best(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
+    """The kernel of this package that is predicted to be the fastest; one with a refusal where none can run."""
+    return min(candidates(problem, device, kernels)[1:], key=lambda c: (bool(c.refusal), c.predicted_seconds))
+
+
+def _reference(problem: DepthwiseProblem, device: Device) -> Candidate:
+    """PyTorch's own operators, one kernel each."""
+    x, y = problem.x_bytes, problem.y_bytes
+    plain = (2 * x if problem.pre_activation else 0) + (2 * y if problem.mid_activation else 0)
+    depthwise, flops, launches = x + y + problem.weight_bytes, problem.flops, 1
+    if problem.direction == "backward":
+        # Of x and of the weight; where there is an activation, its gradient at a forward computed again.
+        depthwise *= 3 if problem.mid_activation else 2
+        plain += (3 * x if problem.pre_activation else 0) + (3 * y if problem.mid_activation else 0)
+        flops *= 3 if problem.mid_activation else 2
+        launches = 2
+    launches += (problem.pre_activation is not None) + (problem.mid_activation is not None)
+    seconds = depthwise / LIBRARY_DEPTHWISE_BANDWIDTH + plain / LIBRARY_BANDWIDTH
+    return Candidate(
+        family="reference",
+        name="reference",
+        bytes=depthwise + plain,
+        flops=flops,
+        predicted_seconds=seconds / device.bandwidth + launches * LAUNCH_SECONDS,
+    )
+
+
+# ---- the generic kernels
+
+
+def _generic(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
+    """One thread an element: every kernel size, stride, dtype, layout and alignment."""
+    suffix = f"_{problem.dtype}_{problem.layout}"
+    forward = f"simt_depthwise_forward{suffix}"
+    needed = [forward]
+    if problem.direction == "backward":
+        needed = [f"simt_backward_input{suffix}", f"simt_backward_depthwise_weight{suffix}"]
+        needed += [f"reduce_splits_{problem.dtype}"] + ([forward] if problem.mid_activation else [])
+    refusal = ""
+    if missing := [name for name in needed if name not in kernels.instances]:
+        refusal = kernels.why_none or f"the native module has no instance {missing[0]}"
+    elements = max(problem.pixels * problem.K, problem.N * problem.C * problem.H * problem.W)
+    if reason := _too_large(problem, ceil(elements / simt.THREADS)):
+        refusal = refusal or reason
+    if refusal:
+        return Candidate("simt", needed[0], refusal=refusal)
+
+    x, y = problem.x_bytes, problem.y_bytes
+    steps = [(x + y + problem.weight_bytes, problem.flops)]
+    splits = None
+    if problem.direction == "backward":
+        first = [(x + 2 * y, problem.flops)] if problem.mid_activation else []
+        splits = simt.depthwise_splits(problem, device)
+        partials = 2 * splits.parts * problem.K * (problem.taps + 1) * 4
+        steps = [
+            *first,
+            (y + x * (2 if problem.pre_activation else 1), problem.flops),
+            (x + y + partials, problem.flops),
+        ]
+    seconds = sum(
+        LAUNCH_SECONDS
+        + max(
+            byte_count / (device.bandwidth * LIBRARY_BANDWIDTH),
+            flops / (device.fma(problem.dtype) * GENERIC_FMA_FRACTION),
+        )
+        for byte_count, flops in steps
+    )
+    return Candidate(
+        family="simt",
+        name=needed[0],
+        bytes=sum(byte_count for byte_count, _ in steps),
+        flops=sum(flops for _, flops in steps),
+        blocks=ceil(elements / simt.THREADS),
+        waves=ceil(elements / simt.THREADS) / (device.sms * 8),
+        predicted_seconds=seconds,
+        depthwise_splits=splits,
+    )
+
+
+GENERIC_FMA_FRACTION = 0.05  # assumed, until measured: each multiply-add has its address, bounds and two loads
+
+
+def _too_large(problem: DepthwiseProblem, blocks: int) -> str:
+    top, bottom, left, right = problem.padding
+    if max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.taps) > _INT32 // 2:
+        return "a dimension is too large for 32-bit coordinates"
+    return f"{blocks} blocks are more than a grid holds" if blocks > _INT32 else ""
+
+
+# ---- the fast kernels
+
+
+def _fast(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
+    kernel, strides = problem.kernel[0], inner_stride(problem)
+    traits = Traits(problem.direction, kernel, strides[0], problem.dtype)
+    refusal = _fast_refusal(problem, traits, kernels)
+    if refusal:
+        return Candidate("depthwise", traits.name, refusal=refusal)
+    cuts = [_predict(problem, device, Cut(problem, traits, tiling)) for tiling in _tilings(problem, traits, device)]
+    if not cuts:
+        refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
+        return Candidate("depthwise", traits.name, refusal=refusal)
+    return min(cuts, key=lambda candidate: candidate.predicted_seconds)
+
+
+def inner_stride(problem: DepthwiseProblem) -> tuple[int, int]:
+    """The stride that is left in each phase of a dilated convolution: stride / gcd(stride, dilation)."""
+    (sh, sw), (dh, dw) = problem.stride, problem.dilation
+    return sh // gcd(sh, dh), sw // gcd(sw, dw)
+
+
+def _fast_refusal(problem: DepthwiseProblem, traits: Traits, kernels: Kernels) -> str:
+    """Why the fast kernels can't run a problem; empty if they can."""
+    if not kernels.instances:
+        return kernels.why_none
+    if problem.layout != "nhwc":
+        return "the fast depthwise kernels are for NHWC"
+    if problem.dtype not in DTYPES:
+        return f"the fast depthwise kernels do not compute in {problem.dtype}"
+    kh, kw = problem.kernel
+    sh, sw = inner_stride(problem)
+    if kh != kw or kh not in KERNELS:
+        return f"the fast depthwise kernels are for 3x3, 5x5 and 7x7, not {kh}x{kw}"
+    if sh != sw or sh not in STRIDES:
+        return f"the fast depthwise kernels are for stride 1 and 2, not {sh}x{sw} (dilation taken apart)"
+    if problem.C * problem.element_bytes % 16 or problem.K * problem.element_bytes % 16:
+        return f"rows of {problem.C} and {problem.K} channels are no multiple of 16 bytes"
+    if not problem.aligned:
+        return "x is not aligned to 16 bytes, or its channels are not contiguous"
+    if traits.name not in kernels.instances:
+        return f"the native module has no instance {traits.name}"
+    return _too_large(problem, 0)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A problem as a tiling cuts it, and what of it passes through device memory."""
+
+    problem: DepthwiseProblem
+    traits: Traits
+    tiling: Tiling
+
+    @cached_property
+    def chunks(self) -> int:
+        return ceil(self.problem.K / self.traits.chunk)
+
+    @property
+    def blocks(self) -> int:
+        return self.chunks * self.tiling.parts
+
+    @property
+    def total_groups(self) -> int:
+        t = self.tiling
+        return self.problem.N * t.phases_h * t.phases_w * t.column_tiles * t.groups
+
+    @cached_property
+    def input_bytes_of_pixel(self) -> int:
+        """Of all chunks: what is read of a pixel of x. Whole pieces of 16 bytes, and shared channels once a chunk."""
+        problem, chunk, piece = self.problem, self.traits.chunk, 16 // self.problem.element_bytes
+        if problem.multiplier == 1:
+            return problem.C * problem.element_bytes
+        total = 0
+        for first in range(0, problem.K, chunk):
+            last = min(first + chunk, problem.K) - 1
+            begin = first // problem.multiplier // piece * piece
+            total += ceil((last // problem.multiplier + 1 - begin) / piece) * 16
+        return total
+
+    def _read_columns(self) -> list[int]:
+        """Columns of x that each tile of each phase reads, strips side by side."""
+        p, t = self.problem, self.tiling
+        width = (t.tile_columns - 1) * self.traits.stride + self.traits.kernel
+        return [
+            _inside(
+                p.stride[1] * phase - p.padding[2],
+                p.dilation[1],
+                p.W,
+                tile * t.tile_columns * self.traits.stride,
+                width,
+            )
+            for phase in range(t.phases_w)
+            for tile in range(t.column_tiles)
+        ]
+
+    def _read_rows(self, phase: int, first_group: int, groups: int) -> int:
+        """Rows of x that a run of groups of a strip reads."""
+        p, step = self.problem, self.traits.rows * self.traits.stride
+        origin = p.stride[0] * phase - p.padding[0]
+        height = (groups - 1) * step + self.traits.window_rows
+        return _inside(origin, p.dilation[0], p.H, first_group * step, height)
+
+    def x_bytes(self) -> int:
+        """Bytes of x that the kernel asks for."""
+        t = self.tiling
+        columns = self._read_columns()
+        rows = [self._read_rows(phase, 0, t.groups) for phase in range(t.phases_h)]
+        pixels = self.problem.N * sum(columns) * sum(rows)
+        overlap = self.traits.kernel - self.traits.stride
+        for number in range(t.groups_per_part, self.total_groups, t.groups_per_part):
+            strip, group = divmod(number, t.groups)
+            if group and overlap > 0:  # a part begins inside a strip: what its window shares with the part before
+                step = self.traits.rows * self.traits.stride
+                phase = strip // (t.column_tiles * t.phases_w) % t.phases_h
+                origin = self.problem.stride[0] * phase - self.problem.padding[0]
+                halo = _inside(origin, self.problem.dilation[0], self.problem.H, group * step, overlap)
+                pixels += halo * columns[strip % len(columns)]
+        return pixels * self.input_bytes_of_pixel
+
+    def y_bytes(self) -> int:
+        return self.problem.y_bytes
+
+    def bytes(self) -> int:
+        """Read and written in all; the weights once a part, as the chunks of a part are in flight together."""
+        return self.x_bytes() + self.y_bytes() + self.tiling.parts * self.problem.weight_bytes
+
+
+def _inside(origin: int, pitch: int, size: int, first: int, count: int) -> int:
+    """How many of origin + i * pitch, i in [first, first + count), lie in [0, size)."""
+    low = max(first, -(origin // pitch))  # ceil(-origin / pitch)
+    high = min(first + count - 1, (size - 1 - origin) // pitch)
+    return max(0, high - low + 1)
+
+
+def _tilings(problem: DepthwiseProblem, traits: Traits, device: Device) -> Iterator[Tiling]:
+    """Ways to cut a problem that are worth comparing: from wide tiles to narrow ones, from few blocks to many."""
+    sh, sw = problem.stride
+    phases_h, phases_w = (d // gcd(s, d) for s, d in ((sh, problem.dilation[0]), (sw, problem.dilation[1])))
+    height, width = ceil(problem.out_h / phases_h), ceil(problem.out_w / phases_w)
+    chunks = ceil(problem.K / traits.chunk)
+    groups = ceil(height / traits.rows)
+    seen = set()
+    for column_tiles in range(ceil(width / (COLUMNS * traits.max_warps)), ceil(width / COLUMNS) + 1):
+        columns = ceil(width / column_tiles)
+        warps = ceil(columns / COLUMNS)
+        shared_bytes = traits.shared_bytes(warps, problem.pre_activation is not None)
+        if columns in seen or shared_bytes > device.shared_bytes:
+            continue
+        seen.add(columns)
+        concurrent = device.sms * device.blocks_per_sm(WARP * warps, traits.registers, shared_bytes)
+        total = problem.N * phases_h * phases_w * ceil(width / columns) * groups
+        wanted = {ceil(total / max(1, share * concurrent // chunks // 4)) for share in (2, 3, 4, 8)}
+        wanted |= {ceil(w / groups) * groups for w in wanted}  # parts that end where strips end read no row twice
+        for groups_per_part in sorted(max(1, min(w, total)) for w in wanted):
+            parts = max(1, ceil(total / groups_per_part))
+            if chunks * parts > _INT32 or groups_per_part > _INT32:
+                continue
+            yield Tiling(
+                phases_h=phases_h,
+                phases_w=phases_w,
+                column_tiles=ceil(width / columns),
+                tile_columns=columns,
+                first_row=0,
+                first_column=0,
+                groups=groups,
+                groups_per_part=groups_per_part,
+                parts=parts,
+                warps=warps,
+                shared_bytes=shared_bytes,
+            )
+        if len(seen) == 12:
+            return
+
+
+def _predict(problem: DepthwiseProblem, device: Device, cut: Cut) -> Candidate:
+    """Whichever is slowest: the memory, the fullest SM's share of it, or its instructions."""
+    traits, tiling = cut.traits, cut.tiling
+    byte_count, blocks = cut.bytes(), cut.blocks
+    per_sm = device.blocks_per_sm(WARP * tiling.warps, traits.registers, tiling.shared_bytes)
+    blocks_of_fullest = ceil(blocks / device.sms)
+    groups = min(tiling.groups_per_part, max(cut.total_groups, 1))
+    instructions = blocks_of_fullest * groups * tiling.warps * WARP * traits.instructions
+    sm_bytes = blocks_of_fullest * groups * byte_count / max(cut.chunks * cut.total_groups, 1)
+    seconds = max(
+        byte_count / (device.bandwidth * BANDWIDTH_FRACTION),
+        sm_bytes / (device.bandwidth / device.sms * SM_BANDWIDTH),
+        instructions / (device.fma_float32 / 2 / device.sms * ISSUE_FRACTION),
+    )
+    return Candidate(
+        family="depthwise",
+        name=traits.name,
+        bytes=byte_count,
+        flops=problem.flops,
+        blocks=blocks,
+        waves=blocks / (device.sms * per_sm),
+        shared_bytes=tiling.shared_bytes,
+        predicted_seconds=LAUNCH_SECONDS + BLOCK_SECONDS * ceil(blocks / (device.sms * per_sm)) + seconds,
+        tiling=tiling,
+    )
