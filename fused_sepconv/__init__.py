@@ -2,16 +2,18 @@
 
 from . import reference
 from ._version import __version__
-from .autograd import SeparableConv2dFunction
+from .autograd import DepthwiseConv2dFunction, SeparableConv2dFunction
 from .backend import use_backend
 from .explain import explain
-from .functional import separable_conv2d
+from .functional import depthwise_conv2d, separable_conv2d
 from .module import SeparableConv2d
 
 __all__ = [
+    "DepthwiseConv2dFunction",
     "SeparableConv2d",
     "SeparableConv2dFunction",
     "__version__",
+    "depthwise_conv2d",
     "explain",
     "reference",
     "separable_conv2d",

@@ -1,9 +1,9 @@
-"""The derivatives of the two operators: a `torch.autograd.Function` each, and how PyTorch reaches them.
+"""The derivatives of the operators: a `torch.autograd.Function` each, and how PyTorch reaches them.
 
-A call is `torch.ops.fused_sepconv.separable_conv2d` whether it is eager, compiled, exported or inside a `torch.func`
-transform. The op's Autograd kernel, registered below, applies the Function at the transform level that is being
-processed, and calls the op again below autograd for the value. So there is one way in for all of them. (Handing
-`backward` to `torch.library.register_autograd` instead gives silent zeros in forward mode and fails inside
+A call is its operator, such as `torch.ops.fused_sepconv.separable_conv2d`, whether it is eager, compiled, exported or
+inside a `torch.func` transform. The op's Autograd kernel, registered below, applies the Function at the transform level
+that is being processed, and calls the op again below autograd for the value. So there is one way in for all of them.
+(Handing `backward` to `torch.library.register_autograd` instead gives silent zeros in forward mode and fails inside
 `torch.func.grad`.)
 
 Inside a forward-mode level the kernel is PyTorch's own operators, which carry tangents in every order: a forward-mode
@@ -14,9 +14,9 @@ Saved between forward and backward: the inputs, and the output where the last ac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,97 +27,127 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from . import ops, reference
+from . import ops
 from .activations import ACTIVATIONS
-from .arguments import Arguments
 from .memory_format import memory_format_of
-
-_INPUTS = 6  # x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual
-_ARGUMENTS = 7  # stride, padding, dilation, the three activations, backend
+from .ops import Operator
 
 
-class SeparableConv2dFunction(torch.autograd.Function):
+class _Forward(torch.autograd.Function):
+    """An operator and its derivative. `apply` takes the operator's own arguments, unchecked."""
+
+    operator: ClassVar[Operator]
+    generate_vmap_rule = True
+
+    @classmethod
+    def forward(cls, *args: Any) -> Tensor:
+        with _below_autograd():
+            return cls.operator.forward(*args)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        count, residual = cls.operator.count, cls.operator.residual
+        tensors = list(inputs[:count])
+        ctx.arguments, ctx.backend = cls.operator.arguments(*inputs[count:-1]), inputs[-1]
+        activation = ACTIVATIONS[ctx.arguments.activation]
+        if residual is not None and activation.piecewise_linear:
+            tensors[residual] = None  # it is only ever needed to compute the last activation's argument again
+        reads_output = activation.from_output is not None and ctx.arguments.activation is not None
+        ctx.save_for_backward(*tensors, output if reads_output else None)
+
+    @classmethod
+    def backward(cls, ctx: Any, grad_output: Tensor) -> tuple:
+        count, residual = cls.operator.count, cls.operator.residual
+        *tensors, output = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:count])
+        passes_through = False
+        if residual is not None and mask[residual]:
+            # Without an activation the residual's gradient is grad_output itself.
+            passes_through = ctx.arguments.activation is None
+            mask[residual] = not passes_through
+            if tensors[residual] is None:
+                tensors[residual] = grad_output  # stands in for it: its shape and strides alone are read
+        gradients = [None] * count
+        if any(mask):
+            results = cls.operator.backward(grad_output, *tensors, output, *ctx.arguments, ctx.backend, tuple(mask))
+            gradients = [grad if wanted else None for grad, wanted in zip(results, mask, strict=True)]
+        if passes_through:
+            gradients[residual] = grad_output
+        return (*gradients, *(None,) * len(ctx.arguments), None)
+
+
+class _Backward(torch.autograd.Function):
+    """The gradients of an operator, themselves differentiable, through PyTorch's own operators.
+
+    A function of grad_output and the inputs: `output` is one of them written another way, and has no gradient.
+    """
+
+    operator: ClassVar[Operator]
+    generate_vmap_rule = True
+
+    @classmethod
+    def forward(cls, *args: Any) -> ops.Gradients:
+        with _below_autograd():
+            return cls.operator.backward(*args)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple, output: ops.Gradients) -> None:
+        count = cls.operator.count + 2  # grad_output, the inputs, the output
+        ctx.arguments, ctx.mask = cls.operator.arguments(*inputs[count:-2]), tuple(inputs[-1])
+        ctx.save_for_backward(*inputs[:count])
+
+    @classmethod
+    def backward(cls, ctx: Any, *grad_gradients: Tensor) -> tuple:
+        function, present = _as_function_of_tensors(cls.operator, ctx)
+        wanted = tuple(grad for grad, asked in zip(grad_gradients, ctx.mask, strict=True) if asked)
+        gradients = dict(zip(present, _vjp(function, tuple(present.values()), wanted), strict=True))
+        tensors = (gradients.get(i) for i in range(cls.operator.count + 1))
+        return (*tensors, None, *(None,) * len(ctx.arguments), None, None)
+
+
+class SeparableConv2dFunction(_Forward):
     """y = act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual).
 
     `apply` takes the arguments of `torch.ops.fused_sepconv.separable_conv2d`, unchecked.
     """
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        with _below_autograd():
-            return ops.separable_conv2d(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, residual = inputs[:_INPUTS]
-        ctx.arguments, ctx.backend = Arguments(*inputs[_INPUTS:-1]), inputs[-1]
-        activation = ACTIVATIONS[ctx.arguments.activation]
-        reads_output = activation.from_output is not None and ctx.arguments.activation is not None
-        # The residual is only ever needed to compute the last activation's argument again.
-        residual = None if activation.piecewise_linear else residual
-        ctx.save_for_backward(*tensors, residual, output if reads_output else None)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        *tensors, output = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[:_INPUTS])
-        # Without an activation the residual's gradient is grad_output itself.
-        passes_through = mask[5] and ctx.arguments.activation is None
-        mask[5] = mask[5] and not passes_through
-        if tensors[5] is None and mask[5]:
-            tensors[5] = grad_output  # stands in for the residual: its shape and strides alone are read
-        gradients = [None] * _INPUTS
-        if any(mask):
-            results = ops.separable_conv2d_backward(
-                grad_output, *tensors, output, *ctx.arguments, ctx.backend, tuple(mask)
-            )
-            gradients = [grad if wanted else None for grad, wanted in zip(results, mask, strict=True)]
-        if passes_through:
-            gradients[5] = grad_output
-        return (*gradients, *(None,) * _ARGUMENTS)
+    operator = ops.SEPARABLE_CONV2D
 
 
-class SeparableConv2dBackwardFunction(torch.autograd.Function):
-    """The gradients of a separable convolution, themselves differentiable, through PyTorch's own operators.
+class SeparableConv2dBackwardFunction(_Backward):
+    """The gradients of a separable convolution."""
 
-    A function of grad_output and the six inputs: `output` is one of them written another way, and has no gradient.
+    operator = ops.SEPARABLE_CONV2D
+
+
+class DepthwiseConv2dFunction(_Forward):
+    """y = act(depthwise(pre_act(x)) + bias).
+
+    `apply` takes the arguments of `torch.ops.fused_sepconv.depthwise_conv2d`, unchecked.
     """
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> ops.Gradients:
-        with _below_autograd():
-            return ops.separable_conv2d_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: ops.Gradients) -> None:
-        tensors, arguments = inputs[: _INPUTS + 2], inputs[_INPUTS + 2 :]
-        ctx.arguments, ctx.mask = Arguments(*arguments[:-2]), tuple(arguments[-1])
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_gradients: Tensor) -> tuple:
-        function, present = _as_function_of_tensors(ctx)
-        wanted = tuple(grad for grad, asked in zip(grad_gradients, ctx.mask, strict=True) if asked)
-        gradients = dict(zip(present, _vjp(function, tuple(present.values()), wanted), strict=True))
-        return (*(gradients.get(i) for i in range(_INPUTS + 1)), None, *(None,) * _ARGUMENTS, None)
+    operator = ops.DEPTHWISE_CONV2D
 
 
-def _as_function_of_tensors(ctx: Any) -> tuple[Any, dict[int, Tensor]]:
+class DepthwiseConv2dBackwardFunction(_Backward):
+    """The gradients of a depthwise convolution."""
+
+    operator = ops.DEPTHWISE_CONV2D
+
+
+def _as_function_of_tensors(operator: Operator, ctx: Any) -> tuple[Any, dict[int, Tensor]]:
     """The backward of a saved call as a function of the tensors it has, and those tensors by position."""
     *tensors, output = ctx.saved_tensors
     if not ACTIVATIONS[ctx.arguments.activation].piecewise_linear:
         output = None  # its own dependence on the inputs matters now: compute it again
     present = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None}
+    _, backward = operator.reference
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
-        filled: list[Tensor | None] = [None] * (_INPUTS + 1)
+        filled: list[Tensor | None] = [None] * len(tensors)
         for i, value in zip(present, values, strict=True):
             filled[i] = value
-        gradients = reference.backward(*filled, output, *ctx.arguments, ctx.mask)
+        gradients = backward(*filled, output, *ctx.arguments, ctx.mask)
         return tuple(grad for grad in gradients if grad is not None)
 
     return function, present
@@ -166,17 +196,22 @@ def _has_tangent(tensor: Tensor) -> bool:
     return torch._VF._unpack_dual(tensor, level=0).tangent is not None
 
 
-def separable_conv2d(*args: Any) -> Tensor:
-    """`torch.ops.fused_sepconv.separable_conv2d`, called below autograd where nothing can ask for a derivative.
+def _entrance(operator: Operator) -> Callable[..., Tensor]:
+    """The operator, called below autograd where nothing can ask for a derivative.
 
-    The op's Autograd kernel would find the same out, in Python, at the price of a second dispatch: 8 us a call.
+    Its Autograd kernel would find the same out, in Python, at the price of a second dispatch: 8 us a call.
     """
-    if _in_forward_mode():
-        return _forward_composite(*args)
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active() or _records(args[:_INPUTS]):
-        return ops.separable_conv2d(*args)
-    with _AutoDispatchBelowAutograd():
-        return ops.separable_conv2d(*args)
+    op, count, composite = operator.forward, operator.count, _forward_composite(operator)
+
+    def call(*args: Any) -> Tensor:
+        if _in_forward_mode():
+            return composite(*args)
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or _records(args[:count]):
+            return op(*args)
+        with _AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
 
 
 def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite: Any) -> Any:
@@ -198,27 +233,41 @@ def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite
     return kernel
 
 
-def _forward_composite(*args: Any) -> Tensor:
-    *call, _backend = args
-    # Not `as_output`: its copy_ into a new tensor could not be batched.
-    return reference.forward(*call).contiguous(memory_format=memory_format_of(args[0]))
+def _forward_composite(operator: Operator) -> Callable[..., Tensor]:
+    forward, _ = operator.reference
+
+    def composite(*args: Any) -> Tensor:
+        *call, _backend = args
+        # Not `as_output`: its copy_ into a new tensor could not be batched.
+        return forward(*call).contiguous(memory_format=memory_format_of(args[0]))
+
+    return composite
 
 
-def _backward_composite(*args: Any) -> ops.Gradients:
-    *call, _backend, output_mask = args
-    if not ACTIVATIONS[args[-3]].piecewise_linear:
-        call[_INPUTS + 1] = None  # as in double backward: the output's own dependence on the inputs matters
-    gradients = reference.backward(*call, output_mask)
-    return tuple(args[0].new_zeros(0) if grad is None else grad for grad in gradients)
+def _backward_composite(operator: Operator) -> Callable[..., ops.Gradients]:
+    _, backward = operator.reference
+
+    def composite(*args: Any) -> ops.Gradients:
+        *call, _backend, output_mask = args
+        if not ACTIVATIONS[call[-1]].piecewise_linear:
+            call[operator.count + 1] = None  # as in double backward: the output's own dependence on the inputs matters
+        gradients = backward(*call, output_mask)
+        return tuple(args[0].new_zeros(0) if grad is None else grad for grad in gradients)
+
+    return composite
 
 
-ops.LIBRARY.impl(
-    "separable_conv2d",
-    _autograd_kernel(ops.separable_conv2d, SeparableConv2dFunction, _forward_composite),
-    "Autograd",
-)
-ops.LIBRARY.impl(
-    "separable_conv2d_backward",
-    _autograd_kernel(ops.separable_conv2d_backward, SeparableConv2dBackwardFunction, _backward_composite),
-    "Autograd",
-)
+def _register(forward: type[_Forward], backward: type[_Backward]) -> None:
+    operator = forward.operator
+    for op, function, composite in (
+        (operator.forward, forward, _forward_composite(operator)),
+        (operator.backward, backward, _backward_composite(operator)),
+    ):
+        ops.LIBRARY.impl(op._schema.name, _autograd_kernel(op, function, composite), "Autograd")
+
+
+_register(SeparableConv2dFunction, SeparableConv2dBackwardFunction)
+_register(DepthwiseConv2dFunction, DepthwiseConv2dBackwardFunction)
+
+separable_conv2d = _entrance(ops.SEPARABLE_CONV2D)
+depthwise_conv2d = _entrance(ops.DEPTHWISE_CONV2D)

@@ -1,11 +1,13 @@
-"""The separable convolution as PyTorch's own two convolutions: the oracle, the CPU path, and what "auto" falls to.
+"""Both operators as PyTorch's own convolutions: the oracle, the CPU path, and what "auto" falls to.
 
-`forward` and `backward` are the two directions of an already checked call, made of PyTorch's differentiable operators:
-the backward of the backward is PyTorch's own too. `separable_conv2d` is the public function over them.
+`forward` and `backward` are the two directions of an already checked call of `separable_conv2d`, `depthwise_forward`
+and `depthwise_backward` those of `depthwise_conv2d`. They are made of PyTorch's differentiable operators: the backward
+of the backward is PyTorch's own too. The public functions over them are at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .arguments import Padding, Pair, normalise
+from .arguments import Padding, Pair, normalise, normalise_depthwise
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Mask = Sequence[bool]
+"""Of each input, whether its gradient is asked for."""
 
 
 def forward(
@@ -33,12 +36,29 @@ def forward(
     activation: str | None,
 ) -> Tensor:
     """y = act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual), (N, F, out_h, out_w)."""
-    image, symmetric = _padded(ACTIVATIONS[pre_activation].forward(x), padding)
-    t = F.conv2d(image, depthwise_weight, depthwise_bias, stride, symmetric, dilation, groups=x.shape[1])
-    z = F.conv2d(ACTIVATIONS[mid_activation].forward(t), pointwise_weight, bias)
+    v = depthwise_forward(
+        x, depthwise_weight, depthwise_bias, stride, padding, dilation, pre_activation, mid_activation
+    )
+    z = F.conv2d(v, pointwise_weight, bias)
     if residual is not None:
         z = z + residual
     return ACTIVATIONS[activation].forward(z)
+
+
+def depthwise_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    pre_activation: str | None,
+    activation: str | None,
+) -> Tensor:
+    """y = act(depthwise(pre_act(x)) + bias), (N, C * m, out_h, out_w)."""
+    return ACTIVATIONS[activation].forward(
+        _Depthwise(x, weight, stride, padding, dilation, pre_activation).forward(bias)
+    )
 
 
 def backward(
@@ -56,19 +76,18 @@ def backward(
     pre_activation: str | None,
     mid_activation: str | None,
     activation: str | None,
-    output_mask: tuple[bool, bool, bool, bool, bool, bool],
-) -> Gradients:
+    output_mask: Mask,
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, depthwise_weight, pointwise_weight, bias, depthwise_bias and residual, None where not asked for.
 
     The depthwise result is computed again. `output`, where it is given, saves computing the pointwise result again
     for an activation whose derivative can be read from it.
     """
     want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
-    pre, mid, post = ACTIVATIONS[pre_activation], ACTIVATIONS[mid_activation], ACTIVATIONS[activation]
-    groups = x.shape[1]
+    mid, post = ACTIVATIONS[mid_activation], ACTIVATIONS[activation]
 
-    image, symmetric = _padded(pre.forward(x), padding)
-    t = F.conv2d(image, depthwise_weight, depthwise_bias, stride, symmetric, dilation, groups=groups)
+    depthwise = _Depthwise(x, depthwise_weight, stride, padding, dilation, pre_activation)
+    t = depthwise.forward(depthwise_bias)
     v = mid.forward(t)
     if activation is None:
         grad_z = grad_output
@@ -84,20 +103,60 @@ def backward(
     )
     grad_x = grad_depthwise = grad_depthwise_bias = None
     if want_t:
-        grad_image, grad_depthwise, grad_depthwise_bias = _convolution_backward(
-            mid.backward(grad_v, t),
-            image,
-            depthwise_weight,
-            stride,
-            symmetric,
-            dilation,
-            groups,
-            (want_x, want_depthwise, want_depthwise_bias),
+        grad_x, grad_depthwise, grad_depthwise_bias = depthwise.backward(
+            mid.backward(grad_v, t), (want_x, want_depthwise, want_depthwise_bias)
         )
-        if want_x:
-            grad_x = pre.backward(_unpadded(grad_image, x, padding, symmetric), x)
-    grad_residual = grad_z if want_residual else None
-    return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_residual
+    return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
+
+
+def depthwise_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    pre_activation: str | None,
+    activation: str | None,
+    output_mask: Mask,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, None where not asked for; `output` as in `backward`."""
+    post = ACTIVATIONS[activation]
+    depthwise = _Depthwise(x, weight, stride, padding, dilation, pre_activation)
+    if activation is None:
+        grad_t = grad_output
+    elif output is not None and post.from_output is not None:
+        grad_t = post.from_output(grad_output, output)
+    else:
+        grad_t = post.backward(grad_output, depthwise.forward(bias))
+    return depthwise.backward(grad_t, output_mask)
+
+
+class _Depthwise:
+    """The depthwise convolution of pre_act(x), which both operators have in common, and its derivative."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, stride: Pair, padding: Padding, dilation: Pair, pre_activation: str | None
+    ) -> None:
+        self._x, self._weight, self._padding = x, weight, padding
+        self._pre = ACTIVATIONS[pre_activation]
+        self._image, self._symmetric = _padded(self._pre.forward(x), padding)
+        self._options = (stride, self._symmetric, dilation)
+
+    def forward(self, bias: Tensor | None) -> Tensor:
+        return F.conv2d(self._image, self._weight, bias, *self._options, groups=self._x.shape[1])
+
+    def backward(self, grad: Tensor, mask: Mask) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, weight and bias."""
+        groups = self._x.shape[1]
+        grad_x, grad_weight, grad_bias = _convolution_backward(
+            grad, self._image, self._weight, *self._options, groups, mask
+        )
+        if grad_x is not None:
+            grad_x = self._pre.backward(_unpadded(grad_x, self._x, self._padding, self._symmetric), self._x)
+        return grad_x, grad_weight, grad_bias
 
 
 def separable_conv2d(
@@ -134,6 +193,25 @@ def separable_conv2d(
     return y.squeeze(0) if call.unbatched else y
 
 
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: Any = 0,
+    dilation: int | Pair = 1,
+    *,
+    pre_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`fused_sepconv.depthwise_conv2d` in PyTorch's own operators: same arguments, shapes and errors."""
+    call = normalise_depthwise(
+        x, weight, bias, stride, padding, dilation, pre_activation=pre_activation, activation=activation
+    )
+    y = depthwise_forward(*call.tensors, *call.arguments)
+    return y.squeeze(0) if call.unbatched else y
+
+
 def _padded(image: Tensor, padding: Padding) -> tuple[Tensor, Pair]:
     """The image and the padding that the convolution itself can still apply: the same on both sides or none."""
     top, bottom, left, right = padding
@@ -157,7 +235,7 @@ def _convolution_backward(
     padding: Pair,
     dilation: Pair,
     groups: int,
-    mask: tuple[bool, bool, bool],
+    mask: Mask,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(grad_image, grad_weight, grad_bias), None where the mask does not ask."""
     return torch.ops.aten.convolution_backward(
