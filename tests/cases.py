@@ -2,15 +2,16 @@
 
 A case is a named call of ``separable_conv2d``: it says its sizes and options, and makes its tensors from a seed. The
 definition, ``two_convolutions``, is written here from plain PyTorch operators and shares nothing with the package: in
-float64 it is the oracle, in the dtype under test it is the eager result that sets the yardstick.
+float64 it is the oracle, in the dtype under test it is the eager result that sets the yardstick. ``depthwise(cases)``
+are the depthwise halves of cases, calls of ``depthwise_conv2d``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,6 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "gelu": F.gelu,
 }
-
-TENSORS = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -55,6 +54,25 @@ def four_sides(
     return (*pair(vertical), *pair(horizontal))
 
 
+def depthwise_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *,
+    pre_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """What ``depthwise_conv2d`` means, as the grouped convolution that it replaces."""
+    stride, dilation = pair(stride), pair(dilation)
+    kernel = (weight.shape[-2], weight.shape[-1])
+    top, bottom, left, right = four_sides(padding, (x.shape[-2], x.shape[-1]), kernel, stride, dilation)
+    image = F.pad(ACTIVATIONS[pre_activation](x), (left, right, top, bottom))
+    return ACTIVATIONS[activation](F.conv2d(image, weight, bias, stride, 0, dilation, groups=x.shape[-3]))
+
+
 def two_convolutions(
     x: Tensor,
     depthwise_weight: Tensor,
@@ -71,12 +89,11 @@ def two_convolutions(
     activation: str | None = None,
 ) -> Tensor:
     """What ``separable_conv2d`` means, as the two convolutions that it replaces."""
-    stride, dilation = pair(stride), pair(dilation)
-    kernel = (depthwise_weight.shape[-2], depthwise_weight.shape[-1])
-    top, bottom, left, right = four_sides(padding, (x.shape[-2], x.shape[-1]), kernel, stride, dilation)
-    z = F.pad(ACTIVATIONS[pre_activation](x), (left, right, top, bottom))
-    z = F.conv2d(z, depthwise_weight, depthwise_bias, stride, 0, dilation, groups=x.shape[-3])
-    z = F.conv2d(ACTIVATIONS[mid_activation](z), pointwise_weight, bias)
+    between = depthwise_convolution(
+        x, depthwise_weight, depthwise_bias, stride, padding, dilation,
+        pre_activation=pre_activation, activation=mid_activation,
+    )  # fmt: skip
+    z = F.conv2d(between, pointwise_weight, bias)
     return ACTIVATIONS[activation](z if residual is None else z + residual)
 
 
@@ -101,6 +118,13 @@ class Case:
     pre_activation: str | None = None
     mid_activation: str | None = None
     activation: str | None = None
+
+    operator: ClassVar[str] = "separable_conv2d"
+    definition: ClassVar[Callable[..., Tensor]] = staticmethod(two_convolutions)
+    inputs: ClassVar[tuple[str, ...]] = (
+        "x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual"
+    )  # fmt: skip
+    activations: ClassVar[tuple[str, ...]] = ("pre_activation", "mid_activation", "activation")
 
     def __str__(self) -> str:
         return self.name
@@ -138,14 +162,7 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that are not tensors."""
-        return {
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "pre_activation": self.pre_activation,
-            "mid_activation": self.mid_activation,
-            "activation": self.activation,
-        }
+        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", *self.activations)}
 
     def tensors(self, seed: int = 0) -> dict[str, Tensor]:
         """The tensor arguments, float64 on the CPU; those that the case does not have are missing.
@@ -173,6 +190,40 @@ class Case:
         if self.residual:
             tensors["residual"] = normal(*self.output_shape, scale=spread)
         return tensors
+
+
+@dataclass(frozen=True)
+class DepthwiseCase(Case):
+    """A call of ``depthwise_conv2d``. F is C * multiplier, and bias and activation are this convolution's own."""
+
+    operator: ClassVar[str] = "depthwise_conv2d"
+    definition: ClassVar[Callable[..., Tensor]] = staticmethod(depthwise_convolution)
+    inputs: ClassVar[tuple[str, ...]] = ("x", "weight", "bias")
+    activations: ClassVar[tuple[str, ...]] = ("pre_activation", "activation")
+
+    def __str__(self) -> str:
+        return f"depthwise: {self.name}"
+
+    @property
+    def multiplications(self) -> int:
+        return math.prod(self.output_shape) * math.prod(pair(self.kernel))
+
+    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
+        tensors = super().tensors(seed)
+        tensors["weight"] = tensors.pop("depthwise_weight")
+        return {name: tensors[name] for name in self.inputs if name in tensors}
+
+
+def depthwise(cases: Sequence[Case]) -> tuple[DepthwiseCase, ...]:
+    """The depthwise half of each case, those that differ: of several that are alike, the first."""
+    halves: dict[DepthwiseCase, DepthwiseCase] = {}
+    for case in cases:
+        half = DepthwiseCase(
+            case.name, case.N, case.C, case.H, case.W, case.K, case.kernel, case.multiplier, case.stride, case.padding,
+            case.dilation, bias=case.depthwise_bias, pre_activation=case.pre_activation, activation=case.mid_activation,
+        )  # fmt: skip
+        halves.setdefault(replace(half, name=""), half)
+    return tuple(halves.values())
 
 
 # The ten distinct layers of Xception (34 in all), at their full size and one image. "relu" stands where the network
@@ -347,3 +398,8 @@ def named(*names: str) -> tuple[Case, ...]:
     """The cases of these names, in this order."""
     by_name = {case.name: case for case in CASES}
     return tuple(by_name[name] for name in names)
+
+
+def both(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """Cases and their depthwise halves: for what is true of either operator."""
+    return (*cases, *depthwise(cases))
