@@ -14,12 +14,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_sepconv
-from fused_sepconv import SeparableConv2d, launching, separable_conv2d
-from tests.cases import ACTIVATIONS, TENSORS, Case, four_sides, named, pair, two_convolutions
+from fused_sepconv import SeparableConv2d, depthwise_conv2d, launching, separable_conv2d
+from tests.calls import (
+    backward_arguments,
+    backward_op,
+    each_input,
+    forward_arguments,
+    forward_op,
+    function_of,
+)
+from tests.cases import ACTIVATIONS, Case, DepthwiseCase, both, named, two_convolutions
 from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
-
-FORWARD = torch.ops.fused_sepconv.separable_conv2d
-BACKWARD = torch.ops.fused_sepconv.separable_conv2d_backward
 
 CHOSEN = named(
     "plain",
@@ -41,76 +46,57 @@ def close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def op_arguments(case, backend="auto"):
-    stride, dilation = pair(case.stride), pair(case.dilation)
-    sides = four_sides(case.padding, (case.H, case.W), pair(case.kernel), stride, dilation)
-    activations = (case.pre_activation, case.mid_activation, case.activation)
-    return [list(stride), list(sides), list(dilation), *activations, backend]
-
-
-def forward_arguments(case, tensors, backend="auto"):
-    return (*(tensors.get(name) for name in TENSORS), *op_arguments(case, backend))
-
-
-def backward_arguments(case, tensors, requires_grad=False, backend="auto"):
-    y = two_convolutions(**tensors, **case.options).detach()
-    saved = y if case.activation in ("relu", "relu6", "elu") else None
-    grad_output = torch.randn_like(y).requires_grad_(requires_grad)
-    mask = [name in tensors for name in TENSORS]
-    return (grad_output, *(tensors.get(name) for name in TENSORS), saved, *op_arguments(case, backend), mask)
-
-
 # opcheck
 
 
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
-@pytest.mark.cases((*CHOSEN, *named("batch 0", "1x1 image", "silu after")))
+@pytest.mark.cases(both((*CHOSEN, *named("batch 0", "1x1 image", "silu after"))))
 def test_opcheck_finds_nothing_in_the_forward(target, case, requires_grad):
     if requires_grad and torch.float32 not in target.gradient_dtypes:
         requires_grad = False
     tensors = leaves(case, torch.float32, requires_grad, device=target.device)
-    torch.library.opcheck(FORWARD, forward_arguments(case, tensors, target.backend))
+    torch.library.opcheck(forward_op(case), forward_arguments(case, tensors, target.backend))
 
 
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc"))
-@pytest.mark.cases(CHOSEN)
+@pytest.mark.cases(both(CHOSEN))
 def test_opcheck_finds_nothing_in_the_forward_of_either_layout(case, layout):
     tensors = leaves(case, torch.float32)
     tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
-    torch.library.opcheck(FORWARD, forward_arguments(case, tensors))
+    torch.library.opcheck(forward_op(case), forward_arguments(case, tensors))
 
 
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
-@pytest.mark.cases((*CHOSEN, *named("batch 0", "1x1 image", "silu after")))
+@pytest.mark.cases(both((*CHOSEN, *named("batch 0", "1x1 image", "silu after"))))
 def test_opcheck_finds_nothing_in_the_backward(target, case, requires_grad):
     tensors = leaves(case, torch.float32, requires_grad, device=target.device)
     arguments = backward_arguments(case, tensors, requires_grad, target.backend)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not requires_grad:  # the graph of a double backward is one that AOTAutograd does not trace
         tests.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(BACKWARD, arguments, test_utils=tests)
+    torch.library.opcheck(backward_op(case), arguments, test_utils=tests)
 
 
-def test_the_op_called_directly_is_differentiable():
-    (case,) = named("everything")
+@pytest.mark.cases(both(named("everything")))
+def test_the_op_called_directly_is_differentiable(case):
     tensors = leaves(case)
-    y = FORWARD(*forward_arguments(case, tensors))
+    y = forward_op(case)(*forward_arguments(case, tensors))
     found = torch.autograd.grad(y.square().sum(), list(tensors.values()))
-    y = two_convolutions(**tensors, **case.options)
+    y = case.definition(**tensors, **case.options)
     for ours, eager in zip(found, torch.autograd.grad(y.square().sum(), list(tensors.values())), strict=True):
         close(ours, eager)
 
 
-def test_the_backward_op_called_directly_is_differentiable():
-    (case,) = named("everything")
+@pytest.mark.cases(both(named("everything")))
+def test_the_backward_op_called_directly_is_differentiable(case):
     tensors = leaves(case)
     arguments = backward_arguments(case, tensors, requires_grad=True)
     asking = [arguments[0], *tensors.values()]
-    ours = torch.autograd.grad(sum(g.square().sum() for g in BACKWARD(*arguments)), asking)
-    y = two_convolutions(**tensors, **case.options)
+    ours = torch.autograd.grad(sum(g.square().sum() for g in backward_op(case)(*arguments)), asking)
+    y = case.definition(**tensors, **case.options)
     first = torch.autograd.grad(y, list(tensors.values()), arguments[0], create_graph=True)
     eager = torch.autograd.grad(sum(g.square().sum() for g in first), asking)
     for a, b in zip(ours, eager, strict=True):
@@ -137,11 +123,11 @@ def value_and_gradients(function, tensors, options):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-@pytest.mark.cases((*CHOSEN, *named("unbatched, everything", "batch 0", "silu after")))
+@pytest.mark.cases(both((*CHOSEN, *named("unbatched, everything", "batch 0", "silu after"))))
 def test_it_compiles_into_one_graph_forward_and_backward(case, dynamic):
-    compiled = torch.compile(separable_conv2d, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(function_of(case), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     tensors = leaves(case)
-    expected = value_and_gradients(two_convolutions, tensors, case.options)
+    expected = value_and_gradients(case.definition, tensors, case.options)
     for ours, eager in zip(value_and_gradients(compiled, tensors, case.options), expected, strict=True):
         close(ours, eager)
 
@@ -197,7 +183,8 @@ def test_the_op_is_one_node_of_the_graph():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_use_backend_is_heard_inside_and_outside_of_what_is_compiled():
+@pytest.mark.cases(both(named("plain")))
+def test_use_backend_is_heard_inside_and_outside_of_what_is_compiled(case):
     heard = []
 
     def look(graph, inputs):
@@ -206,13 +193,13 @@ def test_use_backend_is_heard_inside_and_outside_of_what_is_compiled():
                 heard.append((*node.args, *node.kwargs.values())[-1])
         return graph
 
-    def inside(x, depthwise_weight, pointwise_weight):
+    def inside(**tensors):
         with fused_sepconv.use_backend("reference"):
-            return separable_conv2d(x, depthwise_weight, pointwise_weight, padding=1)
+            return function_of(case)(**tensors, padding=1)
 
-    tensors = leaves(named("plain")[0])
-    expected = two_convolutions(**tensors, padding=1)
-    compiled = torch.compile(separable_conv2d, backend=look, fullgraph=True)
+    tensors = leaves(case)
+    expected = case.definition(**tensors, padding=1)
+    compiled = torch.compile(function_of(case), backend=look, fullgraph=True)
     close(compiled(**tensors, padding=1), expected)
     with fused_sepconv.use_backend("reference"):
         close(compiled(**tensors, padding=1), expected)
@@ -232,10 +219,11 @@ def test_a_module_with_a_hook_compiles_too():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_bad_call_is_named_under_compile_too():
-    compiled = torch.compile(separable_conv2d, backend="eager")
-    with pytest.raises(Exception, match="pointwise_weight"):
-        compiled(torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3), torch.randn(5, 3, 1, 1))
+@pytest.mark.cases(both(named("biases")))
+def test_a_bad_call_is_named_under_compile_too(case):
+    compiled = torch.compile(function_of(case), backend="eager")
+    with pytest.raises(Exception, match="bias"):
+        compiled(**{**case.tensors(), "bias": torch.randn(7, dtype=torch.float64)})
 
 
 # export and make_fx
@@ -273,20 +261,20 @@ def test_an_exported_program_is_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("tracing_mode", ("real", "fake", "symbolic"))
-@pytest.mark.cases(named("everything", "relu thrice", "same, stride 2, even size"))
+@pytest.mark.cases(both(named("everything", "relu thrice", "same, stride 2, even size")))
 def test_make_fx_traces_forward_and_backward(case, tracing_mode):
     tensors = leaves(case)
     names = list(tensors)
 
     def step(*values):
-        return value_and_gradients(separable_conv2d, dict(zip(names, values, strict=True)), case.options)
+        return value_and_gradients(function_of(case), dict(zip(names, values, strict=True)), case.options)
 
     graph = make_fx(step, tracing_mode=tracing_mode)(*tensors.values())
     targets = [str(node.target) for node in graph.graph.nodes]
-    assert any(name.startswith("fused_sepconv.separable_conv2d.") for name in targets)
-    assert any(name.startswith("fused_sepconv.separable_conv2d_backward") for name in targets)
+    assert any(name.startswith(f"fused_sepconv.{case.operator}.") for name in targets)
+    assert any(name.startswith(f"fused_sepconv.{case.operator}_backward") for name in targets)
     other = leaves(case, seed=7)
-    expected = value_and_gradients(two_convolutions, other, case.options)
+    expected = value_and_gradients(case.definition, other, case.options)
     for ours, eager in zip(graph(*other.values()), expected, strict=True):
         close(ours, eager)
 
@@ -307,19 +295,19 @@ def under_autocast(function, tensors, options, device, low, grad_output):
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float32)
 @lows
-@pytest.mark.cases(
+@pytest.mark.cases(both(
     named("plain", "biases", "relu thrice", "728->728@19 reduced", "every dimension: one over", "same, stride 3",
           "four different sides", "depth multiplier 2", "silu between")
-)  # fmt: skip
+))  # fmt: skip
 def test_autocast_does_what_it_does_to_the_pair(target, dtype, case, low):
     if low not in target.gradient_dtypes:
         low = dtype
     tensors = leaves(case, dtype, device=target.device)
     grad_output = torch.randn(case.output_shape, dtype=torch.float64)
-    ours = under_autocast(separable_conv2d, tensors, case.options, target.device, low, grad_output)
-    eager = under_autocast(two_convolutions, tensors, case.options, target.device, low, grad_output)
+    ours = under_autocast(function_of(case), tensors, case.options, target.device, low, grad_output)
+    eager = under_autocast(case.definition, tensors, case.options, target.device, low, grad_output)
     exact = {name: t.detach().double().cpu().requires_grad_() for name, t in tensors.items()}
-    y = two_convolutions(**exact, **case.options)
+    y = case.definition(**exact, **case.options)
     oracle = [y.detach(), *torch.autograd.grad(y, list(exact.values()), grad_output.to(low).double())]
     assert ours[0].dtype == low
     assert_as_close_as_eager(ours[0], eager[0], oracle[0])
@@ -329,13 +317,13 @@ def test_autocast_does_what_it_does_to_the_pair(target, dtype, case, low):
 
 
 @lows
-def test_autocast_takes_inputs_that_are_low_already(low):
-    (case,) = named("biases")
+@pytest.mark.cases(both(named("biases")))
+def test_autocast_takes_inputs_that_are_low_already(low, case):
     tensors = leaves(case, torch.float32, requires_grad=False)
     mixed = {**tensors, "x": tensors["x"].to(low), "bias": tensors["bias"].to(low)}
     with torch.autocast("cpu", dtype=low):
-        y = separable_conv2d(**mixed, padding=1)
-        expected = separable_conv2d(**{name: t.to(low) for name, t in tensors.items()}, padding=1)
+        y = function_of(case)(**mixed, padding=1)
+        expected = function_of(case)(**{name: t.to(low) for name, t in tensors.items()}, padding=1)
     assert y.dtype == low
     assert torch.equal(y, expected)
 
@@ -355,30 +343,30 @@ def test_autocast_takes_a_residual_in_float32(low):
 
 
 @lows
-def test_autocast_leaves_float64_as_it_is(low):
-    (case,) = named("everything")
+@pytest.mark.cases(both(named("everything")))
+def test_autocast_leaves_float64_as_it_is(low, case):
     tensors = leaves(case)
     with torch.autocast("cpu", dtype=low):
-        found = value_and_gradients(separable_conv2d, tensors, case.options)
-    for ours, eager in zip(found, value_and_gradients(two_convolutions, tensors, case.options), strict=True):
+        found = value_and_gradients(function_of(case), tensors, case.options)
+    for ours, eager in zip(found, value_and_gradients(case.definition, tensors, case.options), strict=True):
         assert ours.dtype == torch.float64
         close(ours, eager)
 
 
-def test_autocast_switched_off_inside_is_off():
-    (case,) = named("plain")
+@pytest.mark.cases(both(named("plain")))
+def test_autocast_switched_off_inside_is_off(case):
     tensors = leaves(case, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
-        assert separable_conv2d(**tensors).dtype == torch.float32
+        assert function_of(case)(**tensors).dtype == torch.float32
 
 
-def test_autocast_of_another_device_does_nothing():
-    (case,) = named("plain")
+@pytest.mark.cases(both(named("plain")))
+def test_autocast_of_another_device_does_nothing(case):
     tensors = leaves(case, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            assert separable_conv2d(**tensors).dtype == torch.float32
+            assert function_of(case)(**tensors).dtype == torch.float32
 
 
 @lows
@@ -417,13 +405,13 @@ def test_the_module_trains_under_autocast(low):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @lows
-def test_autocast_is_heard_under_compile(low):
-    (case,) = named("biases")
+@pytest.mark.cases(both(named("biases")))
+def test_autocast_is_heard_under_compile(low, case):
     tensors = leaves(case, torch.float32)
-    compiled = torch.compile(separable_conv2d, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(function_of(case), backend="aot_eager", fullgraph=True)
     grad_output = torch.randn(case.output_shape)
     ours = under_autocast(compiled, tensors, case.options, "cpu", low, grad_output)
-    eager = under_autocast(separable_conv2d, tensors, case.options, "cpu", low, grad_output)
+    eager = under_autocast(function_of(case), tensors, case.options, "cpu", low, grad_output)
     for a, b in zip(ours, eager, strict=True):
         assert a.dtype == b.dtype
         close(a, b, 2e-2)
@@ -450,7 +438,7 @@ def stacked(case, mapped, in_dim=0, count=3, requires_grad=False):
 def one_by_one(case, tensors, mapped, in_dim=0, count=3):
     return torch.stack(
         [
-            two_convolutions(
+            case.definition(
                 **{name: t.select(in_dim, i) if name in mapped else t for name, t in tensors.items()}, **case.options
             )
             for i in range(count)
@@ -459,44 +447,56 @@ def one_by_one(case, tensors, mapped, in_dim=0, count=3):
 
 
 MAPS = {
-    "x": ("x",),
-    "depthwise weight": ("depthwise_weight",),
-    "pointwise weight": ("pointwise_weight",),
-    "weights": ("depthwise_weight", "pointwise_weight"),
-    "x and weights": ("x", "depthwise_weight", "pointwise_weight"),
-    "biases": ("bias", "depthwise_bias"),
-    "residual": ("residual",),
-    "x and residual": ("x", "residual"),
-    "everything": TENSORS,
+    "separable_conv2d": (
+        ("x",),
+        ("depthwise_weight",),
+        ("pointwise_weight",),
+        ("depthwise_weight", "pointwise_weight"),
+        ("x", "depthwise_weight", "pointwise_weight"),
+        ("bias", "depthwise_bias"),
+        ("residual",),
+        ("x", "residual"),
+        Case.inputs,
+    ),
+    "depthwise_conv2d": (("x",), ("weight",), ("x", "weight"), ("bias",), DepthwiseCase.inputs),
 }
 
 
+def maps(cases):
+    """(case, what of its tensors is mapped), each once."""
+    return [
+        pytest.param((case, mapped), id=f"{case}: {', '.join(mapped)}")
+        for case in both(cases)
+        for mapped in MAPS[case.operator]
+        if set(mapped) <= case.tensors().keys()
+    ]
+
+
 @pytest.mark.parametrize("in_dim", (0, 1, -1))
-@pytest.mark.parametrize("mapped", MAPS.values(), ids=MAPS)
-@pytest.mark.cases(VMAPPED)
-def test_vmap_is_a_loop(case, mapped, in_dim):
-    mapped = [name for name in mapped if name in case.tensors()] or ["x"]
+@pytest.mark.parametrize("mapping", maps(VMAPPED))
+def test_vmap_is_a_loop(mapping, in_dim):
+    case, mapped = mapping
     tensors = stacked(case, mapped, in_dim)
     names = list(tensors)
     in_dims = tuple(in_dim if name in mapped else None for name in names)
 
     def call(*values):
-        return separable_conv2d(**dict(zip(names, values, strict=True)), **case.options)
+        return function_of(case)(**dict(zip(names, values, strict=True)), **case.options)
 
     expected = one_by_one(case, tensors, mapped, in_dim)
     close(torch.vmap(call, in_dims=in_dims)(*tensors.values()), expected)
     close(torch.vmap(call, in_dims=in_dims, out_dims=2)(*tensors.values()), expected.movedim(0, 2))
 
 
-@pytest.mark.parametrize("mapped", MAPS.values(), ids=MAPS)
-def test_a_gradient_goes_back_through_vmap(mapped):
-    (case,) = named("everything")
+@pytest.mark.parametrize("mapping", maps(named("everything")))
+def test_a_gradient_goes_back_through_vmap(mapping):
+    case, mapped = mapping
     tensors = stacked(case, mapped, requires_grad=True)
     names = list(tensors)
     in_dims = tuple(0 if name in mapped else None for name in names)
 
     def call(*values):
-        return separable_conv2d(**dict(zip(names, values, strict=True)), **case.options)
+        return function_of(case)(**dict(zip(names, values, strict=True)), **case.options)
 
     y = torch.vmap(call, in_dims=in_dims)(*tensors.values())
     found = torch.autograd.grad(y.square().sum(), list(tensors.values()))
@@ -505,40 +505,40 @@ def test_a_gradient_goes_back_through_vmap(mapped):
         close(ours, eager)
 
 
-def test_vmap_over_unbatched_images_is_a_batch():
-    case = Case("unbatched under vmap", None, 3, 6, 5, 4, padding=1, bias=True)
-    tensors = case.tensors()
-    x = torch.randn(5, 3, 6, 5, dtype=torch.float64)
-    weights = [tensors[name] for name in ("depthwise_weight", "pointwise_weight", "bias")]
-    mapped = torch.vmap(lambda image: separable_conv2d(image, *weights, padding=1))(x)
-    close(mapped, two_convolutions(x, *weights, padding=1))
+@pytest.mark.cases(both((Case("unbatched under vmap", None, 3, 6, 5, 4, padding=1, bias=True),)))
+def test_vmap_over_unbatched_images_is_a_batch(case):
+    x, *weights = case.tensors().values()
+    x = torch.randn(5, *x.shape, dtype=torch.float64)
+    mapped = torch.vmap(lambda image: function_of(case)(image, *weights, padding=1))(x)
+    close(mapped, case.definition(x, *weights, padding=1))
 
 
-def test_vmap_in_vmap_is_a_loop_in_a_loop():
-    (case,) = named("plain")
-    tensors = case.tensors()
-    x = torch.randn(2, 3, *case.x_shape, dtype=torch.float64)
-    weights = torch.stack([tensors["depthwise_weight"] * scale for scale in (1.0, -2.0)])
+@pytest.mark.cases(both(named("plain")))
+def test_vmap_in_vmap_is_a_loop_in_a_loop(case):
+    x, weight, *others = case.tensors().values()
+    x = torch.randn(2, 3, *x.shape, dtype=torch.float64)
+    weights = torch.stack([weight * scale for scale in (1.0, -2.0)])
 
-    def call(x, depthwise_weight):
-        return separable_conv2d(x, depthwise_weight, tensors["pointwise_weight"], padding=1)
+    def call(x, weight):
+        return function_of(case)(x, weight, *others, padding=1)
 
     found = torch.vmap(torch.vmap(call, in_dims=(0, None)), in_dims=(0, 0))(x, weights)
     for i, j in itertools.product(range(2), range(3)):
-        close(found[i, j], two_convolutions(x[i, j], weights[i], tensors["pointwise_weight"], padding=1))
+        close(found[i, j], case.definition(x[i, j], weights[i], *others, padding=1))
 
 
-def test_vmap_over_a_batch_of_none_or_one():
-    (case,) = named("everything")
+@pytest.mark.cases(both(named("everything")))
+def test_vmap_over_a_batch_of_none_or_one(case):
     tensors = case.tensors()
-    others = {name: t for name, t in tensors.items() if name not in ("x", "residual")}
+    images = {name: t for name, t in tensors.items() if name in ("x", "residual")}
+    weights = {name: t for name, t in tensors.items() if name not in images}
 
-    def call(x, residual):
-        return separable_conv2d(x, **others, residual=residual, **case.options)
+    def call(images):
+        return function_of(case)(**weights, **images, **case.options)
 
-    found = torch.vmap(call)(tensors["x"][None], tensors["residual"][None])
-    close(found[0], two_convolutions(**tensors, **case.options))
-    empty = torch.vmap(call)(tensors["x"][None, :0], tensors["residual"][None, :0])
+    found = torch.vmap(call)({name: t[None] for name, t in images.items()})
+    close(found[0], case.definition(**tensors, **case.options))
+    empty = torch.vmap(call)({name: t[None, :0] for name, t in images.items()})
     assert empty.shape == (1, 0, *case.output_shape[1:])
 
 
@@ -558,7 +558,7 @@ def test_many_models_at_once():
 # torch.func
 
 
-@pytest.mark.cases((*CHOSEN, *named("unbatched, everything", "silu after")))
+@pytest.mark.cases(both((*CHOSEN, *named("unbatched, everything", "silu after"))))
 def test_func_grad_is_the_gradient(case):
     tensors = leaves(case, requires_grad=False)
     names = list(tensors)
@@ -567,13 +567,13 @@ def test_func_grad_is_the_gradient(case):
         return lambda *values: function(**dict(zip(names, values, strict=True)), **case.options).square().sum()
 
     every = tuple(range(len(names)))
-    found = torch.func.grad(loss(separable_conv2d), argnums=every)(*tensors.values())
-    expected = torch.func.grad(loss(two_convolutions), argnums=every)(*tensors.values())
+    found = torch.func.grad(loss(function_of(case)), argnums=every)(*tensors.values())
+    expected = torch.func.grad(loss(case.definition), argnums=every)(*tensors.values())
     for ours, eager in zip(found, expected, strict=True):
         close(ours, eager)
 
 
-@pytest.mark.cases(VMAPPED)
+@pytest.mark.cases(both(VMAPPED))
 def test_per_sample_gradients_are_those_of_each_sample_alone(case):
     tensors = leaves(case, requires_grad=False)
     per_sample = {name for name in tensors if name in ("x", "residual")}
@@ -589,10 +589,10 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(case):
 
     samples = {name: tensors[name] for name in per_sample}
     weight_values = tuple(tensors[name] for name in weights)
-    found = torch.vmap(torch.func.grad(loss(separable_conv2d)), in_dims=(None, 0))(weight_values, samples)
+    found = torch.vmap(torch.func.grad(loss(function_of(case))), in_dims=(None, 0))(weight_values, samples)
     for i in range(count):
         one = {name: value[i] for name, value in samples.items()}
-        expected = torch.func.grad(loss(two_convolutions))(weight_values, one)
+        expected = torch.func.grad(loss(case.definition))(weight_values, one)
         for ours, eager in zip(found, expected, strict=True):
             close(ours[i], eager)
 
@@ -627,29 +627,29 @@ def small_functions(function, case):
 JACOBIANS = named("1x1 image and kernel", "plain", "relu thrice", "gelu thrice", "unbatched", "everything")
 
 
-@pytest.mark.cases(JACOBIANS)
+@pytest.mark.cases(both(JACOBIANS))
 def test_jacrev_is_the_jacobian(case):
-    ours, values = small_functions(separable_conv2d, case)
-    theirs, _ = small_functions(two_convolutions, case)
+    ours, values = small_functions(function_of(case), case)
+    theirs, _ = small_functions(case.definition, case)
     every = tuple(range(len(values)))
     for a, b in zip(torch.func.jacrev(ours, every)(*values), torch.func.jacrev(theirs, every)(*values), strict=True):
         close(a, b)
 
 
-@pytest.mark.cases(JACOBIANS)
+@pytest.mark.cases(both(JACOBIANS))
 def test_a_jacobian_by_batched_gradients_is_the_jacobian(case):
     """torch.autograd.grad with is_grads_batched, and functional.jacobian(vectorize=True) over it."""
-    ours, values = small_functions(separable_conv2d, case)
-    theirs, _ = small_functions(two_convolutions, case)
+    ours, values = small_functions(function_of(case), case)
+    theirs, _ = small_functions(case.definition, case)
     found = torch.autograd.functional.jacobian(ours, values, vectorize=True)
     for a, b in zip(found, torch.autograd.functional.jacobian(theirs, values), strict=True):
         close(a, b)
 
 
-def test_vjp_is_the_product():
-    (case,) = named("everything")
-    ours, values = small_functions(separable_conv2d, case)
-    theirs, _ = small_functions(two_convolutions, case)
+@pytest.mark.cases(both(named("everything")))
+def test_vjp_is_the_product(case):
+    ours, values = small_functions(function_of(case), case)
+    theirs, _ = small_functions(case.definition, case)
     (y, ours_back), (expected, theirs_back) = torch.func.vjp(ours, *values), torch.func.vjp(theirs, *values)
     close(y, expected)
     cotangent = torch.randn_like(y)
@@ -667,7 +667,7 @@ def test_functional_call_uses_the_parameters_that_it_is_given():
     close(found, module.pointwise.bias.view(1, 4, 1, 1).expand_as(found))
 
 
-@pytest.mark.cases(named("1x1 image and kernel", "gelu thrice", "relu thrice", "everything"))
+@pytest.mark.cases(both(named("1x1 image and kernel", "gelu thrice", "relu thrice", "everything")))
 def test_a_gradient_of_a_gradient_is_eagers(case):
     def twice(function):
         call, values = small_functions(function, case)
@@ -678,7 +678,7 @@ def test_a_gradient_of_a_gradient_is_eagers(case):
 
         return torch.func.grad(penalty, tuple(range(len(values))))(*values)
 
-    for ours, eager in zip(twice(separable_conv2d), twice(two_convolutions), strict=True):
+    for ours, eager in zip(twice(function_of(case)), twice(case.definition), strict=True):
         close(ours, eager, 1e-9)
 
 
@@ -714,18 +714,18 @@ FORWARD_MODE = (
 )
 
 
-@pytest.mark.cases(FORWARD_MODE)
+@pytest.mark.cases(both(FORWARD_MODE))
 def test_jvp_is_right(case):
     def product(function):
         call, values = small_functions(function, case)
         return torch.func.jvp(call, values, tangents(values))
 
-    right(lambda: product(separable_conv2d), lambda: product(two_convolutions))
+    right(lambda: product(function_of(case)), lambda: product(case.definition))
 
 
-@pytest.mark.parametrize("alone", TENSORS)
-def test_jvp_along_one_input_is_right(alone):
-    (case,) = named("everything")
+@pytest.mark.parametrize("input_of", each_input(both(named("everything"))))
+def test_jvp_along_one_input_is_right(input_of):
+    case, alone = input_of
 
     def product(function):
         call, values = small_functions(function, case)
@@ -736,11 +736,11 @@ def test_jvp_along_one_input_is_right(alone):
 
         return torch.func.jvp(of_one, (values[position],), tangents((values[position],)))
 
-    right(lambda: product(separable_conv2d), lambda: product(two_convolutions))
+    right(lambda: product(function_of(case)), lambda: product(case.definition))
 
 
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
-@pytest.mark.cases(named("everything", "relu thrice", "plain"))
+@pytest.mark.cases(both(named("everything", "relu thrice", "plain")))
 def test_dual_numbers_are_right(case, requires_grad):
     def product(function):
         tensors = leaves(case, requires_grad=requires_grad)
@@ -751,11 +751,11 @@ def test_dual_numbers_are_right(case, requires_grad):
             assert tangent is not None, "the tangent was lost"
             return [primal.detach(), tangent.detach()]
 
-    right(lambda: product(separable_conv2d), lambda: product(two_convolutions))
+    right(lambda: product(function_of(case)), lambda: product(case.definition))
 
 
-def test_dual_numbers_through_the_op_itself_are_right():
-    (case,) = named("everything")
+@pytest.mark.cases(both(named("everything")))
+def test_dual_numbers_through_the_op_itself_are_right(case):
     tensors = leaves(case, requires_grad=False)
 
     def product(call):
@@ -767,12 +767,12 @@ def test_dual_numbers_through_the_op_itself_are_right():
             return [primal, tangent]
 
     right(
-        lambda: product(lambda duals: FORWARD(*forward_arguments(case, duals))),
-        lambda: product(lambda duals: two_convolutions(**duals, **case.options)),
+        lambda: product(lambda duals: forward_op(case)(*forward_arguments(case, duals))),
+        lambda: product(lambda duals: case.definition(**duals, **case.options)),
     )
 
 
-@pytest.mark.cases(named("plain", "relu thrice", "gelu thrice"))
+@pytest.mark.cases(both(named("plain", "relu thrice", "gelu thrice")))
 def test_forward_over_reverse_is_right(case):
     """A Hessian-vector product, the usual way."""
 
@@ -782,10 +782,10 @@ def test_forward_over_reverse_is_right(case):
         _, found = torch.func.jvp(gradient, values, tangents(values))
         return found
 
-    right(lambda: product(separable_conv2d), lambda: product(two_convolutions), 1e-9)
+    right(lambda: product(function_of(case)), lambda: product(case.definition), 1e-9)
 
 
-@pytest.mark.cases(named("plain", "relu thrice", "gelu thrice"))
+@pytest.mark.cases(both(named("plain", "relu thrice", "gelu thrice")))
 def test_reverse_over_forward_is_right(case):
     def product(function):
         call, values = small_functions(function, case)
@@ -795,10 +795,10 @@ def test_reverse_over_forward_is_right(case):
 
         return torch.func.grad(slope, tuple(range(len(values))))(*values)
 
-    right(lambda: product(separable_conv2d), lambda: product(two_convolutions), 1e-9)
+    right(lambda: product(function_of(case)), lambda: product(case.definition), 1e-9)
 
 
-@pytest.mark.cases(named("1x1 image and kernel", "gelu thrice", "unbatched"))
+@pytest.mark.cases(both(named("1x1 image and kernel", "gelu thrice", "unbatched")))
 def test_jacfwd_and_the_hessian_are_right(case):
     def jacobian(function):
         call, values = small_functions(function, case)
@@ -808,16 +808,16 @@ def test_jacfwd_and_the_hessian_are_right(case):
         call, values = small_functions(function, case)
         return [torch.func.hessian(lambda x: call(x, *values[1:]).pow(3).sum())(values[0])]
 
-    right(lambda: jacobian(separable_conv2d), lambda: jacobian(two_convolutions))
-    right(lambda: hessian(separable_conv2d), lambda: hessian(two_convolutions), 1e-9)
+    right(lambda: jacobian(function_of(case)), lambda: jacobian(case.definition))
+    right(lambda: hessian(function_of(case)), lambda: hessian(case.definition), 1e-9)
 
 
-@pytest.mark.cases(named("1x1 image and kernel", "gelu thrice", "everything"))
+@pytest.mark.cases(both(named("1x1 image and kernel", "gelu thrice", "everything")))
 def test_forward_mode_passes_gradcheck(case):
     tensors = leaves(case)
 
     def call(*values):
-        return separable_conv2d(**dict(zip(tensors, values, strict=True)), **case.options)
+        return function_of(case)(**dict(zip(tensors, values, strict=True)), **case.options)
 
     assert torch.autograd.gradcheck(call, tuple(tensors.values()), check_forward_ad=True, check_backward_ad=False)
 
@@ -832,8 +832,8 @@ def with_a_way_past(function, case):
 @pytest.mark.parametrize("how", ("jvp", "dual numbers"))
 @pytest.mark.parametrize("build", (small_functions, with_a_way_past), ids=("alone", "with a way past"))
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
-def test_forward_mode_under_compile_is_right_or_refused(backend, build, how):
-    (case,) = named("relu thrice")
+@pytest.mark.cases(both(named("relu thrice")))
+def test_forward_mode_under_compile_is_right_or_refused(case, backend, build, how):
 
     def product(function):
         call, values = build(function, case)
@@ -847,34 +847,34 @@ def test_forward_mode_under_compile_is_right_or_refused(backend, build, how):
 
         return (jvp if how == "jvp" else dual), (values, tangents(values))
 
-    ours, values = product(separable_conv2d)
-    theirs, _ = product(two_convolutions)
+    ours, values = product(function_of(case))
+    theirs, _ = product(case.definition)
     right_or_refused(lambda: torch.compile(ours, backend=backend)(*values), lambda: theirs(*values))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_what_is_compiled_and_then_differentiated_forward_is_right_or_refused():
-    (case,) = named("relu thrice")
-    compiled = torch.compile(separable_conv2d, backend="aot_eager")
+@pytest.mark.cases(both(named("relu thrice")))
+def test_what_is_compiled_and_then_differentiated_forward_is_right_or_refused(case):
+    compiled = torch.compile(function_of(case), backend="aot_eager")
 
     def product(function):
         call, values = small_functions(function, case)
         return torch.func.jvp(call, values, tangents(values))
 
-    right_or_refused(lambda: product(compiled), lambda: product(two_convolutions))
+    right_or_refused(lambda: product(compiled), lambda: product(case.definition))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_func_grad_and_vmap_compile():
-    (case,) = named("plain")
+@pytest.mark.cases(both(named("plain")))
+def test_func_grad_and_vmap_compile(case):
     tensors = leaves(case, requires_grad=False)
-    weights = (tensors["depthwise_weight"], tensors["pointwise_weight"])
+    _, *weights = tensors.values()
 
     def loss(function):
         return lambda weights, x: function(x, *weights, padding=1, activation="relu").square().sum()
 
-    per_sample = torch.vmap(torch.func.grad(loss(separable_conv2d)), in_dims=(None, 0))
-    expected = torch.vmap(torch.func.grad(loss(two_convolutions)), in_dims=(None, 0))(weights, tensors["x"])
+    per_sample = torch.vmap(torch.func.grad(loss(function_of(case))), in_dims=(None, 0))
+    expected = torch.vmap(torch.func.grad(loss(case.definition)), in_dims=(None, 0))(weights, tensors["x"])
     found = torch.compile(per_sample, backend="aot_eager")(weights, tensors["x"])
     for ours, eager in zip(found, expected, strict=True):
         close(ours, eager)
@@ -920,20 +920,21 @@ def test_threads_may_share_a_module():
 
 
 @pytest.mark.parametrize("elsewhere", (False, True), ids=("this thread", "another thread"))
-def test_a_backward_runs_on_the_backend_of_its_forward(elsewhere):
+@pytest.mark.cases(both(named("relu thrice")))
+def test_a_backward_runs_on_the_backend_of_its_forward(case, elsewhere):
     backends = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in (FORWARD.default, BACKWARD.default):
+            if func in (forward_op(case).default, backward_op(case).default):
                 names = [argument.name for argument in func._schema.arguments]
                 given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
                 backends.append((func._schema.name.split("::")[1], given["backend"]))
             return func(*args, **(kwargs or {}))
 
-    tensors = leaves(named("relu thrice")[0])
+    tensors = leaves(case)
     with Record(), fused_sepconv.use_backend("reference"):
-        y = separable_conv2d(**tensors, padding=1)
+        y = function_of(case)(**tensors, padding=1)
 
     def backward():
         with Record():
@@ -945,17 +946,18 @@ def test_a_backward_runs_on_the_backend_of_its_forward(elsewhere):
         thread.join(60)
     else:
         backward()
-    assert backends == [("separable_conv2d", "reference"), ("separable_conv2d_backward", "reference")]
+    assert backends == [(case.operator, "reference"), (f"{case.operator}_backward", "reference")]
 
 
-def test_a_tensor_subclass_of_the_users_passes_through():
+@pytest.mark.cases(both(named("plain")))
+def test_a_tensor_subclass_of_the_users_passes_through(case):
     class Tagged(torch.Tensor):
         pass
 
-    tensors = leaves(named("plain")[0], requires_grad=False)
-    y = separable_conv2d(tensors["x"].as_subclass(Tagged), tensors["depthwise_weight"], tensors["pointwise_weight"])
+    tensors = leaves(case, requires_grad=False)
+    y = function_of(case)(**{**tensors, "x": tensors["x"].as_subclass(Tagged)})
     assert isinstance(y, Tagged)
-    close(y.as_subclass(torch.Tensor), two_convolutions(**tensors))
+    close(y.as_subclass(torch.Tensor), case.definition(**tensors))
 
 
 def test_averaged_models_follow_the_weights():
@@ -981,23 +983,23 @@ def test_every_activation_of_the_definition_is_one_of_the_packages():
 
 
 @pytest.mark.parametrize("transform", (torch.func.jacfwd, torch.func.hessian), ids=lambda t: t.__name__)
-def test_per_sample_forward_mode_in_channels_last(transform):
-    weights = torch.randn(3, 1, 3, 3, dtype=torch.float64), torch.randn(2, 3, 1, 1, dtype=torch.float64)
-    batch = torch.randn(2, 1, 3, 3, 4, dtype=torch.float64)
-    batch = torch.stack([image.contiguous(memory_format=torch.channels_last) for image in batch])
+@pytest.mark.cases(both((Case("per sample", 1, 3, 3, 4, 2, padding=1, pre_activation="silu", mid_activation="silu"),)))
+def test_per_sample_forward_mode_in_channels_last(case, transform):
+    x, *weights = case.tensors().values()
+    batch = torch.stack([sample.contiguous(memory_format=torch.channels_last) for sample in torch.stack([x, 2 * x])])
 
     def sample(function):
-        return torch.vmap(transform(lambda x: function(x, *weights, padding=1, mid_activation="silu").square().sum()))
+        return torch.vmap(transform(lambda x: function(x, *weights, **case.options).square().sum()))
 
-    ours, right = sample(fused_sepconv.separable_conv2d)(batch), sample(two_convolutions)(batch)
+    ours, right = sample(function_of(case))(batch), sample(case.definition)(batch)
     torch.testing.assert_close(ours, right)
 
 
 def test_vmap_over_an_empty_batch_of_images_keeps_their_number():
-    y = torch.vmap(fused_sepconv.separable_conv2d, in_dims=(0, None, None))(
-        torch.randn(0, 2, 3, 4, 5), torch.randn(3, 1, 1, 1), torch.randn(4, 3, 1, 1)
-    )
-    assert y.shape == (0, 2, 4, 4, 5)
+    weights = torch.randn(3, 1, 1, 1), torch.randn(4, 3, 1, 1)
+    images = torch.randn(0, 2, 3, 4, 5)
+    assert torch.vmap(lambda x: separable_conv2d(x, *weights))(images).shape == (0, 2, 4, 4, 5)
+    assert torch.vmap(lambda x: depthwise_conv2d(x, weights[0]))(images).shape == (0, 2, 3, 4, 5)
 
 
 def test_the_flag_for_tf32_is_read_in_each_of_its_forms():

@@ -6,7 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_sepconv import SeparableConv2d, separable_conv2d
-from tests.cases import SMALL, TENSORS, XCEPTION_REDUCED, Case, four_sides, named, pair
+from tests.calls import backward_op, function_of, op_arguments, saved_output
+from tests.cases import SMALL, XCEPTION_REDUCED, Case, both, named
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 formats = pytest.mark.parametrize("memory_format", (CONTIGUOUS, CHANNELS_LAST), ids=("nchw", "nhwc"))
@@ -43,9 +44,9 @@ def made(case, target, memory_format, weights_format=CONTIGUOUS, dtype=torch.flo
 
 @formats
 @pytest.mark.parametrize("weights_format", (CONTIGUOUS, CHANNELS_LAST), ids=("weights nchw", "weights nhwc"))
-@pytest.mark.cases(IMAGES)
+@pytest.mark.cases(both(IMAGES))
 def test_the_output_follows_x_whatever_the_weights_are(target, case, memory_format, weights_format):
-    y = separable_conv2d(**made(case, target, memory_format, weights_format), **case.options)
+    y = function_of(case)(**made(case, target, memory_format, weights_format), **case.options)
     assert y.is_contiguous(memory_format=memory_format)
     other = CHANNELS_LAST if memory_format is CONTIGUOUS else CONTIGUOUS
     assert not y.is_contiguous(memory_format=other)
@@ -61,12 +62,12 @@ def test_the_output_follows_x_whatever_the_residual_is(target, memory_format):
     assert y.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.cases((*SMALL, *XCEPTION_REDUCED))
+@pytest.mark.cases(both((*SMALL, *XCEPTION_REDUCED)))
 def test_the_output_is_dense(target, case):
-    y = separable_conv2d(**made(case, target, CONTIGUOUS), **case.options)
+    y = function_of(case)(**made(case, target, CONTIGUOUS), **case.options)
     assert y.is_contiguous()
     if case.N:
-        y = separable_conv2d(**made(case, target, CHANNELS_LAST), **case.options)
+        y = function_of(case)(**made(case, target, CHANNELS_LAST), **case.options)
         assert y.is_contiguous(memory_format=CHANNELS_LAST)
 
 
@@ -74,12 +75,12 @@ def test_the_output_is_dense(target, case):
 @formats
 @pytest.mark.parametrize("weights_format", (CONTIGUOUS, CHANNELS_LAST), ids=("weights nchw", "weights nhwc"))
 @pytest.mark.parametrize("arriving", (CONTIGUOUS, CHANNELS_LAST), ids=("from nchw", "from nhwc"))
-@pytest.mark.cases(IMAGES)
+@pytest.mark.cases(both(IMAGES))
 def test_a_gradient_has_the_strides_of_its_input(target, case, memory_format, weights_format, arriving):
     tensors = made(case, target, memory_format, weights_format)
     for tensor in tensors.values():
         tensor.requires_grad_()
-    y = separable_conv2d(**tensors, **case.options)
+    y = function_of(case)(**tensors, **case.options)
     grad_output = torch.randn_like(y).contiguous(memory_format=arriving)
     for name, gradient in zip(tensors, torch.autograd.grad(y, list(tensors.values()), grad_output), strict=True):
         # With no activation after it, the residual's gradient is the arriving one itself, as in any addition.
@@ -128,13 +129,6 @@ FAKED = (
 )  # fmt: skip
 
 
-def op_arguments(case):
-    """stride, padding, dilation and the activations as the op takes them."""
-    stride, dilation = pair(case.stride), pair(case.dilation)
-    sides = four_sides(case.padding, (case.H, case.W), pair(case.kernel), stride, dilation)
-    return stride, sides, dilation, case.pre_activation, case.mid_activation, case.activation
-
-
 def alike(promised, real):
     assert promised.shape == real.shape
     assert promised.dtype == real.dtype
@@ -143,16 +137,16 @@ def alike(promised, real):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.cases([case for case in FAKED if case.N != 0])
+@pytest.mark.cases(both([case for case in FAKED if case.N != 0]))
 def test_a_fake_forward_promises_what_a_real_one_gives(target, dtype, case, layout):
     tensors = {name: LAYOUTS[layout](t.to(target.device, dtype)) for name, t in case.tensors().items()}
-    real = separable_conv2d(**tensors, **case.options)
+    real = function_of(case)(**tensors, **case.options)
     if target.device == "cpu":
         with FakeTensorMode() as mode:
             fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-            alike(separable_conv2d(**fakes, **case.options), real)
+            alike(function_of(case)(**fakes, **case.options), real)
     metas = {name: torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="meta") for name, t in tensors.items()}
-    promised = separable_conv2d(**metas, **case.options)
+    promised = function_of(case)(**metas, **case.options)
     assert promised.device.type == "meta"
     alike(promised, real)
 
@@ -161,19 +155,18 @@ def test_a_fake_forward_promises_what_a_real_one_gives(target, dtype, case, layo
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("arriving", ("nchw", "nhwc", "sliced", "expanded wholly"))
-@pytest.mark.cases([case for case in FAKED if case.N is not None])
+@pytest.mark.cases(both([case for case in FAKED if case.N is not None]))
 def test_a_fake_backward_promises_what_a_real_one_gives(target, dtype, case, layout, arriving):
     layout = layout if case.N else "nchw"
     tensors = {name: LAYOUTS[layout](t.to(target.device, dtype)) for name, t in case.tensors().items()}
-    y = separable_conv2d(**tensors, **case.options)
+    y = function_of(case)(**tensors, **case.options)
     grad_output = LAYOUTS[arriving](torch.randn_like(y)) if case.N else torch.randn_like(y)
-    mask = [name in tensors for name in TENSORS]
-    saved = y if case.activation in ("relu", "relu6", "elu") else None
+    mask = [name in tensors for name in case.inputs]
+    saved = saved_output(case, y)
 
     def backward(grad_output, tensors, saved):
-        return torch.ops.fused_sepconv.separable_conv2d_backward(
-            grad_output, *(tensors.get(name) for name in TENSORS), saved, *op_arguments(case), target.backend, mask
-        )
+        inputs = (tensors.get(name) for name in case.inputs)
+        return backward_op(case)(grad_output, *inputs, saved, *op_arguments(case, target.backend), mask)
 
     real = backward(grad_output, tensors, saved)
     if target.device == "cpu":
@@ -190,14 +183,14 @@ def test_a_fake_backward_promises_what_a_real_one_gives(target, dtype, case, lay
     promised = backward(meta(grad_output), metas, None if saved is None else meta(saved))
     for a, b in zip(promised, real, strict=True):
         alike(a, b)
-    for name, gradient in zip(TENSORS, real, strict=True):
+    for name, gradient in zip(case.inputs, real, strict=True):
         assert gradient.shape == (tensors[name].shape if name in tensors else (0,))
 
 
-@pytest.mark.cases(named("everything", "same, stride 2, even size", "relu thrice"))
+@pytest.mark.cases(both(named("everything", "same, stride 2, even size", "relu thrice")))
 def test_meta_tensors_go_forward_and_back(case):
     tensors = {name: tensor.to("meta").requires_grad_() for name, tensor in case.tensors().items()}
-    y = separable_conv2d(**tensors, **case.options)
+    y = function_of(case)(**tensors, **case.options)
     assert y.shape == case.output_shape and y.device.type == "meta"
     y.sum().backward()
     for name, tensor in tensors.items():
