@@ -60,6 +60,11 @@ const auto& depthwise_forward_kernels() {
   return all;
 }
 
+const auto& depthwise_backward_kernels() {
+  static const auto all = by_name({depthwise_backward_instances()});
+  return all;
+}
+
 const auto& reduce_instances() {
   static const auto all = by_name({reduce_splits_instances()});
   return all;
@@ -125,6 +130,21 @@ void depthwise_forward(const std::string& instance, const ConvShape& shape, cons
   run(depthwise_forward_kernels().at(instance), params, stream);
 }
 
+void depthwise_backward(const std::string& instance, const ConvShape& shape, const DepthwiseTiling& tiling,
+                        const ImageArgument& x, Address depthwise_weight, const ImageArgument& grad_t,
+                        const ImageArgument& grad_x, Address partial_weight, Address partial_bias, Stream stream) {
+  DepthwiseBackwardParams params;
+  params.shape = shape;
+  params.tiling = tiling;
+  params.x = image(x);
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.grad_t = image(grad_t);
+  params.grad_x = image(grad_x);
+  params.partial_weight = static_cast<float*>(pointer(partial_weight));
+  params.partial_bias = static_cast<float*>(pointer(partial_bias));
+  run(depthwise_backward_kernels().at(instance), params, stream);
+}
+
 void reduce(const std::string& instance, Address partials, Address out, int64_t count, int splits, Stream stream) {
   run(reduce_instances().at(instance), ReduceParams{pointer(partials), pointer(out), count, splits}, stream);
 }
@@ -134,6 +154,7 @@ void for_each_instance(const Body& body) {
   for (const auto& [name, instance] : forward_instances()) body(instance);
   for (const auto& [name, instance] : backward_instances()) body(instance);
   for (const auto& [name, instance] : depthwise_forward_kernels()) body(instance);
+  for (const auto& [name, instance] : depthwise_backward_kernels()) body(instance);
   for (const auto& [name, instance] : reduce_instances()) body(instance);
 }
 
@@ -256,6 +277,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("depthwise_forward", &depthwise_forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("tiling"),
         py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("grad_output"), py::arg("y"),
         py::arg("stream"));
+  m.def("depthwise_backward", &depthwise_backward, without_gil, py::arg("instance"), py::arg("shape"),
+        py::arg("tiling"), py::arg("x"), py::arg("depthwise_weight"), py::arg("grad_t"), py::arg("grad_x"),
+        py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
   m.def("reduce", &reduce, without_gil, py::arg("instance"), py::arg("partials"), py::arg("out"), py::arg("count"),
         py::arg("splits"), py::arg("stream"));
   m.def("instances", &instances);

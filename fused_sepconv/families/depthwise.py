@@ -54,13 +54,17 @@ class Traits:
         return f"depthwise_{self.direction}_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}_nhwc"
 
     @property
+    def forward(self) -> bool:
+        return self.direction == "forward"
+
+    @property
     def rows(self) -> int:
         """A group's: of the output in the forward, of x in the backward."""
-        return 4 if self.stride == 1 else 2
+        return 4 if self.forward and self.stride == 1 else 2
 
     @property
     def lane_channels(self) -> int:
-        return 4 // ELEMENT_BYTES[self.dtype]
+        return 1 if self.kernel == 7 and not self.forward else 4 // ELEMENT_BYTES[self.dtype]
 
     @property
     def chunk(self) -> int:
@@ -72,33 +76,54 @@ class Traits:
 
     @property
     def max_warps(self) -> int:
-        return 8 if self.kernel == 7 else 10
+        return 10 if self.forward and self.kernel != 7 else 8
 
     @property
     def registers(self) -> int:
-        return {3: 96, 5: 168, 7: 255}[self.kernel]
+        return _REGISTERS[self.direction][self.kernel, self.lane_channels]
 
-    @property
-    def window_rows(self) -> int:
-        """Rows that a group needs, of x in the forward, of the output's gradient in the backward."""
-        return (self.rows - 1) * self.stride + self.kernel
+    # The window: rows or columns of x in the forward, of the output's gradient in the backward.
+
+    def window(self, count: int) -> int:
+        """What `count` neighbouring rows or columns need of it."""
+        if self.forward:
+            return (count - 1) * self.stride + self.kernel
+        return (count - 1 + self.kernel - 1) // self.stride + 1
+
+    def window_step(self, count: int) -> int:
+        """How far it moves when they move by `count`."""
+        return count * self.stride if self.forward else count // self.stride
+
+    def window_start(self, first: int) -> int:
+        """Where it begins for those from `first` on, which the stride divides in the backward."""
+        return first * self.stride if self.forward else (first - self.kernel + 1) // self.stride
 
     def shared_bytes(self, warps: int, pre_activation: bool) -> int:
-        """Dynamic shared memory of a block: two windows of rows, and a group of outputs on their way out."""
-        columns = (warps * COLUMNS - 1) * self.stride + self.kernel
-        return (2 * self.window_rows * columns + warps * self.rows * COLUMNS) * self.pixel_bytes
+        """Dynamic shared memory of a block: two windows of rows, and a group of outputs on their way out (forward) or
+        two of x, raw and active (backward)."""
+        columns = warps * COLUMNS
+        groups = 1 if self.forward else 4 if pre_activation else 2
+        pixels = 2 * self.window(self.rows) * self.window(columns) + groups * self.rows * columns
+        return pixels * self.pixel_bytes
 
     @property
     def instructions(self) -> float:
         """Of a thread a group, about: window reads and conversions, multiply-adds, copies and stores."""
         values = self.rows * COLUMNS * self.lane_channels
-        window = self.window_rows * ((COLUMNS - 1) * self.stride + self.kernel) * (1 + self.lane_channels)
-        return window + values * self.kernel**2 + 4 * values + 60
+        window = self.window(self.rows) * self.window(COLUMNS) * (1 + self.lane_channels)
+        multiply_adds = values * self.kernel**2 if self.forward else 2 * values * self.kernel**2 / self.stride**2
+        return window + multiply_adds + 4 * values + 60
 
+
+# A thread's, at most, by kernel size and channels of a lane: what nvcc gave, on the architecture where it is most.
+_REGISTERS = {
+    "forward": {(3, 1): 96, (3, 2): 96, (5, 1): 96, (5, 2): 168, (7, 1): 128, (7, 2): 208},
+    "backward": {(3, 1): 96, (3, 2): 128, (5, 1): 136, (5, 2): 208, (7, 1): 184},
+}
 
 ALL_TRAITS = tuple(
     Traits(direction, kernel, stride, dtype)
-    for direction in ("forward",)
+    for direction in ("forward", "backward")
     for kernel in KERNELS
     for stride in STRIDES
     for dtype in DTYPES
@@ -249,6 +274,10 @@ def _fast_refusal(problem: DepthwiseProblem, traits: Traits, kernels: Kernels) -
         return f"the fast depthwise kernels are for 3x3, 5x5 and 7x7, not {kh}x{kw}"
     if sh != sw or sh not in STRIDES:
         return f"the fast depthwise kernels are for stride 1 and 2, not {sh}x{sw} (dilation taken apart)"
+    if problem.direction == "backward" and (problem.multiplier > 1 or (sh, sw) != problem.stride):
+        return (
+            "the fast depthwise backward is for a depth multiplier of 1, and strides that share no factor with dilation"
+        )
     if problem.C * problem.element_bytes % 16 or problem.K * problem.element_bytes % 16:
         return f"rows of {problem.C} and {problem.K} channels are no multiple of 16 bytes"
     if not problem.aligned:
@@ -292,52 +321,66 @@ class Cut:
             total += ceil((last // problem.multiplier + 1 - begin) / piece) * 16
         return total
 
-    def _read_columns(self) -> list[int]:
-        """Columns of x that each tile of each phase reads, strips side by side."""
+    # What the window reads, of x in the forward, of the output's gradient in the backward. An axis: 0 down, 1 across.
+
+    def _read(self, axis: int, phase: int, first: int, count: int) -> int:
+        """How many rows or columns of the image there are among `count` of a window from `first` on."""
         p, t = self.problem, self.tiling
-        width = (t.tile_columns - 1) * self.traits.stride + self.traits.kernel
+        if self.traits.forward:
+            size, before = (p.H, p.W)[axis], p.padding[2 * axis]
+            return _inside(p.stride[axis] * phase - before, p.dilation[axis], size, first, count)
+        return _inside(phase, (t.phases_h, t.phases_w)[axis], (p.out_h, p.out_w)[axis], first, count)
+
+    @cached_property
+    def _columns(self) -> list[int]:
+        """What each tile of each phase reads across, strips side by side."""
+        t, traits = self.tiling, self.traits
+        # The backward's rows in shared memory are as wide as its warps, the forward's as its tile.
+        width = traits.window(t.tile_columns)
         return [
-            _inside(
-                p.stride[1] * phase - p.padding[2],
-                p.dilation[1],
-                p.W,
-                tile * t.tile_columns * self.traits.stride,
-                width,
-            )
+            self._read(1, phase, traits.window_start(t.first_column + tile * t.tile_columns), width)
             for phase in range(t.phases_w)
             for tile in range(t.column_tiles)
         ]
 
-    def _read_rows(self, phase: int, first_group: int, groups: int) -> int:
-        """Rows of x that a run of groups of a strip reads."""
-        p, step = self.problem, self.traits.rows * self.traits.stride
-        origin = p.stride[0] * phase - p.padding[0]
-        height = (groups - 1) * step + self.traits.window_rows
-        return _inside(origin, p.dilation[0], p.H, first_group * step, height)
-
-    def x_bytes(self) -> int:
-        """Bytes of x that the kernel asks for."""
-        t = self.tiling
-        columns = self._read_columns()
-        rows = [self._read_rows(phase, 0, t.groups) for phase in range(t.phases_h)]
-        pixels = self.problem.N * sum(columns) * sum(rows)
-        overlap = self.traits.kernel - self.traits.stride
+    def window_pixels(self) -> int:
+        """Pixels that the windows read in all, those that parts and tiles share as often as they are read."""
+        t, traits = self.tiling, self.traits
+        step, height = traits.window_step(traits.rows), traits.window(traits.rows)
+        start = traits.window_start(t.first_row)
+        rows = [self._read(0, phase, start, (t.groups - 1) * step + height) for phase in range(t.phases_h)]
+        pixels = self.problem.N * sum(self._columns) * sum(rows)
+        if height == step:
+            return pixels
         for number in range(t.groups_per_part, self.total_groups, t.groups_per_part):
             strip, group = divmod(number, t.groups)
-            if group and overlap > 0:  # a part begins inside a strip: what its window shares with the part before
-                step = self.traits.rows * self.traits.stride
+            if group:  # a part begins inside a strip: what its window shares with the part before
                 phase = strip // (t.column_tiles * t.phases_w) % t.phases_h
-                origin = self.problem.stride[0] * phase - self.problem.padding[0]
-                halo = _inside(origin, self.problem.dilation[0], self.problem.H, group * step, overlap)
-                pixels += halo * columns[strip % len(columns)]
-        return pixels * self.input_bytes_of_pixel
+                halo = self._read(0, phase, start + group * step, height - step)
+                pixels += halo * self._columns[strip % len(self._columns)]
+        return pixels
 
-    def y_bytes(self) -> int:
-        return self.problem.y_bytes
+    def bytes_by_tensor(self) -> dict[str, int]:
+        """What passes through device memory, by the names of csrc/params.h. The weights count once a part, as the
+        chunks of a part are in flight together."""
+        problem, pixels = self.problem, self.window_pixels()
+        weights = self.tiling.parts * problem.weight_bytes
+        if self.traits.forward:
+            return {
+                "x": pixels * self.input_bytes_of_pixel,
+                "depthwise_weight": weights,
+                "y": problem.y_bytes,
+            }
+        return {
+            "x": problem.x_bytes,
+            "depthwise_weight": weights,
+            "grad_t": pixels * problem.K * problem.element_bytes,
+            "grad_x": problem.x_bytes,
+            "partial_weight": 2 * self.tiling.parts * problem.K * problem.taps * 4,  # written, and read to be added
+        }
 
     def bytes(self) -> int:
-        """Read and written in all; the weights once a part, as the chunks of a part are in flight together."""
-        return self.x_bytes() + self.y_bytes() + self.tiling.parts * self.problem.weight_bytes
+        return sum(self.bytes_by_tensor().values())
 
 
 def _inside(origin: int, pitch: int, size: int, first: int, count: int) -> int:
@@ -347,36 +390,56 @@ def _inside(origin: int, pitch: int, size: int, first: int, count: int) -> int:
     return max(0, high - low + 1)
 
 
+def _axis(problem: DepthwiseProblem, traits: Traits, axis: int) -> tuple[int, int, int]:
+    """(phases, first, count): the rows (axis 0) or columns (1) of each phase that have to be gone through.
+
+    Forward: of the output. Backward: of x, and of where the outputs' gradients are counted for the bias.
+    """
+    stride, dilation = problem.stride[axis], problem.dilation[axis]
+    before, size = problem.padding[2 * axis], (problem.H, problem.W)[axis]
+    phases = dilation // gcd(stride, dilation)
+    outputs = ceil((problem.out_h, problem.out_w)[axis] / phases)
+    if traits.forward:
+        return phases, 0, outputs
+    owner = (traits.kernel - 1) // 2
+    first = min(ceil((before - stride * (phases - 1)) / dilation), owner)
+    last = max((size - 1 + before) // dilation, stride * (outputs - 1) + owner)
+    first -= first % stride
+    return phases, first, last - first + 1
+
+
 def _tilings(problem: DepthwiseProblem, traits: Traits, device: Device) -> Iterator[Tiling]:
     """Ways to cut a problem that are worth comparing: from wide tiles to narrow ones, from few blocks to many."""
-    sh, sw = problem.stride
-    phases_h, phases_w = (d // gcd(s, d) for s, d in ((sh, problem.dilation[0]), (sw, problem.dilation[1])))
-    height, width = ceil(problem.out_h / phases_h), ceil(problem.out_w / phases_w)
+    phases_h, first_row, height = _axis(problem, traits, 0)
+    phases_w, first_column, width = _axis(problem, traits, 1)
     chunks = ceil(problem.K / traits.chunk)
     groups = ceil(height / traits.rows)
     seen = set()
-    for column_tiles in range(ceil(width / (COLUMNS * traits.max_warps)), ceil(width / COLUMNS) + 1):
-        columns = ceil(width / column_tiles)
+    for tiles in range(ceil(width / (COLUMNS * traits.max_warps)), ceil(width / COLUMNS) + 1):
+        columns = ceil(width / tiles)
         warps = ceil(columns / COLUMNS)
+        if not traits.forward:
+            columns = warps * COLUMNS
         shared_bytes = traits.shared_bytes(warps, problem.pre_activation is not None)
         if columns in seen or shared_bytes > device.shared_bytes:
             continue
         seen.add(columns)
+        column_tiles = ceil(width / columns)
         concurrent = device.sms * device.blocks_per_sm(WARP * warps, traits.registers, shared_bytes)
-        total = problem.N * phases_h * phases_w * ceil(width / columns) * groups
+        total = problem.N * phases_h * phases_w * column_tiles * groups
         wanted = {ceil(total / max(1, share * concurrent // chunks // 4)) for share in (2, 3, 4, 8)}
         wanted |= {ceil(w / groups) * groups for w in wanted}  # parts that end where strips end read no row twice
-        for groups_per_part in sorted(max(1, min(w, total)) for w in wanted):
+        for groups_per_part in sorted({max(1, min(w, total)) for w in wanted}):
             parts = max(1, ceil(total / groups_per_part))
             if chunks * parts > _INT32 or groups_per_part > _INT32:
                 continue
             yield Tiling(
                 phases_h=phases_h,
                 phases_w=phases_w,
-                column_tiles=ceil(width / columns),
+                column_tiles=column_tiles,
                 tile_columns=columns,
-                first_row=0,
-                first_column=0,
+                first_row=first_row,
+                first_column=first_column,
                 groups=groups,
                 groups_per_part=groups_per_part,
                 parts=parts,
@@ -391,6 +454,7 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut) -> Candidate:
     """Whichever is slowest: the memory, the fullest SM's share of it, or its instructions."""
     traits, tiling = cut.traits, cut.tiling
     byte_count, blocks = cut.bytes(), cut.blocks
+    launches = 1 if traits.forward else 3  # the backward's sums over the parts: of the weight, of the bias
     per_sm = device.blocks_per_sm(WARP * tiling.warps, traits.registers, tiling.shared_bytes)
     blocks_of_fullest = ceil(blocks / device.sms)
     groups = min(tiling.groups_per_part, max(cut.total_groups, 1))
@@ -405,10 +469,10 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut) -> Candidate:
         family="depthwise",
         name=traits.name,
         bytes=byte_count,
-        flops=problem.flops,
+        flops=problem.flops * (1 if traits.forward else 2),
         blocks=blocks,
         waves=blocks / (device.sms * per_sm),
         shared_bytes=tiling.shared_bytes,
-        predicted_seconds=LAUNCH_SECONDS + BLOCK_SECONDS * ceil(blocks / (device.sms * per_sm)) + seconds,
+        predicted_seconds=launches * LAUNCH_SECONDS + BLOCK_SECONDS * ceil(blocks / (device.sms * per_sm)) + seconds,
         tiling=tiling,
     )

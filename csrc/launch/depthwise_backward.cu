@@ -1,0 +1,47 @@
+// depthwise_backward.cu - instances and grids of the depthwise backward in one pass.
+
+#include <algorithm>
+
+#include "../kernels/depthwise_backward.cuh"
+#include "instances_of.h"
+
+namespace fused_sepconv {
+namespace {
+
+template <class Traits>
+void run(const Instance& instance, const DepthwiseBackwardParams& params, Stream stream) {
+  const int64_t blocks = tiles(params.shape.K, Traits::kChunk) * params.tiling.parts;
+  launch(instance.name.c_str(), depthwise_backward<Traits>,
+         {blocks, params.tiling.warps * kWarpSize, params.tiling.shared_bytes}, stream, params);
+}
+
+template <class Traits>
+int largest_shared_bytes() {
+  using Window = DepthwiseBackwardWindow<Traits>;
+  const int pixels = Window::kCapacity * Window::columns_of(Traits::kMaxWarps) +
+                     4 * Traits::kRows * Traits::kMaxWarps * Traits::kColumns;
+  return std::min(pixels * Traits::kPixelBytes, kLargestSharedBytes);
+}
+
+// A lane has as many sums as weights in registers: for 7x7 in 16 bits one channel a lane, in chunks of 64 bytes.
+template <int kernel, int stride>
+struct Family {
+  template <class Scalar, class Compute, Layout layout>
+  static DepthwiseBackwardInstance make(const std::string& name) {
+    constexpr int kChannels = kernel == 7 ? 1 : 4 / sizeof(Scalar);
+    using Traits = DepthwiseTraits<Scalar, kernel, stride, 2, kChannels, 8, kernel == 3 ? 2 : 1>;
+    static_assert(layout == Layout::nhwc && sizeof(Compute) == sizeof(float), "what the kernel is written for");
+    auto made = make_instance<DepthwiseBackwardInstance, Scalar, Compute, depthwise_backward<Traits>>(
+        name, Traits::kThreads, largest_shared_bytes<Traits>());
+    made.run = run<Traits>;
+    return made;
+  }
+};
+
+}  // namespace
+
+std::vector<DepthwiseBackwardInstance> depthwise_backward_instances() {
+  return for_every_kernel<DepthwiseBackwardInstance, Family>("depthwise_backward");
+}
+
+}  // namespace fused_sepconv
