@@ -81,13 +81,14 @@ def _one_pass(
         x.new_empty((candidate.tiling.parts, count), dtype=torch.float32) if wanted else None
         for count, wanted in ((problem.K * problem.taps, want_weight), (problem.K, want_bias))
     ]
+    weight_read, grad_read = weight.contiguous(), _readable(grad_t, x, candidate)  # kept until the launch
     _native.load().depthwise_backward(
         candidate.name,
         conv_shape(problem),
         tiling_of(candidate.tiling),
         image_of(x),
-        address(weight.contiguous()),
-        image_of(_readable(grad_t, x, candidate)),
+        address(weight_read),
+        image_of(grad_read),
         image_of(grad_x),
         *map(address, partials),
         stream_of(x.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,3 +42,17 @@ def emulated_kernels(checked: bool) -> Iterator[ModuleType]:
         finally:
             patch.undo()
             _forget()
+
+
+@contextmanager
+def planned_for(sms: int) -> Iterator[None]:
+    """Within the context CPU tensors are planned for as if on a device of so many SMs: fewer blocks, that do more."""
+    here = launching._here
+
+    def smaller(device_type: str, index: int | None) -> tuple:
+        device, kernels = here(device_type, index)
+        return dataclasses.replace(device, sms=sms), kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "_here", smaller)
+        yield

@@ -29,6 +29,7 @@ BANDWIDTH_FRACTION = 0.88  # assumed, until measured: of a copy's bandwidth
 SM_BANDWIDTH = 1.5  # assumed, until measured: what one SM can draw, of its share of the bandwidth
 ISSUE_FRACTION = 0.7  # assumed, until measured: instructions issued, of the peak
 BLOCK_SECONDS = 1.5e-6  # assumed, until measured: a block's start and its first rows' latency, which nothing covers
+GROUP_SECONDS = 0.8e-6  # assumed, until measured: latency of a group's rows and of its barrier
 
 COLUMNS = 4  # of a thread: kDepthwiseColumns in csrc/kernels/depthwise_strips.cuh
 WARP = 32
@@ -150,8 +151,9 @@ def candidates(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> l
 
 
 def best(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
-    """The kernel of this package that is predicted to be the fastest; one with a refusal where none can run."""
-    return min(candidates(problem, device, kernels)[1:], key=lambda c: (bool(c.refusal), c.predicted_seconds))
+    """The fast kernel where it can run, else the generic one; with a refusal where neither can."""
+    fast = _fast(problem, device, kernels)
+    return _generic(problem, device, kernels) if fast.refusal else fast
 
 
 def _reference(problem: DepthwiseProblem, device: Device) -> Candidate:
@@ -451,19 +453,23 @@ def _tilings(problem: DepthwiseProblem, traits: Traits, device: Device) -> Itera
 
 
 def _predict(problem: DepthwiseProblem, device: Device, cut: Cut) -> Candidate:
-    """Whichever is slowest: the memory, the fullest SM's share of it, or its instructions."""
+    """Whichever is slowest: the memory, the fullest SM's share of it or its instructions, or a block by itself, whose
+    groups follow one another: other blocks on its SM cover what it waits."""
     traits, tiling = cut.traits, cut.tiling
     byte_count, blocks = cut.bytes(), cut.blocks
     launches = 1 if traits.forward else 3  # the backward's sums over the parts: of the weight, of the bias
     per_sm = device.blocks_per_sm(WARP * tiling.warps, traits.registers, tiling.shared_bytes)
     blocks_of_fullest = ceil(blocks / device.sms)
     groups = min(tiling.groups_per_part, max(cut.total_groups, 1))
-    instructions = blocks_of_fullest * groups * tiling.warps * WARP * traits.instructions
+    waves = blocks / (device.sms * per_sm)
+    group_instructions = tiling.warps * WARP * traits.instructions
+    issue_rate = device.fma_float32 / 2 / device.sms * ISSUE_FRACTION
     sm_bytes = blocks_of_fullest * groups * byte_count / max(cut.chunks * cut.total_groups, 1)
     seconds = max(
         byte_count / (device.bandwidth * BANDWIDTH_FRACTION),
         sm_bytes / (device.bandwidth / device.sms * SM_BANDWIDTH),
-        instructions / (device.fma_float32 / 2 / device.sms * ISSUE_FRACTION),
+        blocks_of_fullest * groups * group_instructions / issue_rate,
+        ceil(waves) * groups * (GROUP_SECONDS + group_instructions / issue_rate),
     )
     return Candidate(
         family="depthwise",
@@ -471,8 +477,8 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut) -> Candidate:
         bytes=byte_count,
         flops=problem.flops * (1 if traits.forward else 2),
         blocks=blocks,
-        waves=blocks / (device.sms * per_sm),
+        waves=waves,
         shared_bytes=tiling.shared_bytes,
-        predicted_seconds=launches * LAUNCH_SECONDS + BLOCK_SECONDS * ceil(blocks / (device.sms * per_sm)) + seconds,
+        predicted_seconds=launches * LAUNCH_SECONDS + BLOCK_SECONDS * ceil(waves) + seconds,
         tiling=tiling,
     )

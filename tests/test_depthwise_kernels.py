@@ -1,0 +1,335 @@
+"""The depthwise kernels by themselves, run on the CPU: right, in every order, race-free, and no byte read twice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused_sepconv
+from fused_sepconv import depthwise_execution, execution, launching
+from fused_sepconv.arguments import DepthwiseArguments
+from fused_sepconv.devices import DEVICES
+from fused_sepconv.families import depthwise
+from fused_sepconv.problem import DepthwiseProblem
+from tests.cases import ACTIVATIONS, CASES, XCEPTION, Case, four_sides, pair, two_convolutions
+from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
+from tests.emulation import SCHEDULES, emulated_kernels, planned_for
+
+FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# What the fast kernels do that the table's cases, of few channels, leave out: several chunks of channels and a part of
+# one, strips and tiles side by side, every kernel size, strides, phases of a dilation, windows that are all padding.
+FAST = (
+    Case("two images", 2, 64, 9, 9, 4),
+    Case("a chunk and an eighth", 2, 72, 19, 19, 4, pre_activation="relu", depthwise_bias=True),
+    Case("5x5, two tiles", 2, 40, 12, 45, 4, kernel=5, padding=2, mid_activation="silu"),
+    Case("7x7", 1, 40, 9, 35, 4, kernel=7, padding=3, depthwise_bias=True, pre_activation="elu", mid_activation="gelu"),
+    Case("stride 2, three tiles", 2, 40, 13, 85, 4, padding=((0, 1), (1, 0)), stride=2, depthwise_bias=True),
+    Case("5x5, stride 2", 1, 40, 13, 15, 4, kernel=5, padding=((3, 1), (1, 4)), stride=2, pre_activation="hardswish"),
+    Case("7x7, stride 2", 1, 40, 23, 15, 4, kernel=7, padding=((3, 1), (1, 4)), stride=2, depthwise_bias=True),
+    Case("dilation 2", 1, 40, 23, 15, 4, padding=2, dilation=2, depthwise_bias=True),
+    Case("dilation 3, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=3, stride=2, depthwise_bias=True),
+    Case("dilation 2, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=2, stride=2, depthwise_bias=True),
+    Case("dilation across alone", 1, 16, 23, 15, 4, padding=0, dilation=(1, 2), depthwise_bias=True),
+    Case("multiplier 2", 1, 40, 9, 9, 4, multiplier=2),
+    Case("multiplier 3", 2, 40, 9, 9, 4, multiplier=3, depthwise_bias=True, pre_activation="relu6"),
+    Case("windows in the padding alone", 1, 8, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),
+    Case("dilation beyond the image", 1, 8, 3, 3, 3, padding=4, dilation=4, depthwise_bias=True),
+    Case("no padding", 1, 8, 6, 7, 3, padding=0, depthwise_bias=True, mid_activation="relu6"),
+    Case("one pixel", 3, 8, 1, 1, 3, depthwise_bias=True),
+    Case("many small images", 9, 8, 4, 3, 3, pre_activation="silu", mid_activation="relu"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
+def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    with emulated_kernels(request.param) as module, launching.preferring("depthwise"):
+        yield module
+        module.set_schedule("forward", 0)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[ModuleType]:
+    with emulated_kernels(checked=False) as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def checked() -> Iterator[ModuleType]:
+    with emulated_kernels(checked=True) as module, launching.preferring("depthwise"):
+        yield module
+
+
+def arguments_of(case: Case) -> DepthwiseArguments:
+    stride, dilation = pair(case.stride), pair(case.dilation)
+    sides = four_sides(case.padding, (case.H, case.W), pair(case.kernel), stride, dilation)
+    return DepthwiseArguments(stride, sides, dilation, case.pre_activation, case.mid_activation)
+
+
+def inputs(case: Case, dtype: torch.dtype, layout: str) -> list[Tensor | None]:
+    """x, weight, bias."""
+    tensors = case.tensors()
+    x = tensors["x"].to(dtype).contiguous(memory_format=FORMATS[layout])
+    bias = tensors.get("depthwise_bias")
+    return [x, tensors["depthwise_weight"].to(dtype), None if bias is None else bias.to(dtype)]
+
+
+def grad_like(y: Tensor) -> Tensor:
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return torch.empty_like(y).copy_(noise)
+
+
+def ours(case: Case, tensors: list[Tensor | None]) -> list[Tensor]:
+    """The output, then the gradients of x, weight and, if there is one, bias."""
+    arguments = arguments_of(case)
+    y = execution.depthwise_forward(tuple(tensors), arguments, "fused")
+    mask = (True, True, tensors[2] is not None)
+    gradients = execution.depthwise_backward(grad_like(y), tuple(tensors), None, arguments, "fused", mask)
+    return [y, *(grad for grad in gradients if grad is not None)]
+
+
+def theirs(case: Case, tensors: list[Tensor | None]) -> list[Tensor]:
+    """The same of PyTorch's own operators."""
+    arguments = arguments_of(case)
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+    x, weight, bias = leaves
+    top, bottom, left, right = arguments.padding
+    z = F.pad(ACTIVATIONS[case.pre_activation](x), (left, right, top, bottom))
+    z = F.conv2d(z, weight, bias, arguments.stride, 0, arguments.dilation, groups=case.C)
+    y = ACTIVATIONS[case.mid_activation](z)
+    grad = grad_like(y.detach())
+    return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad)]
+
+
+@pytest.mark.parametrize("sms", [132, 1])
+@pytest.mark.cases(FAST)
+def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, sms):
+    tensors = inputs(case, torch.float32, "nhwc")
+    runs = []
+    with planned_for(sms):
+        for order, seed in SCHEDULES if sms == 1 else SCHEDULES[:2]:
+            native.set_schedule(order, seed)
+            runs.append(ours(case, tensors))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    exact = theirs(case, [None if tensor is None else tensor.double() for tensor in tensors])
+    for mine, right in zip(runs[0], exact, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=3e-6 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.dtypes(*DTYPES)
+@pytest.mark.cases(FAST)
+def test_as_close_as_eager_in_every_dtype(plain, case, dtype, layout):
+    tensors = inputs(case, dtype, layout)
+    with launching.preferring("depthwise"):
+        results = ours(case, tensors)
+    eager = theirs(case, tensors)
+    exact = theirs(case, [None if tensor is None else tensor.double() for tensor in tensors])
+    for mine, other, right in zip(results, eager, exact, strict=True):
+        assert_as_close_as_eager(mine, other, right)
+
+
+def test_every_instance_is_executed(native):
+    native.reset_counters()
+    for kernel in (3, 5, 7):
+        for stride in (1, 2):
+            case = Case("one", 1, 8, 5, 5, 1, kernel=kernel, padding=kernel // 2, stride=stride)
+            for dtype in DTYPES:
+                ours(case, inputs(case, dtype, "nhwc"))
+    generic = Case("generic", 1, 3, 3, 3, 1, kernel=2)
+    for dtype in (torch.float64, *DTYPES):
+        for layout in FORMATS:
+            ours(generic, inputs(generic, dtype, layout))
+    assert set(depthwise.INSTANCES) <= set(native.executed())
+
+
+def test_the_fast_kernels_run_where_they_can(plain):
+    for case in (case for case in FAST if case.name != "one pixel"):  # which is NCHW as much as NHWC
+        with launching.preferring("depthwise"):
+            plain.reset_counters()
+            ours(case, inputs(case, torch.bfloat16, "nhwc"))
+        ran = set(plain.executed())
+        assert any(name.startswith("depthwise_forward") for name in ran), case
+        fast_back = case.multiplier == 1 and case.name != "dilation 2, stride 2"
+        assert any(name.startswith("depthwise_backward") for name in ran) == fast_back, case
+
+
+@pytest.mark.parametrize("offset, narrower", [(1, 0), (0, 1)], ids=["odd address", "odd stride"])
+def test_what_is_not_aligned_goes_to_the_generic_kernels(native, offset, narrower):
+    case = FAST[0]
+    x, weight, _ = inputs(case, torch.float16, "nhwc")
+    wide = torch.zeros(2, 9, 9, 64 + offset + narrower, dtype=torch.float16)[..., offset : 64 + offset]
+    view = wide.permute(0, 3, 1, 2).copy_(x)
+    expected = ours(case, [x, weight, None])
+    native.reset_counters()
+    actual = ours(case, [view, weight, None])
+    assert not any(name.startswith("depthwise") for name in native.executed())
+    for mine, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=2e-3, atol=2e-3 * float(right.abs().max()))
+
+
+def test_a_gradient_of_another_layout_is_read_right(native):
+    case = FAST[0]
+    tensors = inputs(case, torch.float32, "nhwc")
+    grad = grad_like(torch.empty(2, 64, 9, 9))
+    results = [
+        execution.depthwise_backward(g, tuple(tensors), None, arguments_of(case), "fused", (True, True, False))
+        for g in (grad, grad.contiguous(memory_format=torch.channels_last))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][:2], results[1][:2], strict=True))
+
+
+@pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_a_gradient_is_the_same_when_it_is_the_only_one_asked_for(native, mask):
+    case = FAST[1]
+    tensors = tuple(inputs(case, torch.float32, "nhwc"))
+    arguments = arguments_of(case)
+    grad = grad_like(execution.depthwise_forward(tensors, arguments, "fused"))
+    whole = execution.depthwise_backward(grad, tensors, None, arguments, "fused", (True, True, True))
+    alone = execution.depthwise_backward(grad, tensors, None, arguments, "fused", mask)
+    for wanted, one, all_ in zip(mask, alone, whole, strict=True):
+        assert torch.equal(one, all_) if wanted else one is None
+
+
+# ---- the split family: these kernels, with PyTorch's own 1x1
+
+
+SMALL = tuple(case for case in CASES if case.multiplications < 60_000 and case.N is not None)
+
+
+def forward_and_back(function, tensors: dict[str, Tensor], options: dict) -> list[Tensor]:
+    y = function(**tensors, **options)
+    return [y.detach(), *torch.autograd.grad(y, list(tensors.values()), grad_like(y.detach()))]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+def test_the_split_family_gives_every_case_right(plain, dtype, layout):
+    for case in (*SMALL, *(case for case in FAST if case.N)):
+        tensors = {name: tensor.to(dtype) for name, tensor in case.tensors().items()}
+        tensors["x"] = tensors["x"].contiguous(memory_format=FORMATS[layout])
+        tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+        with launching.preferring("split"):
+            mine = forward_and_back(fused_sepconv.separable_conv2d, tensors, case.options)
+        eager = forward_and_back(two_convolutions, tensors, case.options)
+        exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+        oracle = forward_and_back(two_convolutions, exact, case.options)
+        for name, a, b, right in zip(("y", *tensors), mine, eager, oracle, strict=True):
+            close = assert_as_close_as_eager if name == "y" else assert_gradient_as_close_as_eager
+            # In float32 rounding is all there is, and it falls differently in PyTorch's matmul and convolution.
+            close(a, b, right, name=f"{case}: {name}", factor=2.5 if dtype == torch.float32 else 2.0)
+
+
+def test_the_split_family_ran(plain):
+    case = FAST[1]
+    tensors = {name: tensor.float().requires_grad_() for name, tensor in case.tensors().items()}
+    tensors["x"] = tensors["x"].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain.reset_counters()
+    with launching.preferring("split"):
+        forward_and_back(fused_sepconv.separable_conv2d, tensors, case.options)
+    # Forward; in the backward the depthwise result once more, and all of its gradients at once.
+    assert plain.executed() == {
+        "depthwise_forward_3x3_s1_float32_nhwc": 2,
+        "depthwise_backward_3x3_s1_float32_nhwc": 1,
+        "reduce_splits_float32": 2,
+    }
+
+
+# ---- bytes
+
+
+def counted(native: ModuleType, tensors: list[Tensor | None], case: Case, direction: str) -> dict[str, int]:
+    """What a call's kernel read and wrote, by tensor."""
+    arguments = arguments_of(case)
+    native.reset_counters()
+    if direction == "forward":
+        execution.depthwise_forward(tuple(tensors), arguments, "fused")
+    else:
+        grad = torch.zeros(case.N, case.K, *case.output_size, dtype=tensors[0].dtype)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        mask = (True, True, False)
+        execution.depthwise_backward(grad, tuple(tensors), None, arguments, "fused", mask)
+    counters = native.counters()
+    names = ("x", "y", "grad_t", "grad_x")
+    return {name: counters["bytes_read"].get(name, 0) + counters["bytes_written"].get(name, 0) for name in names}
+
+
+@pytest.mark.parametrize("sms", [132, 2])
+@pytest.mark.cases([case for case in FAST if not case.mid_activation])
+def test_the_plan_knows_the_bytes_to_the_last(checked, case, sms):
+    tensors = inputs(case, torch.bfloat16, "nhwc")
+    with planned_for(sms):
+        for direction in ("forward", "backward"):
+            problem = execution.depthwise_problem_of(direction, tuple(tensors), arguments_of(case))
+            candidate = launching.choose(problem, tensors[0].device, "fused")
+            if candidate.family != "depthwise":
+                continue
+            traits = next(t for t in depthwise.ALL_TRAITS if t.name == candidate.name)
+            cut = depthwise.Cut(problem, traits, candidate.tiling)
+            planned = cut.bytes_by_tensor()
+            seen = counted(checked, tensors, case, direction)
+            assert {name: planned.get(name, 0) for name in seen} == seen, (direction, candidate.tiling)
+            assert candidate.bytes == sum(planned.values())
+
+
+PIXELS = 24_000  # of the sample of a layer's images: a large one, or 240 of the smallest
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, direction):
+    """At batch 64, in bfloat16, as planned for an H200: the blocks of one chunk of channels, for some of the images."""
+    print()
+    for layer in XCEPTION:
+        whole = problem_of_layer(layer, direction)
+        candidate = depthwise.best(whole, DEVICES["H200"], execution.ALL_KERNELS)
+        images = min(64, max(1, PIXELS // (layer.H * layer.W)))
+        sample = dataclasses.replace(whole, N=images, C=64)
+        groups = images * candidate.tiling.column_tiles * candidate.tiling.groups
+        parts = -(-groups // candidate.tiling.groups_per_part)
+        candidate = dataclasses.replace(candidate, tiling=dataclasses.replace(candidate.tiling, parts=parts))
+
+        x = torch.zeros(images, 64, layer.H, layer.W, dtype=torch.bfloat16).contiguous(memory_format=FORMATS["nhwc"])
+        weight = torch.zeros(64, 1, 3, 3, dtype=torch.bfloat16)
+        checked.reset_counters()
+        if direction == "forward":
+            depthwise_execution.forward(candidate, sample, x, weight, None)
+        else:
+            depthwise_execution.backward(candidate, sample, x, weight, None, x.clone(), (True, True, False))
+        counters = checked.counters()
+        names = ("x", "y", "grad_t", "grad_x", "partial_weight")
+        moved = sum(counters[way].get(name, 0) for way in ("bytes_read", "bytes_written") for name in names)
+        floor = (2 if direction == "forward" else 3) * x.numel() * x.element_size()
+        ratio, planned = moved / floor, candidate.bytes / (whole.x_bytes * (2 if direction == "forward" else 3))
+        print(
+            f"{layer.name:>16} {direction:8} {moved / 1e6:7.1f} MB, {ratio:.3f} x the floor; the plan, all: {planned:.3f}"
+        )
+        assert 1.0 <= ratio <= 1.15
+        assert 1.0 <= planned <= 1.15
+
+
+def problem_of_layer(layer: Case, direction: str) -> DepthwiseProblem:
+    return DepthwiseProblem(
+        direction=direction,
+        N=64,
+        C=layer.C,
+        H=layer.H,
+        W=layer.W,
+        multiplier=1,
+        kernel=(3, 3),
+        stride=(1, 1),
+        padding=(1, 1, 1, 1),
+        dilation=(1, 1),
+        out_h=layer.H,
+        out_w=layer.W,
+        dtype="bfloat16",
+        layout="nhwc",
+        pre_activation=layer.pre_activation,
+    )
