@@ -44,7 +44,7 @@ std::unordered_map<std::string, Made> by_name(std::initializer_list<std::vector<
 }
 
 const auto& forward_instances() {
-  static const auto all = by_name({simt_forward_instances()});
+  static const auto all = by_name({simt_forward_instances(), tensor_forward_instances()});
   return all;
 }
 
@@ -81,9 +81,11 @@ void run(const Made& instance, const Params& params, Stream stream) {
 
 void forward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
              Address pointwise_weight, Address depthwise_bias, Address bias, const ImageArgument& residual,
-             const ImageArgument& grad_output, const ImageArgument& y, Stream stream) {
+             const ImageArgument& grad_output, const ImageArgument& y, const std::array<int32_t, 3>& tiling,
+             Stream stream) {
   ForwardParams params;
   params.shape = shape;
+  params.tiling = {tiling[0], tiling[1], tiling[2]};
   params.x = image(x);
   params.depthwise_weight = pointer(depthwise_weight);
   params.pointwise_weight = pointer(pointwise_weight);
@@ -269,7 +271,7 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("forward", &forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("bias"),
-        py::arg("residual"), py::arg("grad_output"), py::arg("y"), py::arg("stream"));
+        py::arg("residual"), py::arg("grad_output"), py::arg("y"), py::arg("tiling"), py::arg("stream"));
   m.def("backward", &backward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("grad_z"),
         py::arg("grad_t"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),

@@ -37,6 +37,12 @@ struct Image {
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
+// How the plan cuts the output for a tensor-core kernel; zeros for the kernels that cut it by themselves.
+struct TensorTiling {
+  int32_t rows, columns;  // output pixels of a tile, in its phase of the image (kernels/phases.cuh)
+  int32_t blocks;         // that run side by side, each tile after tile
+};
+
 // One forward call: z = pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual, y = act(z). With
 // grad_output it is the backward's look at the same z: y = grad_output * act'(z), where act' can't be read from the
 // output that the forward gave.
@@ -50,6 +56,7 @@ struct ForwardParams {
   Image residual;                // (N, F, out_h, out_w), or data == null
   Image grad_output;             // (N, F, out_h, out_w), or data == null
   Image y;                       // (N, F, out_h, out_w)
+  TensorTiling tiling;           // of the tensor-core kernels
 };
 
 // One backward call. grad_z is the gradient of the last activation's argument: of y itself where there is none.

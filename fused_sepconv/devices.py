@@ -28,6 +28,7 @@ class Device:
     matrix_16bit: float
     matrix_tf32: float
     source: str
+    sync_fraction: float = 1.0  # of the matrix peak that mma.sync reaches
 
     def blocks_per_sm(self, threads: int, registers: int, shared_bytes: int) -> int:
         """Blocks that an SM holds at once, if each takes so much.
@@ -51,6 +52,14 @@ class Device:
             return self.matrix_tf32 if tf32 else self.fma_float32
         return 2 * self.fma_float64  # float64 tensor cores, since sm_80
 
+    def matrix_sync(self, dtype: str) -> float:
+        """Flop/s of mma.sync in a 16-bit dtype, or in TF32 for float32."""
+        return self.matrix(dtype, tf32=True) * self.sync_fraction
+
+
+# Hopper's tensor cores give mma.sync 62 % of what they give wgmma (Luo et al., "Benchmarking and Dissecting the Nvidia
+# Hopper GPU Architecture", 2024).
+HOPPER_SYNC_FRACTION = 0.62
 
 _DATASHEET = "NVIDIA's datasheet; 90 % of its bandwidth, as a copy reaches"
 
@@ -58,8 +67,11 @@ DEVICES = {
     device.name: device
     for device in (
         Device("A100", 108, 163 << 10, 0.9 * 2.04e12, 19.5e12, 9.7e12, 312e12, 156e12, _DATASHEET),
-        Device("H100", 132, 227 << 10, 0.9 * 3.35e12, 67e12, 33.5e12, 790e12, 400e12, _DATASHEET),
-        Device("H200", 132, 227 << 10, 4.3e12, 67e12, 33.5e12, 790e12, 400e12, "copy and bf16 GEMM measured"),
+        Device("H100", 132, 227 << 10, 0.9 * 3.35e12, 67e12, 33.5e12, 790e12, 400e12, _DATASHEET, HOPPER_SYNC_FRACTION),
+        Device(
+            *("H200", 132, 227 << 10, 4.3e12, 67e12, 33.5e12, 790e12, 400e12, "copy and bf16 GEMM measured"),
+            HOPPER_SYNC_FRACTION,
+        ),
     )
 }
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import depthwise_execution, simt_execution, split_execution
+from . import depthwise_execution, simt_execution, split_execution, tensor_execution
 from .activations import ACTIVATIONS
 from .arguments import Arguments, DepthwiseArguments, TensorSpec, check_cached, check_depthwise_cached, output_size
 from .launching import Tensors, aligned, choose, on_device, tf32
@@ -36,6 +36,8 @@ def forward(tensors: Tensors, arguments: Arguments, backend: str) -> Tensor | No
     with on_device(tensors[0].device):
         if candidate.family == "split":
             return split_execution.forward(candidate, problem, tensors)
+        if candidate.family == "tensor":
+            return tensor_execution.forward(candidate, problem, tensors)
         return simt_execution.forward(candidate, problem, tensors)
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .devices import Device
-from .families import depthwise, library, simt, split
+from .families import depthwise, library, simt, split, tensor
 from .problem import Candidate, DepthwiseProblem, Kernels, Problem
 
-FAMILIES = (library, simt, split)
+FAMILIES = (library, simt, split, tensor)
 
-INSTANCES = simt.INSTANCES | depthwise.INSTANCES
+INSTANCES = simt.INSTANCES | depthwise.INSTANCES | tensor.INSTANCES
 """Every kernel of a complete native module, by name."""
 
 

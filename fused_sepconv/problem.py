@@ -200,12 +200,22 @@ class Tiling:
 
 
 @dataclass(frozen=True)
+class TensorTiling:
+    """How a tensor-core kernel cuts the output: `TensorTiling` in csrc/params.h."""
+
+    rows: int
+    columns: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Something that could run a problem, with its predicted cost on the plan's device, or why it can't."""
 
     family: str  # "reference" or a family of kernels
     name: str  # the instance, or "reference"
     bytes: int = 0  # device memory, read + written
+    requested_bytes: int = 0  # what threads ask of memory, where it is known: the rest of it comes from L2
     flops: int = 0
     blocks: int = 0
     waves: float = 0.0  # blocks over those that the device holds at once
@@ -214,7 +224,7 @@ class Candidate:
     refusal: str = ""  # why it can't run; empty if it can
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
     pointwise_splits: Splits | None = None
-    tiling: Tiling | None = None  # of a depthwise kernel
+    tiling: Tiling | TensorTiling | None = None  # of the depthwise and the tensor-core kernels
     steps: tuple[Candidate, ...] = ()  # of the split family: the depthwise kernels that it runs, in order
     pointwise: str = ""  # of the split family: how PyTorch runs the 1x1
     note: str = ""  # what else is worth telling

@@ -59,4 +59,33 @@ FSC_DEVICE Compute differentiate(Activation activation, Compute grad, Compute z)
   return grad;
 }
 
+// Several values in registers.
+template <int kCount>
+struct Values {
+  float values[kCount];
+
+  FSC_DEVICE float& operator[](int i) { return values[i]; }
+  FSC_DEVICE const float& operator[](int i) const { return values[i]; }
+};
+
+// act(v) of each, as a call: unrolled over a tile's values, its exponentials would stand there as often.
+template <int kCount>
+FSC_OUTLINE Values<kCount> activate_called(Activation activation, Values<kCount> v) {
+  FSC_UNROLL
+  for (int i = 0; i < kCount; ++i) v[i] = activate(activation, v[i]);
+  return v;
+}
+
+// act(v) of several values in registers; relu without a call.
+template <int kCount>
+FSC_DEVICE void activate_all(Activation activation, Values<kCount>& v) {
+  if (activation == Activation::none) return;
+  if (activation == Activation::relu) {
+    FSC_UNROLL
+    for (int i = 0; i < kCount; ++i) v[i] = activate(Activation::relu, v[i]);
+  } else {
+    v = activate_called(activation, v);
+  }
+}
+
 }  // namespace fused_sepconv

@@ -52,6 +52,7 @@ std::vector<BackwardInstance> simt_backward_pointwise_weight_instances();
 std::vector<DepthwiseForwardInstance> simt_depthwise_forward_instances();
 std::vector<DepthwiseForwardInstance> depthwise_forward_instances();
 std::vector<DepthwiseBackwardInstance> depthwise_backward_instances();
+std::vector<ForwardInstance> tensor_forward_instances();
 std::vector<ReduceInstance> reduce_splits_instances();
 
 }  // namespace fused_sepconv

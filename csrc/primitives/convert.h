@@ -86,6 +86,32 @@ FSC_DEVICE float2 unpack(uint32_t bits) {
   return make_float2(convert<float>(pair[0]), convert<float>(pair[1]));
 }
 
+// The values of a register (two float16 or bfloat16, or one float32), those below zero as zero; NaN stays NaN.
+template <class T>
+FSC_DEVICE uint32_t relu_packed(uint32_t bits) {
+#ifndef FSC_EMULATED
+  if constexpr (std::is_same<T, __half>::value) {
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof bits);
+    pair = __hmax2_nan(pair, __half2half2(__ushort_as_half(0)));
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    __nv_bfloat162 pair;
+    memcpy(&pair, &bits, sizeof bits);
+    pair = __hmax2_nan(pair, __bfloat162bfloat162(__ushort_as_bfloat16(0)));
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+  }
+#endif
+  T values[4 / sizeof(T)];
+  memcpy(static_cast<void*>(values), &bits, sizeof bits);
+  for (T& value : values)
+    if (convert<float>(value) < 0.0f) value = convert<T>(0.0f);
+  memcpy(&bits, values, sizeof bits);
+  return bits;
+}
+
 // The bits of a float32 rounded to tf32's 10-bit fraction: to the nearest, ties away from zero. The low bits are zero.
 FSC_DEVICE uint32_t to_tf32(float value) {
   uint32_t bits;

@@ -12,6 +12,8 @@
 //                       b0 column g, k t; b1 column g, k t+4
 #pragma once
 
+#include <type_traits>
+
 #include "shared_address.h"
 
 namespace fused_sepconv {
@@ -167,6 +169,17 @@ FSC_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
+}
+
+// The one of the above for operands of type T; float32 stands for tf32, in half the depth.
+template <class T>
+FSC_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::here()) {
+  if constexpr (sizeof(T) == 4)
+    mma_m16n8k8_tf32(d, a, b0, b1, site);
+  else if constexpr (std::is_same<T, __half>::value)
+    mma_m16n8k16_f16(d, a, b0, b1, site);
+  else
+    mma_m16n8k16_bf16(d, a, b0, b1, site);
 }
 
 }  // namespace fused_sepconv

@@ -1,0 +1,50 @@
+// tensor_forward.cu - instances and grids of the fused forward on the tensor cores.
+
+#include "../kernels/tensor_forward.cuh"
+#include "instances_of.h"
+
+namespace fused_sepconv {
+namespace {
+
+template <class Traits>
+void run(const Instance& instance, const ForwardParams& params, Stream stream) {
+  const TensorForwardParams<Traits> own(params);
+  launch(instance.name.c_str(), tensor_forward<Traits>, {params.tiling.blocks, instance.threads, own.layout.bytes()},
+         stream, own);
+}
+
+template <class Scalar, int kernel, int inner_stride>
+ForwardInstance make(const std::string& dtype, const std::string& kind) {
+  using Traits = TensorForwardTraits<Scalar, kernel, inner_stride>;
+  auto made = make_instance<ForwardInstance, Scalar, float, tensor_forward<Traits>>(
+      "tensor_forward_" + kind + "_" + dtype, Traits::kThreads, kLargestSharedBytes);
+  made.run = run<Traits>;
+  return made;
+}
+
+template <class Scalar>
+void add_kinds(std::vector<ForwardInstance>& instances, const std::string& dtype) {
+  instances.push_back(make<Scalar, 3, 1>(dtype, "3x3"));
+#ifndef QUICK
+  instances.push_back(make<Scalar, 3, 2>(dtype, "3x3_stride2"));
+  instances.push_back(make<Scalar, 5, 1>(dtype, "5x5"));
+  instances.push_back(make<Scalar, 5, 2>(dtype, "5x5_stride2"));
+  instances.push_back(make<Scalar, 7, 1>(dtype, "7x7"));
+  instances.push_back(make<Scalar, 7, 2>(dtype, "7x7_stride2"));
+  instances.push_back(make<Scalar, 0, 0>(dtype, "any"));
+#endif
+}
+
+}  // namespace
+
+std::vector<ForwardInstance> tensor_forward_instances() {
+  std::vector<ForwardInstance> instances;
+  add_kinds<__nv_bfloat16>(instances, "bfloat16");
+#ifndef QUICK
+  add_kinds<__half>(instances, "float16");
+  add_kinds<float>(instances, "tf32");
+#endif
+  return instances;
+}
+
+}  // namespace fused_sepconv

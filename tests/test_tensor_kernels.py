@@ -1,0 +1,196 @@
+"""The tensor-core kernels, run on the CPU: right in every case, by the rules, and reading just what the plan says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_sepconv
+from fused_sepconv import launching
+from fused_sepconv.families import tensor
+from tests.cases import CASES, SMALL, XCEPTION, Case, two_convolutions
+from tests.closeness import assert_as_close_as_eager
+from tests.emulation import SCHEDULES, emulated_kernels, planned_for
+from tests.test_plan import problem
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
+def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    with emulated_kernels(request.param) as module, launching.preferring("tensor"):
+        yield module
+        module.set_schedule("forward", 0)
+
+
+@pytest.fixture(scope="module")
+def checked() -> Iterator[ModuleType]:
+    with emulated_kernels(True) as module, launching.preferring("tensor"):
+        yield module
+
+
+def eights(case: Case) -> Case:
+    """The case with as many channels as 16-byte accesses need."""
+    return dataclasses.replace(case, C=math.ceil(case.C / 8) * 8, F=math.ceil(case.F / 8) * 8)
+
+
+# What only these kernels have: tiles by halves and quarters, slabs of channels and features that are just filled or
+# have one vector over, more tiles than blocks, every kernel size in both strides.
+OWN = (
+    Case("a slab of channels, just filled", 1, 32, 5, 7, 16),
+    Case("two slabs and a vector", 1, 72, 5, 7, 16, pre_activation="relu", bias=True),
+    Case("128 features, and one vector more", 1, 8, 5, 7, 136, bias=True, residual=True, activation="relu"),
+    Case("two slabs of features", 2, 16, 9, 9, 256, depthwise_bias=True),
+    Case("many tiles a block", 9, 40, 21, 30, 16, pre_activation="relu"),
+    *(
+        Case(f"{k}x{k}, stride {s}", 1, 40, 9, 14, 24, kernel=k, stride=s, padding=k // 2, mid_activation="relu")
+        for k in (3, 5, 7)
+        for s in (1, 2)
+    ),
+    Case("4x2, stride 3", 1, 24, 14, 17, 8, kernel=(4, 2), stride=3, pre_activation="relu"),
+    Case("stride 2, dilation 3", 1, 8, 19, 22, 8, stride=2, dilation=3, padding=3),
+    Case("stride 2, dilation 4", 1, 8, 19, 22, 8, stride=2, dilation=4, padding=4),
+    Case("depth multiplier 5", 1, 16, 6, 6, 16, multiplier=5, pre_activation="relu"),
+)
+SERVED = (*(eights(case) for case in CASES if case.N and case not in XCEPTION and case.H * case.W > 1), *OWN)
+LIGHT = tuple(case for case in SERVED if case.multiplications < 400_000)
+
+
+def inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {name: tensor.to(dtype) for name, tensor in case.tensors().items()}
+    tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+    return tensors
+
+
+def to_tf32(tensor: Tensor) -> Tensor:
+    """float32 rounded to TF32's ten bits of fraction, ties away from zero, as cvt.rna does."""
+    return (tensor.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
+def in_tf32(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+    """The eager result with the 1x1 in TF32, as a GPU has it: the operands rounded, the sums in float32."""
+    names = ("stride", "padding", "dilation", "pre_activation")
+    channels = case.K
+    identity = torch.eye(channels).view(channels, channels, 1, 1)
+    t = two_convolutions(
+        tensors["x"],
+        tensors["depthwise_weight"],
+        identity,
+        depthwise_bias=tensors.get("depthwise_bias"),
+        mid_activation=case.mid_activation,
+        **{name: case.options[name] for name in names},
+    )
+    return two_convolutions(
+        to_tf32(t),
+        torch.ones(channels, 1, 1, 1),
+        to_tf32(tensors["pointwise_weight"]),
+        tensors.get("bias"),
+        residual=tensors.get("residual"),
+        activation=case.activation,
+    )
+
+
+def assert_right(native: ModuleType, case: Case, stored: torch.dtype) -> None:
+    tensors = inputs(case, stored)
+    native.reset_counters()
+    with planned_for(3):  # several blocks, and several tiles for each
+        y = fused_sepconv.separable_conv2d(**tensors, **case.options)
+    assert [name.split("_")[0] for name in native.executed()] == ["tensor"]
+    eager = in_tf32(case, tensors) if stored == torch.float32 else two_convolutions(**tensors, **case.options)
+    assert_as_close_as_eager(y, eager, two_convolutions(**case.tensors(), **case.options), name=case.name)
+
+
+@pytest.mark.cases(LIGHT)
+def test_the_result_is_as_close_as_eagers(native, case):
+    assert_right(native, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "tf32"])
+@pytest.mark.cases(tuple(case for case in OWN if case in LIGHT))
+def test_and_in_the_other_dtypes(native, case, stored):
+    assert_right(native, case, stored)
+
+
+@pytest.mark.cases(tuple(case for case in SERVED if case not in LIGHT))
+def test_larger_cases_too(case):
+    tensors = inputs(case, torch.bfloat16)
+    with emulated_kernels(False), launching.preferring("tensor"), planned_for(3):
+        y = fused_sepconv.separable_conv2d(**tensors, **case.options)
+    eager, oracle = two_convolutions(**tensors, **case.options), two_convolutions(**case.tensors(), **case.options)
+    assert_as_close_as_eager(y, eager, oracle, name=case.name)
+
+
+@pytest.mark.cases(OWN)
+def test_every_schedule_gives_the_same_bits(native, case):
+    tensors = inputs(case, torch.bfloat16)
+    results = []
+    for order, seed in SCHEDULES:
+        native.set_schedule(order, seed)
+        with planned_for(2):
+            results.append(fused_sepconv.separable_conv2d(**tensors, **case.options))
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_every_instance_is_executed(native):
+    native.reset_counters()
+    for case in (case for case in OWN if case in LIGHT):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            fused_sepconv.separable_conv2d(**inputs(case, dtype), **case.options)
+    assert set(native.executed()) == set(tensor.INSTANCES)
+
+
+def test_nan_and_infinity_pass_through_the_pre_activation(native):
+    case = Case("relu", 1, 8, 4, 4, 8, kernel=1, padding=0, pre_activation="relu")
+    tensors = inputs(case, torch.bfloat16)
+    tensors["x"][0, 0, 1, 1] = math.nan
+    tensors["x"][0, 1, 2, 2] = math.inf
+    tensors["x"][0, 2, 3, 3] = -math.inf
+    y = fused_sepconv.separable_conv2d(**tensors, **case.options)
+    torch.testing.assert_close(y, two_convolutions(**tensors, **case.options), equal_nan=True, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("which", ["pointwise_weight", "bias", "residual"])
+def test_what_is_not_aligned_is_copied(native, which):
+    case = next(case for case in OWN if case.bias and case.residual)
+    tensors = inputs(case, torch.float16)
+    tensors["residual"] = tensors["residual"].contiguous(memory_format=torch.channels_last)
+    expected = fused_sepconv.separable_conv2d(**tensors, **case.options)
+    storage = torch.zeros(tensors[which].numel() + 1, dtype=torch.float16)
+    view = storage.as_strided(tensors[which].shape, tensors[which].stride(), 1).copy_(tensors[which])
+    assert torch.equal(fused_sepconv.separable_conv2d(**{**tensors, which: view}, **case.options), expected)
+
+
+LAYERS = tuple(
+    dataclasses.replace(case, N=1)
+    for case in XCEPTION
+    if case.name in ("64->128@147", "128->256@74", "256->728@37", "728->728@19", "1024->1536@10")
+)
+
+
+@pytest.mark.cases(LAYERS)
+def test_a_layer_reads_what_the_plan_says_and_writes_the_output_alone(checked, case):
+    tensors = inputs(case, torch.bfloat16)
+    call = dataclasses.replace(problem(case, "forward", torch.bfloat16), layout="nhwc", aligned=True)
+    with planned_for(2):  # as many tiles a block as at a batch of 64 on a whole device
+        candidate = launching.plan_for(call, torch.device("cpu")).choose("fused", "tensor")
+        checked.reset_counters()
+        y = fused_sepconv.separable_conv2d(**tensors, **case.options)
+    counters = checked.counters()
+    read, written = counters["bytes_read"], {name: n for name, n in counters["bytes_written"].items() if n}
+    assert written == {"y": y.numel() * 2}
+    assert sum(read.values()) + written["y"] == candidate.requested_bytes
+    amplification = read["x"] / (tensors["x"].numel() * 2) / math.ceil(case.F / tensor.FEATURES)
+    print(f"{case}: {candidate.note}; x is read {amplification:.2f} times for each 128 features")
+    assert amplification <= tensor.MOST_HALO
+    assert not any(counters["bank_conflicts"].values())
+
+
+@pytest.mark.cases(SMALL)
+def test_what_can_not_run_has_its_reason(case):
+    call = problem(case, "forward", torch.bfloat16)
+    (candidate,) = tensor.candidates(call, launching.DEVICES["H200"], fused_sepconv.execution.ALL_KERNELS)
+    assert bool(candidate.refusal) == (call.layout != "nhwc" or call.C % 8 != 0 or call.F % 8 != 0)
