@@ -4,11 +4,15 @@ from . import reference
 from ._version import __version__
 from .autograd import DepthwiseConv2dFunction, SeparableConv2dFunction
 from .backend import use_backend
+from .convert_depthwise import replace_depthwise_convs
+from .depthwise_module import DepthwiseConv1d, DepthwiseConv2d
 from .explain import explain
 from .functional import depthwise_conv2d, separable_conv2d
 from .module import SeparableConv2d
 
 __all__ = [
+    "DepthwiseConv1d",
+    "DepthwiseConv2d",
     "DepthwiseConv2dFunction",
     "SeparableConv2d",
     "SeparableConv2dFunction",
@@ -16,6 +20,7 @@ __all__ = [
     "depthwise_conv2d",
     "explain",
     "reference",
+    "replace_depthwise_convs",
     "separable_conv2d",
     "use_backend",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import execution, launching
-from .arguments import Call, normalise
+from .arguments import Call, DepthwiseArguments, normalise, normalise_depthwise
 from .backend import use_backend
+from .depthwise_module import DepthwiseConv
 from .devices import DEVICES
+from .functional import depthwise_conv2d, separable_conv2d
 from .module import SeparableConv2d
 from .plan import Plan, plan
 
@@ -37,7 +40,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """The plans of every `SeparableConv2d` of a model, in the order in which they ran."""
+    """The plans of every `SeparableConv2d` and `DepthwiseConv2d` of a model, in the order in which they ran."""
 
     layers: tuple[tuple[str, Explanation], ...]
     """(module name, its plans)."""
@@ -72,12 +75,18 @@ class ModelExplanation:
         }
 
 
-def explain(target: Tensor | nn.Module, *args: Any, device: str | None = None, **kwargs: Any) -> Any:
-    """What "auto" would run, and why: the plan of a call, or of every `SeparableConv2d` in a model. Launches no kernel.
+_CHECKS = {separable_conv2d: normalise, depthwise_conv2d: normalise_depthwise}
 
-    `explain(x, depthwise_weight, pointwise_weight, ...)` takes `separable_conv2d`'s arguments and gives an
-    `Explanation`. `explain(model, *inputs)` runs the model once, without gradients and in evaluation mode, and gives a
-    `ModelExplanation`. Meta tensors will do.
+
+def explain(
+    target: Tensor | nn.Module | Callable[..., Tensor], *args: Any, device: str | None = None, **kwargs: Any
+) -> Any:
+    """What "auto" would run, and why: the plan of a call, or of every layer of this package in a model.
+
+    `explain(separable_conv2d, x, ...)` and `explain(depthwise_conv2d, x, ...)` take the function's arguments and give
+    an `Explanation`; `explain(x, depthwise_weight, pointwise_weight, ...)` is `separable_conv2d`'s.
+    `explain(model, *inputs)` runs the model once, without gradients and in evaluation mode, and gives a
+    `ModelExplanation`. Meta tensors will do. Launches no kernel.
 
     Args:
         device: None plans for where the tensors are. "A100", "H100" or "H200" predicts for such a device, with every
@@ -85,18 +94,25 @@ def explain(target: Tensor | nn.Module, *args: Any, device: str | None = None, *
 
     Raises:
         ValueError: an unknown device; otherwise whatever the call itself would raise.
+        TypeError: a target that is no tensor, module or function of this package.
     """
     if device is not None and device not in DEVICES:
         raise ValueError(f"device: expected None or one of {tuple(DEVICES)}, got {device!r}")
     if isinstance(target, nn.Module):
         return _explain_model(target, args, kwargs, device)
-    return _explain_call(normalise(target, *args, **kwargs), device)
+    if isinstance(target, Tensor) or not callable(target):
+        return _explain_call(normalise(target, *args, **kwargs), device)
+    if target not in _CHECKS:
+        raise TypeError(f"target: expected separable_conv2d or depthwise_conv2d, a tensor or a module, got {target!r}")
+    return _explain_call(_CHECKS[target](*args, **kwargs), device)
 
 
 def _explain_call(call: Call, device: str | None) -> Explanation:
     plans = []
+    depthwise = isinstance(call.arguments, DepthwiseArguments)
+    problem_of = execution.depthwise_problem_of if depthwise else execution.problem_of
     for direction in ("forward", "backward"):
-        problem = execution.problem_of(direction, call.tensors, call.arguments)
+        problem = problem_of(direction, call.tensors, call.arguments)
         if device is None:
             plans.append(launching.plan_for(problem, call.tensors[0].device))
         else:
@@ -109,8 +125,10 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
     children_called: list[str] = []
     names = {module: name or "(the model)" for name, module in model.named_modules()}
 
-    def note(module: SeparableConv2d, args: tuple, kwargs: dict[str, Any]) -> None:
-        if module.runs_as_one():
+    def note(module: SeparableConv2d | DepthwiseConv, args: tuple, kwargs: dict[str, Any]) -> None:
+        if isinstance(module, DepthwiseConv):
+            layers.append((names[module], _explain_call(normalise_depthwise(**module.call(*args, **kwargs)), device)))
+        elif module.runs_as_one():
             layers.append((names[module], _explain_call(normalise(**module.call(*args, **kwargs)), device)))
         else:
             children_called.append(names[module])
@@ -119,7 +137,7 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
     hooks = [
         module.register_forward_pre_hook(note, with_kwargs=True)
         for module in names
-        if isinstance(module, SeparableConv2d)
+        if isinstance(module, (SeparableConv2d, DepthwiseConv))
     ]
     try:
         model.eval()  # so that running statistics stay as they are

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
-from .arguments import Padding, Pair, TensorSpec, check_activation, integer, padding_form, padding_sides, pair
+from .arguments import Padding, Pair, check_activation, integer, padding_form, pair
 from .functional import separable_conv2d
-
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+from .padding import check_padding_mode, divide, pad_image
 
 
 class SeparableConv2d(nn.Module):
@@ -66,9 +64,8 @@ class SeparableConv2d(nn.Module):
         intermediate = in_channels * integer("depth_multiplier", depth_multiplier, 1)
         kernel_size = pair("kernel_size", kernel_size, 1)
         stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
-        if padding_mode not in _PADDING_MODES:
-            raise ValueError(f"padding_mode: expected one of {_PADDING_MODES}, got {padding_mode!r}")
-        own_padding, child_padding = _divide(padding_form(padding), stride)
+        check_padding_mode(padding_mode)
+        own_padding, child_padding = divide(padding_form(padding), stride)
         factory = {"device": device, "dtype": dtype}
         depthwise = nn.Conv2d(
             in_channels,
@@ -191,19 +188,7 @@ class SeparableConv2d(nn.Module):
 
     def _padded(self, x: Tensor, padding: Any) -> Tensor:
         conv = self.depthwise
-        spec = TensorSpec.of("x", x)
-        if len(spec.shape) not in (3, 4):
-            raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got {tuple(spec.shape)}")
-        form = padding if isinstance(padding, tuple) and len(padding) == 4 else padding_form(padding)
-        top, bottom, left, right = padding_sides(form, x.shape[-2:], conv.kernel_size, conv.stride, conv.dilation)
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        reach = {"reflect": 1, "circular": 0}.get(mode)  # how much less than the image such a padding may be
-        if reach is not None and (max(top, bottom) > x.shape[-2] - reach or max(left, right) > x.shape[-1] - reach):
-            raise ValueError(
-                f"padding: {mode} padding (top, bottom, left, right) = {(top, bottom, left, right)} is wider than x, "
-                f"{tuple(x.shape)}, can be continued"
-            )
-        return F.pad(x, (left, right, top, bottom), mode)
+        return pad_image(x, padding, conv.padding_mode, conv.kernel_size, conv.stride, conv.dilation)
 
     def extra_repr(self) -> str:
         shown = {
@@ -213,16 +198,6 @@ class SeparableConv2d(nn.Module):
             "activation": self.activation,
         }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
-
-
-def _divide(padding: Padding | str, stride: Pair) -> tuple[Padding | str | None, Any]:
-    """What of the padding this module applies itself (None: nothing), and what its depthwise child is given."""
-    if padding == "valid":
-        return None, 0
-    if padding == "same":
-        return (None, "same") if stride == (1, 1) else ("same", 0)
-    top, bottom, left, right = padding
-    return (None, (top, left)) if (top, left) == (bottom, right) else (padding, 0)
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:

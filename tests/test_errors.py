@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fused_sepconv
-from fused_sepconv import SeparableConv2d, separable_conv2d
+from fused_sepconv import DepthwiseConv1d, DepthwiseConv2d, SeparableConv2d, depthwise_conv2d, separable_conv2d
 
 GOOD = {
     "x": torch.randn(2, 4, 6, 6),
@@ -208,7 +208,35 @@ ACTIVATIONS = [
     )
 ]
 
-CALLS = (*TENSOR_KINDS, *DEVICES, *SHAPES, *PAIRS, *PADDINGS, *ACTIVATIONS)
+# What `depthwise_conv2d` calls the arguments that it shares.
+DEPTHWISE = {
+    "depthwise_weight": "weight",
+    "depthwise_bias": "bias",
+    "mid_activation": "activation",
+    **{name: name for name in ("x", "stride", "padding", "dilation", "pre_activation")},
+}
+
+
+def depthwise_half(row):
+    """A row's change to the good call of `depthwise_conv2d`; none where it has no such argument."""
+    exception, argument, changes = row.values
+    changes = {name: value for name, value in changes.items() if not (name == "residual" and value is None)}
+    if not {argument, *changes} <= DEPTHWISE.keys():
+        return []
+    return [bad(exception, DEPTHWISE[argument], **{DEPTHWISE[name]: value for name, value in changes.items()})]
+
+
+GOOD_CALLS = {
+    "separable_conv2d": GOOD,
+    "depthwise_conv2d": {DEPTHWISE[name]: value for name, value in GOOD.items() if name in DEPTHWISE},
+}
+SEPARABLE_CALLS = (*TENSOR_KINDS, *DEVICES, *SHAPES, *PAIRS, *PADDINGS, *ACTIVATIONS)
+DEPTHWISE_CALLS = [half for row in SEPARABLE_CALLS for half in depthwise_half(row)]
+CALLS = [
+    pytest.param(function, *row.values, id=f"{function}: {row.id}")
+    for function, rows in (("separable_conv2d", SEPARABLE_CALLS), ("depthwise_conv2d", DEPTHWISE_CALLS))
+    for row in rows
+]
 
 
 def names(argument):
@@ -216,29 +244,39 @@ def names(argument):
     return rf"(?<![\w.]){re.escape(argument)}(?!\w)"
 
 
-def test_the_good_call_is_good():
-    assert separable_conv2d(**GOOD).shape == (2, 5, 6, 6)
+def call(module, function, **changes):
+    return getattr(module, function)(**{**GOOD_CALLS[function], **changes})
 
 
-@pytest.mark.parametrize(("exception", "argument", "changes"), CALLS)
-def test_a_bad_call_is_refused_by_the_name_of_its_argument(exception, argument, changes):
+@pytest.mark.parametrize(("function", "channels"), (("separable_conv2d", 5), ("depthwise_conv2d", 8)))
+def test_the_good_call_is_good(function, channels):
+    assert call(fused_sepconv, function).shape == (2, channels, 6, 6)
+
+
+def test_the_bad_calls_of_one_function_are_also_bad_calls_of_the_other():
+    assert len(DEPTHWISE_CALLS) > 100
+    assert {row.values[1] for row in DEPTHWISE_CALLS} == set(DEPTHWISE.values())
+
+
+@pytest.mark.parametrize(("function", "exception", "argument", "changes"), CALLS)
+def test_a_bad_call_is_refused_by_the_name_of_its_argument(function, exception, argument, changes):
     with pytest.raises(exception, match=names(argument)):
-        separable_conv2d(**{**GOOD, **changes})
+        call(fused_sepconv, function, **changes)
 
 
-@pytest.mark.parametrize(("exception", "argument", "changes"), CALLS[::5])
-def test_the_reference_refuses_the_same(exception, argument, changes):
+@pytest.mark.parametrize(("function", "exception", "argument", "changes"), CALLS[::5])
+def test_the_reference_refuses_the_same(function, exception, argument, changes):
     with pytest.raises(exception, match=names(argument)):
-        fused_sepconv.reference.separable_conv2d(**{**GOOD, **changes})
+        call(fused_sepconv.reference, function, **changes)
 
 
-@pytest.mark.parametrize(("exception", "argument", "changes"), CALLS)
-def test_a_bad_call_after_a_good_one_is_still_refused(exception, argument, changes):
+@pytest.mark.parametrize(("function", "exception", "argument", "changes"), CALLS)
+def test_a_bad_call_after_a_good_one_is_still_refused(function, exception, argument, changes):
     """What the checks of a good call left behind does not let a bad one through."""
     for _ in range(2):
-        separable_conv2d(**GOOD)
+        call(fused_sepconv, function)
         with pytest.raises(exception, match=names(argument)):
-            separable_conv2d(**{**GOOD, **changes})
+            call(fused_sepconv, function, **changes)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +303,8 @@ def test_the_message_says_what_it_got_and_what_was_expected(changes, got, expect
 def test_a_missing_weight_is_a_missing_argument():
     with pytest.raises(TypeError, match="pointwise_weight"):
         separable_conv2d(GOOD["x"], GOOD["depthwise_weight"])
+    with pytest.raises(TypeError, match="weight"):
+        depthwise_conv2d(GOOD["x"])
 
 
 @pytest.mark.parametrize("backend", ("cuda", "", "FUSED", None, 3))
@@ -274,27 +314,37 @@ def test_an_unknown_backend_is_refused(backend):
     assert separable_conv2d(**GOOD).shape == (2, 5, 6, 6)
 
 
-def op(**changes):
+def op(function, **changes):
+    activations = {"pre_activation": None, "mid_activation": None, "activation": None}
+    if function == "depthwise_conv2d":
+        del activations["mid_activation"]
     arguments = {
-        **GOOD,
+        **GOOD_CALLS[function],
         "stride": [1, 1],
         "padding": [1, 1, 1, 1],
         "dilation": [1, 1],
-        "pre_activation": None,
-        "mid_activation": None,
-        "activation": None,
+        **activations,
         "backend": "auto",
         **changes,
     }
-    return torch.ops.fused_sepconv.separable_conv2d(**arguments)
+    return getattr(torch.ops.fused_sepconv, function)(**arguments)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    (
-        {"x": torch.randn(6)},
-        {"x": torch.randn(2, 3, 6, 6)},
-        {"x": torch.randn(2, 4, 6, 6).int()},
+SHARED_NONSENSE = (
+    {"x": torch.randn(6)},
+    {"x": torch.randn(2, 3, 6, 6)},
+    {"x": torch.randn(2, 4, 6, 6).int()},
+    {"stride": [0, 1]},
+    {"stride": [1, 1, 1]},
+    {"dilation": [1, 0]},
+    {"padding": [1, 1]},
+    {"activation": "tanh"},
+    {"backend": "cuda"},
+)
+NONSENSE = {
+    "separable_conv2d": (
+        *SHARED_NONSENSE,
+        {"padding": [1, 1, 1, -1]},  # which leaves another size than the residual's
         {"depthwise_weight": torch.randn(8, 1, 3)},
         {"depthwise_weight": torch.randn(8, 1, 9, 9)},
         {"pointwise_weight": torch.randn(5, 8, 3, 3)},
@@ -303,20 +353,31 @@ def op(**changes):
         {"depthwise_bias": torch.randn(7)},
         {"residual": torch.randn(2, 5, 5, 5)},
         {"residual": torch.randn(2, 5, 6, 6).double()},
-        {"stride": [0, 1]},
-        {"stride": [1, 1, 1]},
-        {"dilation": [1, 0]},
-        {"padding": [1, 1]},
-        {"padding": [1, 1, 1, -1]},
-        {"activation": "tanh"},
-        {"backend": "cuda"},
     ),
-    ids=lambda changes: ", ".join(f"{name}={describe(value)}" for name, value in changes.items()),
+    "depthwise_conv2d": (
+        *SHARED_NONSENSE,
+        {"weight": torch.randn(8, 1, 3)},
+        {"weight": torch.randn(8, 1, 9, 9)},
+        {"weight": torch.randn(8, 2, 3, 3)},
+        {"weight": torch.randn(8, 1, 3, 3).double()},
+        {"bias": torch.randn(7)},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "changes"),
+    [(function, changes) for function, rows in NONSENSE.items() for changes in rows],
+    ids=lambda value: (
+        value
+        if isinstance(value, str)
+        else ", ".join(f"{name}={describe(argument)}" for name, argument in value.items())
+    ),
 )
-def test_the_op_called_directly_refuses_nonsense_too(changes):
-    assert op().shape == (2, 5, 6, 6)
+def test_the_op_called_directly_refuses_nonsense_too(function, changes):
+    op(function)
     with pytest.raises((ValueError, TypeError, RuntimeError, LookupError)):
-        op(**changes)
+        op(function, **changes)
 
 
 # The module
@@ -424,3 +485,90 @@ def conv(in_channels=4, out_channels=8, kernel_size=3, **options):
 def test_two_convolutions_that_are_no_pair_are_not_adopted(argument, depthwise, pointwise):
     with pytest.raises((TypeError, ValueError), match=names(argument)):
         SeparableConv2d.from_convs(depthwise, pointwise)
+
+
+# The depthwise modules
+
+
+@pytest.mark.parametrize("kind", (DepthwiseConv2d, DepthwiseConv1d), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("exception", "argument", "changes"),
+    (
+        bad(TypeError, "in_channels", in_channels=4.0),
+        bad(TypeError, "in_channels", in_channels=None),
+        bad(ValueError, "in_channels", in_channels=0),
+        bad(TypeError, "kernel_size", kernel_size=3.0),
+        bad(TypeError, "kernel_size", kernel_size=None),
+        bad(ValueError, "kernel_size", kernel_size=0),
+        bad((TypeError, ValueError), "kernel_size", kernel_size=(3, 3, 3)),
+        bad(TypeError, "stride", stride=NAN),
+        bad(ValueError, "stride", stride=0),
+        bad((TypeError, ValueError), "stride", stride=(1, 1, 1)),
+        bad(TypeError, "padding", padding=None),
+        bad(TypeError, "padding", padding=0.5),
+        bad(ValueError, "padding", padding=-1),
+        bad(ValueError, "padding", padding="full"),
+        bad(ValueError, "padding", padding=(1, 1, 1)),
+        bad(TypeError, "dilation", dilation=True),
+        bad(ValueError, "dilation", dilation=0),
+        bad(TypeError, "depth_multiplier", depth_multiplier=1.5),
+        bad(ValueError, "depth_multiplier", depth_multiplier=0),
+        bad(ValueError, "padding_mode", padding_mode="mirror"),
+        bad(ValueError, "pre_activation", pre_activation="tanh"),
+        bad(TypeError, "activation", activation=nn.ReLU()),
+    ),
+)
+def test_a_bad_depthwise_module_is_refused_when_it_is_made(kind, exception, argument, changes):
+    assert kind(4, 3).in_channels == 4
+    with pytest.raises(exception, match=names(argument)):
+        kind(**{"in_channels": 4, "kernel_size": 3, **changes})
+
+
+@pytest.mark.parametrize("padding_mode", ("zeros", "reflect"))
+@pytest.mark.parametrize(
+    ("exception", "kind", "x"),
+    (
+        (TypeError, DepthwiseConv2d, None),
+        (TypeError, DepthwiseConv2d, np.zeros((1, 4, 5, 5), np.float32)),
+        (ValueError, DepthwiseConv2d, torch.zeros(5, 5)),
+        (ValueError, DepthwiseConv2d, torch.zeros(1, 3, 5, 5)),
+        (ValueError, DepthwiseConv2d, torch.zeros(1, 4, 2, 5)),
+        (TypeError, DepthwiseConv1d, None),
+        (ValueError, DepthwiseConv1d, torch.zeros(5)),
+        (ValueError, DepthwiseConv1d, torch.zeros(1, 4, 5, 5)),
+        (ValueError, DepthwiseConv1d, torch.zeros(1, 3, 5)),
+        (ValueError, DepthwiseConv1d, torch.zeros(1, 4, 2)),
+    ),
+    ids=lambda value: describe(value) if not isinstance(value, type) else value.__name__,
+)
+def test_a_bad_input_to_a_depthwise_module_is_refused(padding_mode, exception, kind, x):
+    with pytest.raises(exception, match=r"(?<![\w.])(x|weight)(?!\w)"):
+        kind(4, 3, padding_mode=padding_mode)(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    (
+        (DepthwiseConv2d, None),
+        (DepthwiseConv2d, nn.Conv1d(4, 8, 3, groups=4)),
+        (DepthwiseConv2d, conv(groups=2)),
+        (DepthwiseConv2d, conv(groups=1)),
+        (DepthwiseConv1d, conv(groups=4)),
+        (DepthwiseConv1d, nn.Conv1d(4, 8, 3)),
+    ),
+    ids=str,
+)
+def test_what_is_no_depthwise_convolution_is_not_adopted(kind, other):
+    with pytest.raises((TypeError, ValueError), match=names("conv")):
+        kind.from_conv(other)
+
+
+@pytest.mark.parametrize("model", (None, [nn.Conv2d(4, 4, 3, groups=4)], torch.zeros(3)), ids=str)
+def test_what_is_no_model_has_nothing_replaced(model):
+    with pytest.raises(TypeError, match=names("model")):
+        fused_sepconv.replace_depthwise_convs(model)
+
+
+def test_explain_refuses_what_it_can_not_explain():
+    with pytest.raises(TypeError, match=names("target")):
+        fused_sepconv.explain(torch.relu, GOOD["x"])
