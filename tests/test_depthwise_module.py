@@ -13,9 +13,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_sepconv
-from fused_sepconv import DepthwiseConv1d, DepthwiseConv2d, SeparableConv2d, depthwise_conv2d, replace_depthwise_convs
+from fused_sepconv import (
+    DepthwiseConv1d,
+    DepthwiseConv2d,
+    SeparableConv2d,
+    depthwise_conv2d,
+    launching,
+    replace_depthwise_convs,
+)
 from tests.cases import ACTIVATIONS, four_sides, pair
 from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
+from tests.emulation import emulated_kernels
 
 KINDS = {"2d": (DepthwiseConv2d, nn.Conv2d, (2, 4, 7, 6)), "1d": (DepthwiseConv1d, nn.Conv1d, (2, 4, 9))}
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -194,6 +202,28 @@ def test_it_may_be_moved_to_another_dtype_and_memory_format(target, dtype, memor
     x = x.to(target.device).contiguous(memory_format=memory_format)
     actual, expected = (run(module, x) for module in moved)
     assert actual["y"].is_contiguous(memory_format=memory_format)
+    assert_as_close_as_eager(actual.pop("y"), expected.pop("y"), oracle.pop("y"))
+    for name, gradient in actual.items():
+        assert_gradient_as_close_as_eager(gradient, expected[name], oracle[name], name=name)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("options", ({"kernel_size": 7, "padding": 3}, {"kernel_size": 5, "padding": 2, "stride": 2}))
+def test_the_layers_of_convnext_and_efficientnet_run_on_the_fast_kernels_in_channels_last(dtype, options):
+    ours = DepthwiseConv2d(72, **options)
+    theirs = nn.Conv2d(72, 72, groups=72, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 72, 9, 10).to(dtype).contiguous(memory_format=torch.channels_last)
+    oracle = run(copy.deepcopy(theirs).to(dtype).double(), x.double())
+    expected = run(theirs.to(dtype), x)
+    with emulated_kernels(checked=False) as native, launching.preferring("depthwise"):
+        before = native.executed()
+        actual = run(ours.to(dtype), x)
+        ran = {name for name, count in native.executed().items() if count > before.get(name, 0)}
+    assert sorted(name.split("_")[:2] for name in ran if not name.startswith("reduce")) == [
+        ["depthwise", "backward"],
+        ["depthwise", "forward"],
+    ]
     assert_as_close_as_eager(actual.pop("y"), expected.pop("y"), oracle.pop("y"))
     for name, gradient in actual.items():
         assert_gradient_as_close_as_eager(gradient, expected[name], oracle[name], name=name)

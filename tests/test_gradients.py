@@ -7,7 +7,7 @@ import torch
 
 from fused_sepconv import DepthwiseConv2dFunction, SeparableConv2dFunction, separable_conv2d
 from tests.calls import backward_op, each_input, function_of, op_arguments
-from tests.cases import CASES, SMALL, Case, both, named, two_convolutions
+from tests.cases import CASES, SMALL, Case, both, depthwise, named, two_convolutions
 from tests.closeness import assert_gradient_as_close_as_eager
 
 
@@ -51,9 +51,17 @@ def test_gradcheck(target, dtype, case):
     assert torch.autograd.gradcheck(call, tuple(inputs.values()), check_batched_grad=False)
 
 
+# The second derivative of the depthwise convolution is a part of the separable one's: a case for each feature will do.
+TWICE_DIFFERENTIATED = named(
+    "plain", "biases", "one column", "windows in the padding alone", "batch 0", "unbatched", "depth multiplier 3",
+    "stride 3", "same, stride 2, dilation 2", "four different sides", "relu6 thrice", "elu thrice", "silu thrice",
+    "hardswish thrice", "gelu thrice", "everything",
+)  # fmt: skip
+
+
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float64)
-@pytest.mark.cases(both(SMALL))
+@pytest.mark.cases((*SMALL, *depthwise(TWICE_DIFFERENTIATED)))
 def test_gradgradcheck(target, dtype, case):
     inputs = leaves(case.tensors(), dtype, target.device)
 
