@@ -11,7 +11,8 @@ import sys
 import torch
 
 import fused_sepconv
-from tests.cases import CASES, two_convolutions
+from tests.calls import function_of
+from tests.cases import CASES, both
 
 LARGEST = 20_000  # multiplications
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -21,18 +22,18 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("run_cases: no GPU that torch can use", file=sys.stderr)
         return 2
-    cases = [case for case in CASES if case.N and case.multiplications < LARGEST][::4]
+    cases = both([case for case in CASES if case.N and case.multiplications < LARGEST][::4])
     wrong = 0
     for case in cases:
         exact = case.tensors()
-        oracle = two_convolutions(**exact, **case.options)
+        oracle = case.definition(**exact, **case.options)
         for dtype, tolerance in TOLERANCE.items():
             for memory_format in (torch.channels_last, torch.contiguous_format):
                 tensors = {name: tensor.to("cuda", dtype) for name, tensor in exact.items()}
                 tensors["x"] = tensors["x"].contiguous(memory_format=memory_format)
                 tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
                 with fused_sepconv.use_backend("fused"):
-                    y = fused_sepconv.separable_conv2d(**tensors, **case.options)
+                    y = function_of(case)(**tensors, **case.options)
                     y.sum().backward()
                 error = float((y.detach().cpu().double() - oracle).norm() / oracle.norm())
                 if not error < tolerance:
