@@ -1,6 +1,6 @@
 """Depthwise separable convolution for PyTorch: the depthwise and the pointwise convolution in one kernel."""
 
-from . import reference
+from . import models, reference
 from ._version import __version__
 from .autograd import DepthwiseConv2dFunction, SeparableConv2dFunction
 from .backend import use_backend
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "depthwise_conv2d",
     "explain",
+    "models",
     "reference",
     "replace_depthwise_convs",
     "separable_conv2d",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import execution, launching
 from .arguments import Call, DepthwiseArguments, normalise, normalise_depthwise
@@ -46,6 +47,8 @@ class ModelExplanation:
     """(module name, its plans)."""
     children_called: tuple[str, ...]
     """Modules whose children carry something of their own, and so run as two convolutions, without a plan."""
+    multiply_adds: int
+    """Of the whole model's forward: its convolutions and matrix products, those of no separable convolution too."""
 
     @property
     def forward_seconds(self) -> float:
@@ -64,12 +67,14 @@ class ModelExplanation:
             f"{len(self.layers)} layers, predicted: forward {self.forward_seconds * 1e6:.1f} us, "
             f"backward {self.backward_seconds * 1e6:.1f} us"
         )
+        lines.append(f"the whole model: {self.multiply_adds / 1e9:.3f} G multiply-adds forward")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "layers": {name: layer.as_dict() for name, layer in self.layers},
             "children_called": list(self.children_called),
+            "multiply_adds": self.multiply_adds,
             "forward_seconds": self.forward_seconds,
             "backward_seconds": self.backward_seconds,
         }
@@ -141,11 +146,12 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
     ]
     try:
         model.eval()  # so that running statistics stay as they are
-        with torch.no_grad(), use_backend("reference"):
+        with torch.no_grad(), use_backend("reference"), FlopCounterMode(display=False) as counter:
             model(*inputs, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
         for module, flag in training.items():
             module.training = flag
-    return ModelExplanation(tuple(layers), tuple(children_called))
+    # Two flops are a multiply-add.
+    return ModelExplanation(tuple(layers), tuple(children_called), counter.get_total_flops() // 2)

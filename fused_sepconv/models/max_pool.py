@@ -1,0 +1,47 @@
+"""Xception's 3 x 3 max-pooling, in the two ways of padding that weights were trained with."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PADDINGS = ("same", "symmetric")
+
+
+class MaxPool3x3(nn.Module):
+    """3 x 3 max-pooling that keeps every `stride`-th pixel: out = ceil(in / stride), for a stride of 1 or 2.
+
+    Args:
+        stride: 1 or 2.
+        padding: "same" is TensorFlow's rule: the windows of an even size begin at its first pixel, those of an odd
+            size one before it. "symmetric" is `nn.MaxPool2d(3, 2, 1)`'s: they always begin one before it.
+        dilation: in pixels, between the rows and columns of a window, with a stride of 1. The result at every
+            2 * dilation-th pixel is what a stride of 2 makes of every dilation-th pixel of the input: a network loses
+            its strides and computes the same thing more densely.
+
+    Shape: (N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, stride: int, padding: str = "same", dilation: int = 1) -> None:
+        super().__init__()
+        if padding not in PADDINGS:
+            raise ValueError(f"padding: expected one of {PADDINGS}, got {padding!r}")
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = [1 if self.padding == "symmetric" else self._coarse(size) % 2 for size in x.shape[-2:]]
+        if self.stride == 2:
+            # TensorFlow's last window reaches over the edge of an even size: ceil_mode does that without padding.
+            return F.max_pool2d(x, 3, 2, before, ceil_mode=self.padding == "same")
+        if before == [1, 1] and self.dilation == 1:
+            return F.max_pool2d(x, 3, 1, 1)
+        (top, left), reach = before, 2 * self.dilation
+        top, left = top * self.dilation, left * self.dilation
+        x = F.pad(x, (left, reach - left, top, reach - top), value=float("-inf"))
+        return F.max_pool2d(x, 3, 1, 0, self.dilation)
+
+    def _coarse(self, size: int) -> int:
+        return (size + self.dilation - 1) // self.dilation
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"
