@@ -282,7 +282,7 @@ def test_seventeen_thousand_labels_train_with_a_sigmoid_each():
         ({"mid_activation": "tanh"}, "mid_activation"),
         ({"middle_blocks": -1}, "middle_blocks"),
         ({"output_stride": 4}, "output_stride"),
-        ({"pool_padding": "keras"}, "padding"),
+        ({"pool_padding": "keras"}, "pool_padding"),
         ({"global_pool": "catavg"}, "global_pool"),
         ({"global_pool": ""}, "global_pool"),
     ),

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PADDINGS = ("same", "symmetric")
+_PADDINGS = ("same", "symmetric")
+
+
+def check_padding(name: str, value: str) -> str:
+    """`value`, if it is one of the two ways."""
+    if value not in _PADDINGS:
+        raise ValueError(f"{name}: expected one of {_PADDINGS}, got {value!r}")
+    return value
 
 
 class MaxPool3x3(nn.Module):
@@ -24,9 +31,7 @@ class MaxPool3x3(nn.Module):
 
     def __init__(self, stride: int, padding: str = "same", dilation: int = 1) -> None:
         super().__init__()
-        if padding not in PADDINGS:
-            raise ValueError(f"padding: expected one of {PADDINGS}, got {padding!r}")
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.stride, self.padding, self.dilation = stride, check_padding("padding", padding), dilation
 
     def forward(self, x: Tensor) -> Tensor:
         before = [1 if self.padding == "symmetric" else self._coarse(size) % 2 for size in x.shape[-2:]]

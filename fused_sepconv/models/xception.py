@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..arguments import integer
 from ..module import SeparableConv2d
-from .max_pool import MaxPool3x3
+from .max_pool import MaxPool3x3, check_padding
 
 SMALLEST_IMAGE = 7
 """Pixels a side: what the stem's two unpadded convolutions leave at least one pixel of."""
@@ -174,6 +174,7 @@ class Xception(nn.Module):
             raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout!r}")
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
+        check_padding("pool_padding", pool_padding)
         self.global_pool = _check_global_pool(global_pool)
         if not global_pool and (self.num_classes or self.hidden_units) and not features_only:
             raise ValueError('global_pool: "" leaves an image of features, which needs num_classes=0, hidden_units=()')
@@ -293,6 +294,17 @@ class Xception(nn.Module):
         features = self._features(x)
         chosen = [features[index] for index in wanted]
         return chosen if intermediates_only else (features[-1], chosen)
+
+    @property
+    def pool_padding(self) -> str:
+        """How the max-poolings pad: "same" or "symmetric". It belongs to the weights, and `models.weights` sets it."""
+        return self.exit.module1.pool.padding
+
+    @pool_padding.setter
+    def pool_padding(self, value: str) -> None:
+        for module in self.modules():
+            if isinstance(module, MaxPool3x3):
+                module.padding = check_padding("pool_padding", value)
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""
