@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import execution, launching
+from .adopted import DepthwiseOfPair
 from .arguments import Call, DepthwiseArguments, normalise, normalise_depthwise
 from .backend import use_backend
 from .depthwise_module import DepthwiseConv
@@ -41,7 +42,8 @@ class Explanation:
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """The plans of every `SeparableConv2d` and `DepthwiseConv2d` of a model, in the order in which they ran."""
+    """The plans of every `SeparableConv2d` and `DepthwiseConv2d` of a model, and of every pair that runs as one, in the
+    order in which they ran."""
 
     layers: tuple[tuple[str, Explanation], ...]
     """(module name, its plans)."""
@@ -130,7 +132,7 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
     children_called: list[str] = []
     names = {module: name or "(the model)" for name, module in model.named_modules()}
 
-    def note(module: SeparableConv2d | DepthwiseConv, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note(module: SeparableConv2d | DepthwiseOfPair | DepthwiseConv, args: tuple, kwargs: dict[str, Any]) -> None:
         if isinstance(module, DepthwiseConv):
             layers.append((names[module], _explain_call(normalise_depthwise(**module.call(*args, **kwargs)), device)))
         elif module.runs_as_one():
@@ -142,7 +144,7 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
     hooks = [
         module.register_forward_pre_hook(note, with_kwargs=True)
         for module in names
-        if isinstance(module, (SeparableConv2d, DepthwiseConv))
+        if isinstance(module, (SeparableConv2d, DepthwiseOfPair, DepthwiseConv))
     ]
     try:
         model.eval()  # so that running statistics stay as they are
