@@ -179,19 +179,25 @@ def load_timm(model: Xception, source: nn.Module | Mapping[str, Tensor] | str | 
         source = _read_state_dict(Path(source))
     elif not isinstance(source, Mapping):
         raise TypeError(f"source: expected timm's model, a state dict or the path of one, got {type(source).__name__}")
-    theirs = {_timm_spelling(name): tensor for name, tensor in source.items()}
     names = _timm_names(model)
-    state = {}
-    for ours, name in names.items():
-        if name in theirs:
-            tensor = theirs[name]
-            is_matrix = name.endswith("pointwise.weight") and tensor.dim() == 2
-            state[ours] = tensor[:, :, None, None] if is_matrix else tensor
-    unexpected = sorted(theirs.keys() - names.values())
+    state, unexpected = from_timm_names(model, source)
     unused = [name for name in unexpected if name.startswith("fc.")]
     problems = [f"{name}: no such tensor in the model" for name in unexpected if name not in unused]
     epsilons = {name: epsilon for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     return _apply(model, state, problems, unused, "symmetric", epsilons, "timm", names)
+
+
+def from_timm_names(model: Xception, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict of timm's in the model's names, and the names in it that the model has no place for."""
+    theirs = {_timm_spelling(name): tensor for name, tensor in state.items()}
+    names = _timm_names(model)
+    renamed = {}
+    for ours, name in names.items():
+        if name in theirs:
+            tensor = theirs[name]
+            is_matrix = name.endswith("pointwise.weight") and tensor.dim() == 2
+            renamed[ours] = tensor[:, :, None, None] if is_matrix else tensor
+    return renamed, sorted(theirs.keys() - names.values())
 
 
 def to_timm(model: Xception) -> dict[str, Tensor]:
