@@ -303,18 +303,25 @@ def load_safetensors(model: Xception, path: str | os.PathLike) -> LoadReport:
     _check_model(model)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no such file: {path}")
-    module = _safetensors()
-    with module.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    if _METADATA not in metadata:
+    if not is_own_file(path):
         raise ValueError(f"path: {path} was not written by save_safetensors; timm's files are load_timm's")
-    semantics = json.loads(metadata[_METADATA])
-    state = module.load_file(path)
+    semantics = json.loads(_metadata(path)[_METADATA])
+    state = _safetensors().load_file(path)
     unexpected = sorted(state.keys() - model.state_dict().keys())
     unused = [name for name in unexpected if name.startswith("classifier.")]
     problems = [f"{name}: no such tensor in the model" for name in unexpected if name not in unused]
     state = {name: tensor for name, tensor in state.items() if name not in unexpected}
     return _apply(model, state, problems, unused, semantics["pool_padding"], semantics["epsilons"], str(path))
+
+
+def is_own_file(path: str | os.PathLike) -> bool:
+    """Whether `save_safetensors` wrote a safetensors file."""
+    return _METADATA in _metadata(path)
+
+
+def _metadata(path: str | os.PathLike) -> dict[str, str]:
+    with _safetensors().safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def _safetensors() -> Any:
