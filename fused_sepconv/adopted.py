@@ -17,7 +17,7 @@ class AdoptedSeparableConv2d(SeparableConv2d):
     def adopt(cls, module: nn.Module, depthwise: str, pointwise: str) -> AdoptedSeparableConv2d:
         """From a module and the names of its two convolutions, children of it in the order in which it has them."""
         adopted = SeparableConv2d.from_convs(module.get_submodule(depthwise), module.get_submodule(pointwise))
-        adopted.__class__ = cls
+        adopted.__class__ = AdoptedSequential if isinstance(module, nn.Sequential) else cls
         del adopted.depthwise, adopted.pointwise
         for name, child in module.named_children():
             adopted.add_module(name, child)
@@ -29,6 +29,10 @@ class AdoptedSeparableConv2d(SeparableConv2d):
             name = self._child_names[("depthwise", "pointwise").index(name)]
             return self._modules[name]
         return super().__getattr__(name)
+
+
+class AdoptedSequential(AdoptedSeparableConv2d, nn.Sequential):
+    """In place of an `nn.Sequential` of the two: one still, to be indexed and iterated over."""
 
 
 class DepthwiseOfPair(nn.Conv2d):

@@ -15,8 +15,8 @@ def replace_separable_convs(model: nn.Module) -> ReplacementReport:
 
     Parameters, `state_dict` keys and results stay what they are, in training and in evaluation. Pairs are found by
     what follows what in the model's forward (with `torch.fx`), not by names: two attributes of a module, neighbours in
-    an `nn.Sequential`, whatever is between them in the source. A module that does nothing but call the two is replaced
-    by a `SeparableConv2d`; in a longer forward the depthwise convolution runs both.
+    an `nn.Sequential`, whatever is between them in the source. A module that does and offers nothing but calling the
+    two is replaced by a `SeparableConv2d`; elsewhere the depthwise convolution, where it is, runs both.
 
     Returns:
         A report: `.replaced` names the modules that now run a pair, `.skipped` has (name, reason) of every depthwise
@@ -137,12 +137,19 @@ def _is_nothing_else(module: nn.Module, depthwise: nn.Conv2d, pointwise: nn.Conv
     """Whether a module's forward is one call of each, and it has nothing else that a replacement would lose."""
     if has_hooks(module) or module._parameters or module._buffers or set(module.children()) != {depthwise, pointwise}:
         return False
-    if not type(depthwise) is type(pointwise) is nn.Conv2d:
+    if not type(depthwise) is type(pointwise) is nn.Conv2d or _public_names(module):
         return False
     graph, _ = trace(module)
     return [node.op for node in graph.nodes] == ["placeholder", "call_module", "call_module", "output"] and isinstance(
         list(graph.nodes)[-1].args[0], fx.Node
     )
+
+
+def _public_names(module: nn.Module) -> set[str]:
+    """What a module offers beyond its forward and what any `nn.Module` (or `nn.Sequential`) does."""
+    own = [vars(base) for base in type(module).__mro__ if not base.__module__.startswith("torch.nn.")]
+    names = {name for namespace in (*own, vars(module)) for name in namespace if not name.startswith("_")}
+    return names - vars(nn.Module).keys() - {"forward", "training"}
 
 
 # Why not ------------------------------------------------------------------------------------------------------------

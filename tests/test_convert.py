@@ -230,7 +230,7 @@ TAKEN = {
     ),
     "detectron2's, without norms": (Detectron2Pair, "block.depthwise"),
     "timm's SeparableConvNormAct": (lambda: timm.layers.SeparableConvNormAct(8, 6), "block.conv_dw"),
-    "timm's SeparableConv2d": (lambda: timm.layers.SeparableConv2d(8, 6), "block"),
+    "timm's SeparableConv2d, which has properties": (lambda: timm.layers.SeparableConv2d(8, 6), "block.conv_dw"),
     "timm's TensorFlow padding": (
         lambda: timm.layers.SeparableConv2d(8, 6, stride=2, padding="same"),
         "block.conv_dw",
@@ -315,6 +315,7 @@ def pair():
     model = nn.Sequential(nn.Sequential(depthwise(), pointwise(features=8)), Longer()).eval()
     assert replace_separable_convs(model).replaced == ("0", "1.conv_dw")
     assert model[1].a_method() == 3
+    assert isinstance(model[0], nn.Sequential) and [type(conv) for conv in model[0]] == [nn.Conv2d, nn.Conv2d]
     return model
 
 
