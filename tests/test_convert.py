@@ -66,6 +66,7 @@ MODELS = {
 def test_a_swapped_model_gives_what_it_gave_and_trains_as_it_did(name):
     ours, theirs, report = swapped(with_statistics(MODELS[name]()))
     x = torch.randn(2, 3, 96, 96)
+    assert not any(module.training for module in ours.modules())
     with torch.no_grad():
         assert_same(ours(x), theirs(x))
     assert_same_step(ours, theirs, x)
@@ -295,6 +296,13 @@ def test_what_is_no_pair_is_left_with_its_reason(what):
     (skipped,) = report.skipped
     assert reason in skipped[1], skipped
     assert [type(module) for module in holder.modules()] == types
+
+
+def test_a_model_in_training_stays_in_training():
+    model = nn.Sequential(nn.Sequential(depthwise(), pointwise(features=8)), Longer())
+    model[1].after.eval()
+    assert len(replace_separable_convs(model).replaced) == 2
+    assert [name for name, module in model.named_modules() if not module.training] == ["1.after"]
 
 
 def test_the_model_itself_may_be_the_pair():

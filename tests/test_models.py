@@ -325,8 +325,8 @@ def test_inductor_compiles_it():
 
 def test_the_whole_network_exports_with_any_batch():
     model = randomise(xception()).eval()
-    x = torch.randn(2, 3, 71, 71)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", max=64)},))
+    free = torch.export.Dim.DYNAMIC
+    program = torch.export.export(model, (torch.randn(2, 3, 71, 71),), dynamic_shapes=({0: free},))
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum(target == "fused_sepconv.separable_conv2d.default" for target in targets) == 34
     x = torch.randn(3, 3, 71, 71)
@@ -385,6 +385,16 @@ BLOCKS = {
     "middle": lambda: SeparableStack(12, (12, 12, 12), norm={"eps": 1e-3, "momentum": 0.1}),
     "exit": lambda: SeparableStack(12, (12, 20), pool=MaxPool3x3(2), stride=2, norm={"eps": 1e-3, "momentum": 0.1}),
 }
+
+
+def test_blocks_export_with_images_of_any_size():
+    model = nn.Sequential(BLOCKS["entry"](), BLOCKS["exit"]()).eval()
+    free = torch.export.Dim.DYNAMIC
+    program = torch.export.export(model, (torch.randn(2, 8, 18, 21),), dynamic_shapes=({2: free, 3: free},))
+    for height, width in ((17, 17), (18, 20), (30, 33)):  # the poolings meet odd and even sizes
+        x = torch.randn(2, 8, height, width)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x), model(x))
 
 
 @pytest.mark.gradients

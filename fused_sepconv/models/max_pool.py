@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +36,10 @@ class MaxPool3x3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         before = [1 if self.padding == "symmetric" else self._coarse(size) % 2 for size in x.shape[-2:]]
+        if self.stride == 2 and any(isinstance(side, torch.SymInt) for side in before):
+            # An export with free sizes: F.pad takes them, where max_pool2d wants its padding in numbers.
+            top, left = before
+            return F.max_pool2d(F.pad(x, (left, 1, top, 1), value=float("-inf")), 3, 2)
         if self.stride == 2:
             # TensorFlow's last window reaches over the edge of an even size: ceil_mode does that without padding.
             return F.max_pool2d(x, 3, 2, before, ceil_mode=self.padding == "same")

@@ -139,8 +139,7 @@ class Xception(nn.Module):
         bn_eps: added to variances. 1e-3 is Keras's, where the network comes from; timm's weights have 1e-5.
         bn_momentum: weight of a new batch in the running statistics; 0.1 is PyTorch's, 0.01 would be Keras's.
         pool_padding: of the max-poolings. "same" is TensorFlow's rule, for Keras's weights; "symmetric" is PyTorch's
-            one pixel on every side, for timm's. They differ where a size is even. (A program that is exported with free
-            image sizes keeps, under "same", to sizes that are even and odd where the traced one's were.)
+            one pixel on every side, for timm's. They differ where a size is even.
         global_pool: "avg", "max", or "" for none.
         device, dtype: of the parameters.
 
