@@ -73,6 +73,8 @@ def is_pointwise(module: nn.Module) -> bool:
 
 def is_plain(conv: nn.Conv2d) -> bool:
     """Whether calling it is its convolution and nothing else."""
+    if {"forward", "_conv_forward"} & vars(conv).keys():
+        return False
     return (
         type(conv) in (nn.Conv2d, DepthwiseOfPair, PointwiseOfPair)
         or own_padding(conv) is not None
@@ -81,7 +83,7 @@ def is_plain(conv: nn.Conv2d) -> bool:
 
 
 def own_padding(conv: nn.Conv2d) -> str | None:
-    """ "same" for a convolution that pads by TensorFlow's rule where `nn.Conv2d` cannot: timm's."""
+    """The word "same" for a convolution that pads by TensorFlow's rule where `nn.Conv2d` cannot: timm's."""
     if isinstance(conv, DepthwiseOfPair):
         return conv._own_padding
     return "same" if class_name(conv) == "timm.layers.conv2d_same.Conv2dSame" else None
@@ -98,9 +100,9 @@ def class_name(module: nn.Module) -> str:
 
 def _pairs(flow: Dataflow) -> list[tuple[nn.Module, nn.Module]]:
     return [
-        (depthwise, flow_next)
+        (depthwise, pointwise)
         for root, node, depthwise in flow.nodes()
-        if _waits(depthwise) and (flow_next := _partner(flow, root, node, depthwise)) is not None
+        if _waits(depthwise) and (pointwise := _partner(flow, root, node, depthwise)) is not None
     ]
 
 

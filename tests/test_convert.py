@@ -205,6 +205,12 @@ def hooked(model, child):
     return model
 
 
+def patched():
+    model = Pair()
+    model.b.forward = lambda x: 2 * nn.Conv2d.forward(model.b, x)
+    return model
+
+
 def shared():
     convs = depthwise(), pointwise(features=8)
     return nn.Sequential(nn.Sequential(*convs), nn.Sequential(*convs))
@@ -277,6 +283,7 @@ LEFT = {
         "the pointwise convolution block.depthwise carries hooks",
     ),
     "a parametrised weight": (pruned, "a ParametrizedConv2d is more than a convolution"),
+    "a forward of the instance's own": (patched, "a Conv2d is more than a convolution"),
     "another padding": (
         lambda: nn.Sequential(depthwise(padding_mode="reflect"), pointwise()),
         "padding_mode is 'reflect'",
