@@ -7,6 +7,7 @@ are traced one by one instead: what such a forward does between them is not know
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,25 @@ from .module import SeparableConv2d
 _LEAVES = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, SeparableConv2d)
 
 
+IN_PLACE = {
+    f"__i{name}__": getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
+"""What `x += y` and its like are called, and do."""
+
+
+class _Proxy(fx.Proxy):
+    """A stand-in for a tensor that records `x += y` as what it is: `fx.Proxy` has `x = x + y`, another tensor."""
+
+
+def _record(function: Callable[..., Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name, _function in IN_PLACE.items():
+    setattr(_Proxy, _name, _record(_function))
+
+
 class _Tracer(fx.Tracer):
     """Enters containers; what has no children, or is a convolution or a norm whatever it contains, is one node."""
 
@@ -29,6 +49,9 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _LEAVES) or not any(True for _ in m.children())
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         self.entered.add(m)
@@ -120,6 +143,15 @@ def only_user(node: fx.Node) -> fx.Node | None:
         return None
     user = next(iter(node.users))
     return user if user.args == (node,) and not user.kwargs else None
+
+
+def works_in_place(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node of a module's graph writes into a tensor that it is given."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(node.target), "inplace", False))
+    if node.op == "call_method":
+        return node.target.endswith("_")
+    return node.op == "call_function" and (node.target in IN_PLACE.values() or bool(node.kwargs.get("inplace")))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .convert import class_name, is_depthwise, is_plain, is_pointwise, own_padding, separable_children, why_not
-from .dataflow import Dataflow, has_defaults, has_hooks, only_user, trace
+from .dataflow import Dataflow, has_defaults, has_hooks, only_user, trace, works_in_place
 from .module import SeparableConv2d
 from .replacement import ReplacementReport
 
@@ -25,6 +25,7 @@ _NOTHING = (nn.Identity, nn.modules.dropout._DropoutNd)
 _NOTHING_NAMES = ("timm.layers.drop.DropPath", "torchvision.ops.stochastic_depth.StochasticDepth")
 _NORM_AND_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.FrozenBatchNormAct2d")
 _FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d")
+_MAKES_A_NEW_TENSOR = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, SeparableConv2d)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -207,7 +208,7 @@ def _activation_before(flow: Dataflow, root: nn.Module, node: fx.Node) -> nn.Mod
         return None
     activation = root.get_submodule(source.target)
     is_one = type(activation) in _ACTIVATIONS and _is_free(flow, activation)
-    return activation if is_one and _changes_nobody_s_input(source, activation) else None
+    return activation if is_one and _changes_nobody_s_input(root, source, activation) else None
 
 
 def _following(flow: Dataflow, root: nn.Module, node: fx.Node) -> Iterator[tuple[fx.Node, nn.Module, list[Operation]]]:
@@ -226,13 +227,14 @@ def _is_free(flow: Dataflow, module: nn.Module) -> bool:
     return flow.is_called_once(module) and not has_hooks(module)
 
 
-def _changes_nobody_s_input(node: fx.Node, activation: nn.Module) -> bool:
+def _changes_nobody_s_input(root: nn.Module, node: fx.Node, activation: nn.Module) -> bool:
     """Whether leaving an activation out leaves everybody else's tensors as they were: one that works in place must be
-    its input's only reader, and the input not the caller's."""
+    the only reader of a new tensor, such as a convolution's."""
     if not getattr(activation, "inplace", False):
         return True
     (source,) = node.args
-    return source.op != "placeholder" and len(source.users) == 1
+    is_new = source.op == "call_module" and isinstance(root.get_submodule(source.target), _MAKES_A_NEW_TENSOR)
+    return is_new and len(source.users) == 1
 
 
 # What a module does -------------------------------------------------------------------------------------------------
@@ -331,8 +333,8 @@ def _fold_additions(root: nn.Module, graph: fx.Graph) -> bool:
             continue
         in_place = addition.target in (operator.iadd, "add_")
         for summand, other in (addition.args, addition.args[::-1])[: 1 if in_place else 2]:
-            passed = _as_far_as_the_convolution(root, graph, summand)
-            if not passed:
+            passed = _as_far_as_the_convolution(root, summand)
+            if not passed or not _may_wait(root, passed[-1], addition):
                 continue
             call = passed[-1]
             root.get_submodule(call.target).activation = _take_activation(root, addition)
@@ -353,20 +355,29 @@ def _is_addition(node: fx.Node) -> bool:
     return is_add and not node.kwargs and len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args)
 
 
-def _as_far_as_the_convolution(root: nn.Module, graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+def _as_far_as_the_convolution(root: nn.Module, node: fx.Node) -> list[fx.Node]:
     """The nodes from a result back to the folded convolution that it is of, through identities; empty if it is of none,
-    of one that has an activation, or if something else reads it or calls the convolution too."""
+    of one that has an activation, or if something else reads it too."""
     passed = []
     while node.op == "call_module" and len(node.users) == 1:
         module = root.get_submodule(node.target)
         passed.append(node)
         if isinstance(module, FoldedSeparableConv2d):
-            calls = sum(other.op == "call_module" and other.target == node.target for other in graph.nodes)
-            return passed if len(node.args) == 1 and module.activation is None and calls == 1 else []
+            return passed if len(node.args) == 1 and module.activation is None else []
         if not isinstance(module, nn.Identity):
             return []
         (node,) = node.args
     return []
+
+
+def _may_wait(root: nn.Module, call: fx.Node, addition: fx.Node) -> bool:
+    """Whether a convolution reads the same where the addition is: nothing in between writes into a tensor."""
+    node = call.next
+    while node is not addition:
+        if works_in_place(root, node):
+            return False
+        node = node.next
+    return True
 
 
 def _take_activation(root: nn.Module, addition: fx.Node) -> str | None:

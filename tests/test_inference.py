@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from fused_sepconv import SeparableConv2d, optimize_for_inference, replace_separable_convs
 from fused_sepconv.inference import FoldedSeparableConv2d
@@ -27,24 +27,25 @@ def count(model, *types):
 
 @pytest.mark.parametrize("swapped_first", (False, True))
 @pytest.mark.parametrize(
-    ("make", "pairs", "norms"),
+    ("make", "pairs", "norms", "residuals"),
     (
-        (lambda: timm.create_model("legacy_xception", num_classes=10), 34, 6),
-        (lambda: timm.create_model("xception41", num_classes=10), 39, 6),
-        (lambda: torchvision.models.mobilenet_v2(num_classes=10), 17, 18),
-        (lambda: segmentation_models_pytorch.DeepLabV3Plus("resnet18", encoder_weights=None, classes=3), 5, 24),
-        (lambda: xception(10), 34, 6),
+        (lambda: timm.create_model("legacy_xception", num_classes=10), 34, 6, 8),
+        (lambda: timm.create_model("xception41", num_classes=10), 39, 6, 12),
+        (lambda: torchvision.models.mobilenet_v2(num_classes=10), 17, 18, 10),
+        (lambda: segmentation_models_pytorch.DeepLabV3Plus("resnet18", encoder_weights=None, classes=3), 5, 24, 0),
+        (lambda: xception(10), 34, 6, 8),
     ),
     ids=("legacy_xception", "xception41", "mobilenet_v2", "DeepLabV3Plus", "ours"),
 )
 @torch.no_grad()
-def test_an_optimized_model_gives_what_it_gave(make, pairs, norms, swapped_first):
+def test_an_optimized_model_gives_what_it_gave(make, pairs, norms, residuals, swapped_first):
     model = with_statistics(make())
     if swapped_first:
         replace_separable_convs(model)
     ours, theirs, report = optimized(model)
     assert len(report.replaced) == pairs == count(ours, FoldedSeparableConv2d) and not report.skipped
     assert count(ours, nn.BatchNorm2d) == norms, "those that no separable convolution precedes"
+    assert count(ours, fx.GraphModule) == residuals
     x = torch.randn(1, 3, 96, 96)
     assert_same(ours(x), theirs(x))
 
@@ -115,6 +116,15 @@ def test_what_is_round_a_pair_becomes_part_of_it(what):
 
 
 @torch.no_grad()
+def test_an_addition_to_what_an_activation_gave_stays_an_addition():
+    ours, theirs, report = optimized(with_statistics(nn.Sequential(Block(after=norm_and(nn.ReLU6())))).double())
+    assert report.replaced == ("0.conv_dw",) and ours[0].conv_dw.activation == "relu6"
+    assert isinstance(ours[0], Block) and isinstance(ours[0].last, nn.ReLU)
+    x = torch.randn(2, 8, 9, 10, dtype=torch.float64)
+    assert_same(ours(x), theirs(x), 1e-12)
+
+
+@torch.no_grad()
 def test_detectron2_s_norms_and_activations_are_inside_its_convolutions():
     ours, theirs, report = optimized(with_statistics(nn.Sequential(Detectron2Pair(nn.BatchNorm2d, F.relu))).double())
     assert report.replaced == ("0.depthwise",)
@@ -155,14 +165,37 @@ class Mutates(nn.Module):
         return self.conv_pw(self.conv_dw(self.relu(x))) - x
 
 
-class AddsIntoItsInput(Mutates):
+class MutatesThroughAnother(Mutates):
+    """The same, where another module hands the caller's tensor on."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Identity()
+
+    def forward(self, x):
+        return self.conv_pw(self.conv_dw(self.relu(self.nothing(x)))) - x
+
+
+class AddsIntoAnother(Mutates):
+    """The sum is written where another name still reads."""
+
+    def forward(self, x):
+        sum_ = another = x * 1
+        sum_ += self.conv_pw(self.conv_dw(x))
+        return 3 * sum_ + another
+
+
+class WritesInBetween(Mutates):
+    """What the convolution read is another thing by the time of the addition."""
+
     def forward(self, x):
         z = x * 1
-        z += self.conv_pw(self.conv_dw(x))
-        return z + x
+        y = self.conv_pw(self.conv_dw(z))
+        z *= 2
+        return z + y
 
 
-@pytest.mark.parametrize("make", (Mutates, AddsIntoItsInput))
+@pytest.mark.parametrize("make", (Mutates, MutatesThroughAnother, AddsIntoAnother, WritesInBetween))
 @torch.no_grad()
 def test_what_works_in_place_on_others_tensors_stays(make):
     ours, theirs, report = optimized(nn.Sequential(make()).eval())
@@ -182,6 +215,7 @@ STAYS = {
         lambda: Block(nn.BatchNorm2d(8, track_running_stats=False)),
         "BatchNorm2d between",
     ),
+    "two activations": (lambda: Block(nn.Sequential(nn.ReLU(), nn.SiLU())), "ReLU and SiLU between"),
     "another activation": (lambda: Block(nn.LeakyReLU()), "LeakyReLU between"),
     "squeeze-and-excitation": (lambda: Block(timm.layers.SqueezeExcite(8)), "used in 2 places"),
     "hooks": (lambda: hooked(Block(nn.BatchNorm2d(8)), "between"), "BatchNorm2d between"),
