@@ -1,16 +1,15 @@
 """What do you gain, and where? Times the fused separable convolution against PyTorch's own.
 
-    python benchmarks/bench.py --quick
+    python benchmarks/bench.py --quick                  measure: tables, a JSON and a CSV file, pictures
+    python benchmarks/bench.py compare A.json B.json    what changed between two results
+    python benchmarks/bench.py report                   README's results, made from benchmarks/results/
 
-Every implementation's answer is checked before it is timed. The run ends with tables, a JSON file and, where matplotlib
-is installed, a picture beside it. Without a GPU the CPU is measured, and what the plan expects of an H200 stands
-beside, marked as the prediction that it is.
+Every implementation's answer is checked before it is timed. Without a GPU the CPU is measured, and what the plan
+expects of an H200 stands beside, marked as the prediction that it is.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -21,61 +20,38 @@ except ModuleNotFoundError as error:
         raise
     sys.exit("fused_sepconv is not installed: run `pip install .` at the root of the checkout first")
 
+import compare
+import report
 from environment import environment
 from layers import XCEPTION
+from memory_suite import memory_suite
+from model_suite import model_suite
+from options import Options, parse
 from peers import is_ours
 from predictions import predict_suite
-from problem import DTYPES, LAYOUTS, PASSES, convolution_precision
-from record import Row, Summary, summarize, write
-from suites import Settings, Step, layer_suite, overhead_suite
+from problem import convolution_flags
+from record import Row, write
+from settings import Settings
+from suites import Step, layer_suite, overhead_suite
+from summary import Summary, summarize
 from tables import result_tables
 from terminal import PlainTerminal, Terminal, terminal
 
-SECONDS, QUICK_SECONDS = 1.0, 0.15
-"""Spent on the samples of each row of the layer suite."""
 OVERHEAD_SECONDS, QUICK_OVERHEAD_SECONDS = 4.0, 1.0
-"""Of the overhead suite: its calls are short and its result is a ratio."""
+"""Spent on the samples of each row of the overhead suite: its calls are short and its result is a ratio."""
+
+INTERRUPTED = 130
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """The command line, and how to measure by it: what is not given fits the machine."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer samples: under two minutes on two CPU cores")
-    parser.add_argument("--suite", choices=("layers", "overhead", "all"), default="all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--batch", type=int, help="images; default: 1 on the CPU, 64 on a GPU")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
-    parser.add_argument("--layout", choices=LAYOUTS, help="of x; default: both on the CPU, nhwc on a GPU")
-    parser.add_argument("--passes", default=",".join(PASSES), metavar="P,P", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="PATH", help="default: %(default)s")
-    options = parser.parse_args(argv)
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device == "cuda"
-    if gpu and not torch.cuda.is_available():
-        parser.error("argument --device: PyTorch sees no CUDA GPU on this machine")
-    if options.dtype == "tf32" and not gpu:
-        parser.error("argument --dtype: tf32 is arithmetic of CUDA GPUs")
-    if options.batch is not None and options.batch < 1:
-        parser.error(f"argument --batch: expected 1 or more, got {options.batch}")
-    passes = tuple(dict.fromkeys(options.passes.split(",")))
-    if unknown := [direction for direction in passes if direction not in PASSES]:
-        parser.error(f"argument --passes: expected some of {','.join(PASSES)}, got {unknown[0]!r}")
-    if not options.json.absolute().parent.is_dir():
-        parser.error(f"argument --json: there is no folder {options.json.parent}")
-
-    settings = Settings(
-        device=device,
-        batch=options.batch or (64 if gpu else 1),
-        dtype=options.dtype or ("bfloat16" if gpu else "float32"),
-        layouts=(options.layout,) if options.layout else ("nhwc",) if gpu else ("nchw", "nhwc"),
-        passes=passes,
-        seconds=QUICK_SECONDS if options.quick else SECONDS,
-        threads=torch.get_num_threads(),
-        turns=1 if gpu else 3,
-        input_sets=2 if gpu else 1,
-    )
-    return options, settings
+def steps_of(options: Options, settings: Settings) -> list[Step]:
+    """What a run does, in its order: an interruption costs what comes last."""
+    suites = {
+        "layers": lambda: layer_suite(settings),
+        "overhead": lambda: overhead_suite(settings, QUICK_OVERHEAD_SECONDS if options.quick else OVERHEAD_SECONDS),
+        "memory": lambda: memory_suite(settings),
+        "model": lambda: model_suite(settings),
+    }
+    return [step for name, make in suites.items() if name in options.suites for step in make()]
 
 
 def measure(steps: Sequence[Step], screen: Terminal) -> list[Row]:
@@ -93,56 +69,65 @@ def measure(steps: Sequence[Step], screen: Terminal) -> list[Row]:
     return rows
 
 
-def picture(path: Path, rows: Sequence[Row], summary: Summary) -> str | None:
-    """Draws the result and says what became of it; None where there is nothing to draw with."""
+def show(options: Options, env: dict, rows: Sequence[Row], summary: Summary, screen: Terminal) -> None:
+    """Tables, what failed, and the names of the files."""
+    for table in result_tables(rows, summary):
+        screen.show(table)
+    for row in summary["failed"]:
+        screen.say(f"No figures for {row['impl']}, {row['case']}, {row['layout']}, {row['pass']}: {row['error']}")
+    if summary["throttled"]:
+        screen.say(f"{summary['throttled']} rows (!) have samples that the GPU took with its clocks held back.")
     try:
         import plots
     except ModuleNotFoundError:
-        return None
-    return f"Picture: {path}" if plots.draw(path, rows, summary) else "No picture: no layer of ours was timed."
+        plots = None
+    for path in plots.draw(options.json, env, rows, summary) if plots else ():
+        screen.say(f"Picture: {path}")
+    if plots is None or isinstance(screen, PlainTerminal):
+        screen.say('`pip install ".[bench]"` adds pictures (matplotlib) and better tables and progress (rich).')
+    screen.say(f"Result: {options.json}, rows as a table: {options.json.with_suffix('.csv')}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, or 1 where one of our own answers is wrong or missing, or 130 after an interruption."""
-    options, settings = parse(argv)
+def run(argv: Sequence[str] | None) -> int:
+    """Measures. Returns 0, or 1 where one of our own answers is wrong or missing, or 130 after an interruption."""
+    options = parse(argv)
     screen = terminal()
-    steps = []
-    if options.suite in ("layers", "all"):
-        steps += layer_suite(settings, XCEPTION)
-    if options.suite in ("overhead", "all"):
-        steps += overhead_suite(QUICK_OVERHEAD_SECONDS if options.quick else OVERHEAD_SECONDS)
-
-    with convolution_precision(settings.dtype):
-        env = environment(settings.threads)
-    hardware = env["gpu"]["name"] if settings.device == "cuda" else env["cpu"]
+    with convolution_flags(options.dtypes[0]):
+        env = environment(torch.get_num_threads())
+    hardware = env["gpu"]["name"] if options.device == "cuda" else env["cpu"]
     screen.say(
-        f"fused_sepconv {env['fused_sepconv']}, PyTorch {env['torch']}, {hardware}, {settings.threads} CPU threads"
+        f"fused_sepconv {env['fused_sepconv']}, PyTorch {env['torch']}, {hardware}, {env['threads']} CPU threads"
     )
     if env["load_average"] > env["cpu_cores"] / 2:
         screen.say(
             f"This machine is busy (load {env['load_average']:.1f}, {env['cpu_cores']} cores): expect poor timings."
         )
+    ceilings = options.measure_ceilings()
+    env["ceilings"] = ceilings.as_dict()
+    screen.say(f"Ceilings, measured: {ceilings}")
+    settings = options.settings(ceilings)
+    steps = steps_of(options, settings)
     rows = measure(steps, screen)
 
-    if settings.device == "cuda":
-        predictions = predict_suite(XCEPTION, settings.passes, settings.batch, settings.dtype, settings.layouts[0])
+    if options.device == "cuda":
+        size = (options.batches[0], options.dtypes[0], options.layouts[0])
+        predictions = predict_suite(XCEPTION, options.passes, *size)
     else:
-        predictions = predict_suite(XCEPTION, settings.passes)
+        predictions = predict_suite(XCEPTION, options.passes)
     summary = summarize(rows, predictions)
     write(options.json, env, rows, summary)
-    for table in result_tables(rows, summary):
-        screen.show(table)
-    for row in summary["failed"]:
-        screen.say(f"No time for {row['impl']}, {row['case']}, {row['layout']}, {row['pass']}: {row['error']}")
-    drawn = picture(options.json.with_suffix(".png"), rows, summary)
-    if drawn:
-        screen.say(drawn)
-    if drawn is None or isinstance(screen, PlainTerminal):
-        screen.say('`pip install ".[bench]"` adds a picture (matplotlib) and better tables and progress (rich).')
-    screen.say(f"Result: {options.json}")
+    show(options, env, rows, summary, screen)
     if len(rows) < sum(step.rows for step in steps):
-        return 130
+        return INTERRUPTED
     return int(any(is_ours(row["impl"]) for row in summary["failed"]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"compare": compare.main, "report": report.main}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+    return run(argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from peers import eager
-from problem import GRADIENTS, LAYOUTS, Inputs, Problem, SeparableConv, prepare
+from problem import GRADIENTS, LAYOUTS, Geometry, Inputs, Problem, SeparableConv, prepare
 
 import fused_sepconv.reference
 
@@ -51,18 +51,20 @@ def distance(result: torch.Tensor, oracle: torch.Tensor) -> Distance:
 
 
 def reference(
-    x: torch.Tensor, depthwise_weight: torch.Tensor, pointwise_weight: torch.Tensor, padding: int
+    x: torch.Tensor, depthwise_weight: torch.Tensor, pointwise_weight: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
-    return fused_sepconv.reference.separable_conv2d(x, depthwise_weight, pointwise_weight, padding=padding)
+    return fused_sepconv.reference.separable_conv2d(x, depthwise_weight, pointwise_weight, None, *geometry)
 
 
-def solve(function: SeparableConv, inputs: Inputs, padding: int, results: Sequence[str]) -> dict[str, torch.Tensor]:
+def solve(
+    function: SeparableConv, inputs: Inputs, geometry: Geometry, results: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """The results that are asked for, by name."""
     solved = {}
     if "y" in results:
-        solved["y"] = prepare(function, "fwd", inputs, padding)()
+        solved["y"] = prepare(function, "fwd", inputs, geometry)()
     if set(results) & set(GRADIENTS):
-        solved.update(zip(GRADIENTS, prepare(function, "bwd", inputs, padding)(), strict=True))
+        solved.update(zip(GRADIENTS, prepare(function, "bwd", inputs, geometry)(), strict=True))
     return solved
 
 
@@ -74,7 +76,7 @@ class Check:
         copies = problem.batch // distinct
         few = replace(problem, batch=distinct).inputs(seed)
         self._names = list(dict.fromkeys(name for direction in passes for name in RESULTS[direction]))
-        self._padding = problem.layer.padding
+        self._geometry = problem.geometry
         self._inputs = few._replace(
             x=few.x.repeat(copies, 1, 1, 1), grad_output=few.grad_output.repeat(copies, 1, 1, 1)
         )
@@ -82,10 +84,13 @@ class Check:
         exact = Inputs(*(tensor.to("cpu", torch.float64, memory_format=torch.contiguous_format) for tensor in few))
         self._oracle = {
             name: result.to(problem.device) * (copies if name in GRADIENTS[1:] else 1)
-            for name, result in solve(reference, exact, self._padding, self._names).items()
+            for name, result in solve(reference, exact, self._geometry, self._names).items()
         }
         eager_distances = [
-            {name: distance(result, self._oracle[name]) for name, result in self._solve(eager, layout).items()}
+            {
+                name: distance(result, self._oracle[name])
+                for name, result in self._solve(eager, layout, self._names).items()
+            }
             for layout in LAYOUTS
         ]
         noise = UNIT_ROUNDOFF[problem.dtype]
@@ -94,15 +99,19 @@ class Check:
             for name in self._names
         }
 
-    def _solve(self, function: SeparableConv, layout: str) -> dict[str, torch.Tensor]:
+    def _solve(self, function: SeparableConv, layout: str, results: Sequence[str]) -> dict[str, torch.Tensor]:
         inputs = Inputs(*(tensor.contiguous(memory_format=LAYOUTS[layout]) for tensor in self._inputs))
-        return solve(function, inputs, self._padding, self._names)
+        return solve(function, inputs, self._geometry, results)
 
-    def faults(self, function: SeparableConv, layout: str) -> dict[str, str]:
-        """What is wrong with an implementation's results, by their names; empty where all are right."""
+    def faults(self, function: SeparableConv, layout: str, results: Sequence[str]) -> dict[str, str]:
+        """What is wrong with these of an implementation's results, by their names; empty where all are right.
+
+        Results that no pass of this check computes are not looked at.
+        """
         shapes = dict(zip((*GRADIENTS, "y"), (tuple(tensor.shape) for tensor in self._inputs), strict=True))
         faults = {}
-        for name, result in self._solve(function, layout).items():
+        asked = [name for name in results if name in self._names]
+        for name, result in self._solve(function, layout, asked).items():
             called = name if name == "y" else f"the gradient of {name}"
             if tuple(result.shape) != shapes[name]:
                 faults[name] = f"wrong answer: {called} has shape {tuple(result.shape)}, not {shapes[name]}"

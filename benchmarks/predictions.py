@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import roofline
 from layers import Layer
-from problem import Inputs, Problem, convolution_precision
+from problem import Geometry, Inputs, Problem, convolution_flags
 
 import fused_sepconv
 
@@ -21,9 +21,9 @@ class Choice(NamedTuple):
     """Predicted."""
 
 
-def choose(inputs: Inputs, padding: int, direction: str, **device: str) -> Choice:
+def choose(inputs: Inputs, geometry: Geometry, direction: str, **device: str) -> Choice:
     """The plan for a pass: on the device of the tensors, or on the one that is named."""
-    plan = fused_sepconv.explain(*inputs[:3], padding=padding, **device)
+    plan = fused_sepconv.explain(*inputs[:3], None, *geometry, **device)
     halves = {"fwd": [plan.forward], "bwd": [plan.backward], "both": [plan.forward, plan.backward]}[direction]
     return Choice(
         plan=" + ".join(dict.fromkeys(half.chosen.name for half in halves)),
@@ -33,8 +33,8 @@ def choose(inputs: Inputs, padding: int, direction: str, **device: str) -> Choic
 
 def predict(problem: Problem, direction: str) -> Choice:
     """The plan for a problem on an H200, whatever device the problem itself is on."""
-    with convolution_precision(problem.dtype):
-        return choose(problem.meta_inputs(), problem.layer.padding, direction, device=DEVICE)
+    with convolution_flags(problem.dtype):
+        return choose(problem.meta_inputs(), problem.geometry, direction, device=DEVICE)
 
 
 def predict_suite(

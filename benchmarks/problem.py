@@ -35,8 +35,16 @@ class Inputs(NamedTuple):
     grad_output: torch.Tensor
 
 
-SeparableConv = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""(x, depthwise_weight, pointwise_weight, padding) -> y."""
+class Geometry(NamedTuple):
+    """How the depthwise convolution moves over the image: the same down as across."""
+
+    stride: int
+    padding: int
+    dilation: int
+
+
+SeparableConv = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Geometry], torch.Tensor]
+"""(x, depthwise_weight, pointwise_weight, geometry) -> y."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,17 @@ class Problem:
             (self.batch, layer.in_channels, layer.size, layer.size),
             (layer.in_channels, 1, layer.kernel_size, layer.kernel_size),
             (layer.out_channels, layer.in_channels, 1, 1),
-            (self.batch, layer.out_channels, layer.size, layer.size),
+            (self.batch, layer.out_channels, layer.out_size, layer.out_size),
         )
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.layer.stride, self.layer.padding, self.layer.dilation)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of the four tensors of `Inputs`."""
+        return sum(math.prod(shape) for shape in self.shapes) * DTYPES[self.dtype].itemsize
 
     def inputs(self, seed: int) -> Inputs:
         """Random tensors, the weights scaled so that the output's variance is about one."""
@@ -78,7 +95,7 @@ class Problem:
         return Inputs(*(torch.empty(shape, **like) for shape in self.shapes))
 
 
-def prepare(function: SeparableConv, direction: str, inputs: Inputs, padding: int) -> Callable[[], object]:
+def prepare(function: SeparableConv, direction: str, inputs: Inputs, geometry: Geometry) -> Callable[[], object]:
     """A call without arguments that does one pass.
 
     "fwd" runs without autograd, "bwd" runs the backward of a graph built here and kept, "both" runs forward and
@@ -89,20 +106,29 @@ def prepare(function: SeparableConv, direction: str, inputs: Inputs, padding: in
 
         def forward() -> object:
             with torch.no_grad():
-                return function(*leaves, padding)
+                return function(*leaves, geometry)
 
         return forward
 
     for leaf in leaves:
         leaf.requires_grad_()
     if direction == "bwd":
-        output = function(*leaves, padding)
+        output = function(*leaves, geometry)
         return lambda: torch.autograd.grad(output, leaves, inputs.grad_output, retain_graph=True)
-    return lambda: torch.autograd.grad(function(*leaves, padding), leaves, inputs.grad_output)
+    return lambda: torch.autograd.grad(function(*leaves, geometry), leaves, inputs.grad_output)
 
 
 @contextmanager
-def convolution_precision(dtype: str) -> Iterator[None]:
-    """PyTorch's convolution settings while a dtype is measured: TF32 as the dtype says, cuDNN free to search."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=dtype == "tf32"):
+def convolution_flags(dtype: str, depthwise_kernel: str = "auto") -> Iterator[None]:
+    """PyTorch's convolution settings while a dtype is measured: TF32 as the dtype says, cuDNN free to search.
+
+    `depthwise_kernel`: "auto" leaves the choice of a depthwise kernel to PyTorch, "cudnn" and "native" force one.
+    ValueError where this PyTorch has no such setting.
+    """
+    forced = {}
+    if depthwise_kernel != "auto":
+        if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
+            raise ValueError(f"PyTorch {torch.__version__} can't force a depthwise kernel; 2.12 and newer can")
+        forced = {"depthwise_kernel": depthwise_kernel}
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=dtype == "tf32", **forced):
         yield

@@ -1,179 +1,216 @@
-"""The result file: what a row says, what is concluded from the rows, and how both are written.
+"""The result file: what a row says, and how rows are written and read.
 
 Top level, in JSON: `schema` (`SCHEMA`; grows when a reader has to change), `env` (see environment.py), `rows` (see
-`Row`) and `summary` (see `summarize`).
+`Row`) and `summary` (see summary.py). result.schema.json says the same as a JSON schema.
 """
 
+import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import roofline
 from peers import is_ours
-from predictions import DEVICE, Choice, predict
 from problem import Problem
+from roofline import Ceilings, Floor, floor
 from timing import Timing
 
-SCHEMA = 1
+SCHEMA = 2
+SCHEMA_FILE = Path(__file__).parent / "result.schema.json"
 
 Row = TypedDict(
     "Row",
     {
-        "suite": str,
-        "case": str,  # "728->728@19": channels in and out, image size
+        "suite": str,  # "layers", "model", "memory" or "overhead"
+        "network": str,  # of the layer, or the model itself: "xception", "mobilenet" …
+        "case": str,  # "728->728@19": channels in and out, image size; or a whole network: "Xception@299"
         "count": int,  # how often the network has this layer
         "dtype": str,
         "layout": str,
         "batch": int,
-        "pass": str,  # "fwd", "bwd" or "both"
+        "pass": str,  # "fwd", "bwd" or "both"; of a model "fwd" is inference and "both" a training step
         "impl": str,
         "device": str,  # "cpu" or "cuda"
+        "mode": str,  # how it was sampled: see timing.py
         "plan": str | None,  # ours: what the plan chose to run
         "median_ms": float | None,
         "iqr_ms": float | None,
         "samples": int,
+        "throttled_samples": int,  # taken while the GPU held its clocks back
+        "sm_mhz": list[int] | None,  # before and after the samples
+        "memory_mhz": list[int] | None,
+        "power_w": list[float] | None,
+        "temperature_c": list[int] | None,
+        "images_per_second": float | None,
         "bytes": int,  # that the fused problem moves at least, whatever the implementation
         "flops": int,
-        "floor_ms": float,  # of the fused problem on `floor_device`, which need not be the device that was measured
-        "floor_device": str,
+        "floor_ms": float,  # of the fused problem on `floor_device`
+        "unfused_floor_ms": float,  # of perfect separate kernels there
+        "floor_device": str,  # the device that was measured, by ceilings that were measured before the run
+        "bandwidth_fraction": float | None,  # `bytes` a second, by what a copy reaches
+        "matrix_fraction": float | None,  # the products' flops a second, by what a library's product reaches
         "predicted_ms": float | None,  # ours: what the plan expects on `predicted_device`; not measured
         "predicted_device": str | None,
+        "peak_bytes": int | None,  # memory suite: most memory that a pass holds beyond what was there before it
+        "saved_bytes": int | None,  # memory suite: kept from the forward for the backward, parameters not counted
         "error": str | None,  # why there is no time
     },
 )
 
-TARGETS = {"fwd": 1.5, "both": 2.5}
-"""The overhead that we allow ourselves: the time of one tiny call, by that of the two convolutions it stands for."""
 
-
-def row(
+def layer_row(
     suite: str,
     problem: Problem,
     direction: str,
     impl: str,
-    result: Timing | str,
-    plan: str | None = None,
+    mode: str,
+    ceilings: Ceilings,
+    result: Timing | str | None = None,
+    **fields: Any,
 ) -> Row:
-    """What came of one implementation in one pass of one problem: a timing, or why there is none."""
-    timing, error = (None, result) if isinstance(result, str) else (result, None)
+    """What came of one implementation in one pass of one problem.
+
+    `result` is a timing, or why there is none; None where time is not the question. `fields` are more of the row's.
+    """
     layer = problem.layer
-    floor = roofline.floor(layer, problem.batch, problem.dtype, direction)
-    prediction: Choice | None = predict(problem, direction) if is_ours(impl) else None
+    fused, unfused = (
+        floor(layer, problem.batch, problem.dtype, direction, fused=fused, ceilings=ceilings) for fused in (True, False)
+    )
+    return _row(
+        suite=suite,
+        network=layer.network,
+        case=layer.name,
+        count=layer.count,
+        dtype=problem.dtype,
+        layout=problem.layout,
+        batch=problem.batch,
+        direction=direction,
+        impl=impl,
+        device=problem.device,
+        mode=mode,
+        floors=(fused, unfused),
+        ceilings=ceilings,
+        result=result,
+        **fields,
+    )
+
+
+def model_row(
+    *, floors: tuple[Floor, Floor], ceilings: Ceilings, result: Timing | str | None = None, **fields: Any
+) -> Row:
+    """What came of one implementation of a whole network; `floors` are those of fused and of separate kernels."""
+    return _row(count=1, floors=floors, ceilings=ceilings, result=result, **fields)
+
+
+def _row(
+    *,
+    direction: str,
+    floors: tuple[Floor, Floor],
+    ceilings: Ceilings,
+    result: Timing | str | None,
+    plan: str | None = None,
+    prediction: tuple[float, str] | None = None,
+    peak_bytes: int | None = None,
+    saved_bytes: int | None = None,
+    **named: Any,
+) -> Row:
+    timing, error = (None, result) if isinstance(result, str) else (result, None)
+    fused, unfused = floors
+    seconds = timing.median_ms / 1e3 if timing else None
+    states = (timing.before, timing.after) if timing and timing.before and timing.after else None
+
+    def around(name: str) -> list[Any] | None:
+        return [getattr(state, name) for state in states] if states else None
+
     return {
-        "suite": suite,
-        "case": layer.name,
-        "count": layer.count,
-        "dtype": problem.dtype,
-        "layout": problem.layout,
-        "batch": problem.batch,
+        **{key: named[key] for key in ("suite", "network", "case", "count", "dtype", "layout", "batch")},
         "pass": direction,
-        "impl": impl,
-        "device": problem.device,
+        "impl": named["impl"],
+        "device": named["device"],
+        "mode": named["mode"],
         "plan": plan,
         "median_ms": timing.median_ms if timing else None,
         "iqr_ms": timing.iqr_ms if timing else None,
         "samples": timing.samples if timing else 0,
-        "bytes": floor.bytes,
-        "flops": floor.flops,
-        "floor_ms": floor.milliseconds,
-        "floor_device": roofline.H200.device,
-        "predicted_ms": prediction.milliseconds if prediction else None,
-        "predicted_device": DEVICE if prediction else None,
+        "throttled_samples": timing.throttled if timing else 0,
+        "sm_mhz": around("sm_mhz"),
+        "memory_mhz": around("memory_mhz"),
+        "power_w": around("power_w"),
+        "temperature_c": around("temperature_c"),
+        "images_per_second": named["batch"] / seconds if seconds else None,
+        "bytes": fused.bytes,
+        "flops": fused.flops,
+        "floor_ms": fused.milliseconds,
+        "unfused_floor_ms": unfused.milliseconds,
+        "floor_device": ceilings.device,
+        "bandwidth_fraction": fused.bytes / seconds / ceilings.bytes_per_second if seconds else None,
+        "matrix_fraction": fused.matrix_flops / seconds / ceilings.matrix(named["dtype"]) if seconds else None,
+        "predicted_ms": prediction[0] if prediction else None,
+        "predicted_device": prediction[1] if prediction else None,
+        "peak_bytes": peak_bytes,
+        "saved_bytes": saved_bytes,
         "error": error,
     }
 
 
-def column(row: Row) -> tuple[str, str]:
-    """What is compared for each layer: an implementation in a layout."""
-    return row["impl"], row["layout"]
+Column = tuple[str, str, str]
 
 
-def speed_up(own: Row, rows: Iterable[Row]) -> float | None:
-    """How many times faster a row of ours is than the fastest peer; None where either has no time.
+def column(row: Row) -> Column:
+    """What is compared for each layer: an implementation in a layout, sampled in a mode."""
+    return row["impl"], row["layout"], row["mode"]
+
+
+def same_problem(row: Row) -> tuple[Any, ...]:
+    """Equal for rows whose implementations solve the same problem."""
+    return tuple(row[key] for key in ("suite", "network", "case", "pass", "dtype", "batch", "device", "mode"))
+
+
+def peers_of(own: Row, rows: Sequence[Row]) -> list[Row]:
+    """The rows that one of ours is compared with: those with a time.
 
     On a GPU every peer counts, whatever its layout: a network may choose. On the CPU ours is PyTorch's own two
     convolutions, so only the peer in the same layout tells what our call adds to them.
     """
-    same = ["suite", "case", "pass", "dtype", "batch", "device"] + (["layout"] if own["device"] == "cpu" else [])
-    peers = [
-        row["median_ms"]
-        for row in rows
-        if not is_ours(row["impl"]) and row["median_ms"] and all(row[key] == own[key] for key in same)
-    ]
-    return min(peers) / own["median_ms"] if peers and own["median_ms"] else None
-
-
-def weighted(rows: Sequence[Row], key: str) -> Any:
-    """A sum over layers, each as often as the network has it; None where any has no value."""
-    values = [row[key] for row in rows]
-    return None if None in values else sum(row["count"] * value for row, value in zip(rows, values, strict=True))
-
-
-def totals(rows: Sequence[Row]) -> list[Row]:
-    """For each pass and column the sum over all layers, each counted as often as the network has it."""
-    layer_rows = [row for row in rows if row["suite"] == "layers"]
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in layer_rows:
-        groups.setdefault((row["pass"], *column(row)), []).append(row)
-    cases = {row["case"] for row in layer_rows}
-    sums = []
-    for group in groups.values():
-        missing = len(cases) - sum(row["error"] is None for row in group)
-        count = sum(row["count"] for row in group)
-        sums.append(
-            group[0]
-            | {
-                "case": f"all {count}",
-                "count": count,
-                "plan": None,
-                "median_ms": None if missing else weighted(group, "median_ms"),
-                "iqr_ms": None,
-                "samples": 0,
-                "bytes": weighted(group, "bytes"),
-                "flops": weighted(group, "flops"),
-                "floor_ms": weighted(group, "floor_ms"),
-                "predicted_ms": weighted(group, "predicted_ms"),
-                "error": f"{missing} layers have no time" if missing else None,
-            }
-        )
-    return sums
-
-
-def overhead(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each pass the host time of one tiny call, ours by PyTorch's, and the ratio that we allow ourselves."""
-    rows = [row for row in rows if row["suite"] == "overhead"]
     return [
-        {
-            "pass": own["pass"],
-            "ours_us": own["median_ms"] * 1e3,
-            "eager_us": own["median_ms"] * gain * 1e3,
-            "ratio": 1 / gain,
-            "target": TARGETS[own["pass"]],
-        }
-        for own in rows
-        if is_ours(own["impl"]) and (gain := speed_up(own, rows))
+        row
+        for row in rows
+        if not is_ours(row["impl"])
+        and row["median_ms"]
+        and same_problem(row) == same_problem(own)
+        and (own["device"] != "cpu" or row["layout"] == own["layout"])
     ]
 
 
-class Summary(TypedDict):
-    """What the rows say together."""
-
-    totals: list[Row]
-    overhead: list[dict[str, Any]]
-    failed: list[Row]  # the rows without a time
-    predictions: dict[str, Any]  # see predictions.py
+def speed_up(own: Row, rows: Sequence[Row]) -> float | None:
+    """How many times faster a row of ours is than the fastest peer; None where either has no time."""
+    peers = peers_of(own, rows)
+    return min(row["median_ms"] for row in peers) / own["median_ms"] if peers and own["median_ms"] else None
 
 
-def summarize(rows: Sequence[Row], predictions: dict[str, Any]) -> Summary:
-    return {
-        "totals": totals(rows),
-        "overhead": overhead(rows),
-        "failed": [row for row in rows if row["error"]],
-        "predictions": predictions,
-    }
-
-
-def write(path: Path, env: dict[str, Any], rows: Sequence[Row], summary: Summary) -> None:
+def write(path: Path, env: dict[str, Any], rows: Sequence[Row], summary: dict[str, Any]) -> None:
+    """The JSON file, and the rows as CSV beside it."""
     result = {"schema": SCHEMA, "env": env, "rows": list(rows), "summary": summary}
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(Row.__annotations__))
+        table.writeheader()
+        for row in rows:
+            table.writerow({key: _cell(value) for key, value in row.items()})
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file. ValueError where it is none, or one of another schema."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: can't be read as a result: {error}") from error
+    if not isinstance(result, dict) or not {"schema", "env", "rows", "summary"} <= result.keys():
+        raise ValueError(f"{path}: not a result of bench.py")
+    if result["schema"] != SCHEMA:
+        raise ValueError(f"{path}: a result of schema {result['schema']}, where this bench.py reads {SCHEMA}")
+    return result

@@ -1,4 +1,4 @@
-"""The least time in which an H200 can do a separable convolution: what perfect kernels would take.
+"""The least time in which a device can do a separable convolution: what perfect kernels would take.
 
 A kernel takes as long as the slowest of three things, and the other two hide behind it: the bytes it moves, the
 pointwise product on the tensor cores, the depthwise taps on the CUDA cores. Each tensor that a kernel touches moves
@@ -8,9 +8,9 @@ Launches cost nothing. The depthwise weights (k * k per channel) are too few to 
 This is a floor, not a forecast: `fused_sepconv.explain` gives the time that the plan expects of its own kernels.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from layers import Layer
 
@@ -30,6 +30,19 @@ class Ceilings:
     """CUDA cores, float32, flop/s: a multiply-add is two flops."""
     matrix_flops: Mapping[str, float]
     """Tensor cores, flop/s, by dtype. A dtype that is not here multiplies matrices on the CUDA cores."""
+
+    def matrix(self, dtype: str) -> float:
+        """Flop/s of a matrix product in this dtype."""
+        return self.matrix_flops.get(dtype, self.fma_flops)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "matrix_flops": dict(self.matrix_flops)}
+
+    def __str__(self) -> str:
+        products = {"float32": self.fma_flops, **self.matrix_flops}
+        return f"copy {self.bytes_per_second / 1e9:.0f} GB/s, products in " + ", ".join(
+            f"{dtype} {flops / 1e12:.3g} TFLOP/s" for dtype, flops in products.items()
+        )
 
 
 H200 = Ceilings(
@@ -67,7 +80,9 @@ class Quantities(NamedTuple):
     """The sizes of a layer's tensors in bytes, and the flops of one sweep of each of its two convolutions."""
 
     input: float
-    """Of x; the depthwise result has the same size."""
+    """Of x."""
+    depthwise: float
+    """Of the depthwise convolution's result: as large as x where the stride is 1."""
     output: float
     weights: float
     """The pointwise ones."""
@@ -76,14 +91,15 @@ class Quantities(NamedTuple):
 
 
 def quantities(layer: Layer, batch: int, dtype: str) -> Quantities:
-    pixels = batch * layer.size**2
+    pixels, out_pixels = batch * layer.size**2, batch * layer.out_size**2
     element = BYTES_PER_ELEMENT[dtype]
     return Quantities(
         input=pixels * layer.in_channels * element,
-        output=pixels * layer.out_channels * element,
+        depthwise=out_pixels * layer.in_channels * element,
+        output=out_pixels * layer.out_channels * element,
         weights=layer.in_channels * layer.out_channels * element,
-        product=2.0 * pixels * layer.in_channels * layer.out_channels,
-        taps=2.0 * layer.kernel_size**2 * pixels * layer.in_channels,
+        product=2.0 * out_pixels * layer.in_channels * layer.out_channels,
+        taps=2.0 * layer.kernel_size**2 * out_pixels * layer.in_channels,
     )
 
 
@@ -91,8 +107,8 @@ def forward_unfused(layer: Layer, batch: int, dtype: str) -> list[Kernel]:
     """As every framework does it: the depthwise result goes out to memory and comes back."""
     q = quantities(layer, batch, dtype)
     return [
-        Kernel("depthwise", 2 * q.input, fma_flops=q.taps),
-        Kernel("pointwise", q.input + q.output + q.weights, matrix_flops=q.product),
+        Kernel("depthwise", q.input + q.depthwise, fma_flops=q.taps),
+        Kernel("pointwise", q.depthwise + q.output + q.weights, matrix_flops=q.product),
     ]
 
 
@@ -105,12 +121,12 @@ def forward_fused(layer: Layer, batch: int, dtype: str) -> list[Kernel]:
 def backward_unfused(layer: Layer, batch: int, dtype: str) -> list[Kernel]:
     """Each convolution's input gradient and weight gradient is a kernel; the depthwise result was kept."""
     q = quantities(layer, batch, dtype)
-    pointwise_bytes = q.input + q.output + q.weights
+    pointwise_bytes = q.depthwise + q.output + q.weights
     return [
         Kernel("pointwise input gradient", pointwise_bytes, matrix_flops=q.product),
         Kernel("pointwise weight gradient", pointwise_bytes, matrix_flops=q.product),
-        Kernel("depthwise input gradient", 2 * q.input, fma_flops=q.taps),
-        Kernel("depthwise weight gradient", 2 * q.input, fma_flops=q.taps),
+        Kernel("depthwise input gradient", q.depthwise + q.input, fma_flops=q.taps),
+        Kernel("depthwise weight gradient", q.depthwise + q.input, fma_flops=q.taps),
     ]
 
 
@@ -139,6 +155,8 @@ class Floor(NamedTuple):
 
     bytes: int
     flops: int
+    matrix_flops: int
+    """Of the flops, those of the pointwise products."""
     milliseconds: float
 
 
@@ -159,9 +177,14 @@ def floor(
 ) -> Floor:
     """The floor of a pass ("fwd", "bwd" or "both"), of the fused problem or of two separate convolutions."""
     models = (_FUSED if fused else _UNFUSED)[direction]
-    kernels = [kernel for model in models for kernel in model(layer, batch, dtype)]
+    return floor_of([kernel for model in models for kernel in model(layer, batch, dtype)], dtype, ceilings)
+
+
+def floor_of(kernels: Sequence[Kernel], dtype: str, ceilings: Ceilings = H200) -> Floor:
+    """The floor of kernels that run one after the other."""
     return Floor(
         bytes=int(sum(kernel.bytes for kernel in kernels)),
         flops=int(sum(kernel.flops for kernel in kernels)),
+        matrix_flops=int(sum(kernel.matrix_flops for kernel in kernels)),
         milliseconds=seconds(kernels, dtype, ceilings) * 1e3,
     )

@@ -1,11 +1,12 @@
 """Tables and progress on the terminal: by rich where it is installed, as plain text where it is not."""
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
-REDIRECTED_WIDTH = 100
+REDIRECTED_WIDTH = 160
 """In characters, of what rich writes into a file or a pipe."""
 
 
@@ -74,10 +75,20 @@ class PlainProgress:
     def __init__(self, total: int) -> None:
         self._total = total
         self._done = 0
+        self._started = time.monotonic()
         self._end = "\r" if sys.stderr.isatty() else "\n"
 
     def start(self, label: str) -> None:
-        print(f"{self._done:4d} of {self._total} done, now {label:<20}", end=self._end, file=sys.stderr, flush=True)
+        line = f"{self._done:4d} of {self._total} done, {self._left()}now {label:<20}"
+        print(line, end=self._end, file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        """The time left, if the rest goes as fast."""
+        if not self._done:
+            return ""
+        seconds = (time.monotonic() - self._started) / self._done * (self._total - self._done)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes}:{seconds:02d} left, "
 
     def advance(self) -> None:
         self._done += 1

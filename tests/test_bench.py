@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # its files import each other by their bare names
-
 import bench
+import ceilings
+import jsonschema
+import options
+import pytest
 import record
 import roofline
+import settings
 import suites
+import summary
 import timing
+import torch
 from check import Check
-from layers import XCEPTION, Layer
+from layers import NETWORKS, XCEPTION, Layer
 from peers import Implementation, eager, implementations
 from predictions import predict_suite
-from problem import DTYPES, LAYOUTS, PASSES, Problem
+from problem import DTYPES, GRADIENTS, LAYOUTS, PASSES, Geometry, Problem
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 TINY = Layer(6, 10, 5, count=3)
-SETTINGS = suites.Settings(
+EVERY_RESULT = ("y", *GRADIENTS)
+SETTINGS = settings.Settings(
     device="cpu",
-    batch=1,
-    dtype="float32",
+    batches=(1,),
+    dtypes=("float32",),
     layouts=("nchw", "nhwc"),
+    model_layouts=("nhwc",),
     passes=("fwd", "bwd", "both"),
+    networks=("xception",),
+    peers=("eager",),
+    modes=("plain",),
     seconds=0.01,
     threads=1,
     turns=2,
-    input_sets=1,
+    ceilings=roofline.H200,
 )
 
 MODELS = (
@@ -65,7 +73,10 @@ ALL_FLOORS = (2363, 1488, 4725, 3172, 2728)
 def tiny_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict]]:
     """Runs the command line on one tiny layer; returns its exit status and what it wrote."""
     monkeypatch.setattr(bench, "XCEPTION", (TINY,))
-    monkeypatch.setattr(bench, "QUICK_SECONDS", 0.01)
+    monkeypatch.setitem(NETWORKS, "xception", (TINY,))
+    monkeypatch.setitem(options.QUICK_SECONDS, "cpu", 0.01)
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(ceilings.PRODUCT_SIZE, "cpu", 32)
 
     def run(*options: str) -> tuple[int, dict]:
         path = tmp_path / "tiny.json"
@@ -75,8 +86,8 @@ def tiny_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., t
     return run
 
 
-def contest(*contestants: Implementation, **settings: object) -> list[record.Row]:
-    return list(suites.contest("layers", TINY, contestants, replace(SETTINGS, **settings)))
+def contest(*contestants: Implementation, **changes: object) -> list[record.Row]:
+    return list(suites.contest("layers", TINY, "float32", 1, contestants, replace(SETTINGS, **changes)))
 
 
 # Floors
@@ -106,36 +117,66 @@ def test_strict_float32_multiplies_on_the_cuda_cores() -> None:
     assert kernel.seconds("float32") == kernel.flops / roofline.H200.fma_flops
 
 
+@pytest.mark.parametrize("layer", [layer for layers in NETWORKS.values() for layer in layers], ids=lambda x: x.name)
+def test_a_layer_computes_the_sizes_that_its_floor_counts(layer: Layer) -> None:
+    problem = Problem(layer, 2, "bfloat16", "nhwc", "meta")
+    inputs = problem.meta_inputs()
+    y = eager(*inputs[:3], problem.geometry)
+    assert y.shape == inputs.grad_output.shape
+    counted = roofline.quantities(layer, 2, "bfloat16")
+    assert (counted.input, counted.output) == (inputs.x.nbytes, y.nbytes)
+    with FlopCounterMode(display=False) as flops:
+        eager(*inputs[:3], problem.geometry)
+    assert counted.product + counted.taps == flops.get_total_flops()
+
+
+def test_ceilings_are_a_copy_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "_best_cpu", lambda *_, **__: 0.5)
+    found = ceilings.measure("cpu", ["bfloat16"], threads=1)
+    assert found.bytes_per_second == 2 * ceilings.COPY_BYTES["cpu"] / 0.5  # read and written
+    assert found.fma_flops == 2 * ceilings.PRODUCT_SIZE["cpu"] ** 3 / 0.5
+    assert found.matrix("float32") == found.fma_flops
+    assert found.matrix("bfloat16") >= found.fma_flops
+
+
+def test_fractions_of_a_row_refer_to_the_ceilings() -> None:
+    (row,) = contest(Implementation("eager-nchw", eager, "nchw"), passes=("fwd",))
+    seconds = row["median_ms"] / 1e3
+    products = 2 * TINY.size**2 * TINY.in_channels * TINY.out_channels
+    assert row["bandwidth_fraction"] == pytest.approx(row["bytes"] / seconds / roofline.H200.bytes_per_second)
+    assert row["matrix_fraction"] == pytest.approx(products / seconds / roofline.H200.fma_flops)
+
+
 # Refusing
 
 
-def wrong_forward(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, padding: int) -> Tensor:
-    return eager(x, depthwise_weight, pointwise_weight, padding) * 1.01
+def wrong_forward(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
+    return eager(x, depthwise_weight, pointwise_weight, geometry) * 1.01
 
 
-def one_wrong_pixel(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, padding: int) -> Tensor:
-    y = eager(x, depthwise_weight, pointwise_weight, padding).clone()
+def one_wrong_pixel(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
+    y = eager(x, depthwise_weight, pointwise_weight, geometry).clone()
     y[-1, -1, -1, -1] += 0.01
     return y
 
 
-def not_a_number(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, padding: int) -> Tensor:
-    y = eager(x, depthwise_weight, pointwise_weight, padding).clone()
+def not_a_number(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
+    y = eager(x, depthwise_weight, pointwise_weight, geometry).clone()
     y[0, 0, 0, 0] = float("nan")
     return y
 
 
-def wrong_shape(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, padding: int) -> Tensor:
-    return eager(x, depthwise_weight, pointwise_weight, padding)[:, :1]
+def wrong_shape(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
+    return eager(x, depthwise_weight, pointwise_weight, geometry)[:, :1]
 
 
-def no_kernel(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, padding: int) -> Tensor:
+def no_kernel(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
     raise RuntimeError("no kernel serves this\nand more about it")
 
 
-def wrong_gradient(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, padding: int) -> Tensor:
+def wrong_gradient(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
     halved = depthwise_weight / 2 + depthwise_weight.detach() / 2
-    return eager(x, halved, pointwise_weight, padding)
+    return eager(x, halved, pointwise_weight, geometry)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +216,13 @@ def test_every_image_of_a_batch_is_checked() -> None:
         return eager(torch.cat([x[:-1], x[-1:] * 1.1]), *others)
 
     check = Check(Problem(TINY, 12, "float32", "nchw", "cpu"), ("fwd", "bwd"))
-    assert set(check.faults(wrong_in_the_last_image, "nchw")) == {"y", "x", "depthwise_weight", "pointwise_weight"}
-    assert check.faults(eager, "nchw") == {}
+    assert set(check.faults(wrong_in_the_last_image, "nchw", EVERY_RESULT)) == {
+        "y",
+        "x",
+        "depthwise_weight",
+        "pointwise_weight",
+    }
+    assert check.faults(eager, "nchw", EVERY_RESULT) == {}
 
 
 @pytest.mark.parametrize("arithmetic", [name for name in DTYPES if name != "tf32"])
@@ -184,7 +230,7 @@ def test_every_image_of_a_batch_is_checked() -> None:
 def test_right_answers_pass(arithmetic: str, layout: str) -> None:
     check = Check(Problem(Layer(32, 48, 9), 2, arithmetic, layout, "cpu"), tuple(PASSES))
     for implementation in implementations("cpu", (layout,)):
-        assert check.faults(implementation.function, layout) == {}, implementation.name
+        assert check.faults(implementation.function, layout, EVERY_RESULT) == {}, implementation.name
 
 
 def test_a_failure_while_timing_is_a_row_too() -> None:
@@ -200,6 +246,62 @@ def test_a_failure_while_timing_is_a_row_too() -> None:
     assert row["median_ms"] is None
 
 
+# Peers
+
+
+def test_a_gpu_has_every_peer_and_ours_in_the_layouts_that_are_asked_for() -> None:
+    names = [who.name for who in implementations("cuda", ["nhwc"], ("eager", "forced", "compile", "max-autotune"))]
+    assert names == [
+        "eager-nchw",
+        "eager-nhwc",
+        "cudnn-nchw",
+        "native-nchw",
+        "compile-nhwc",
+        "max-autotune-nhwc",
+        "fused_sepconv",
+    ]
+
+
+def test_a_forced_depthwise_kernel_is_forced_while_it_is_checked_and_timed() -> None:
+    seen = []
+
+    def notes_the_setting(*arguments: object) -> Tensor:
+        seen.append(torch.backends.cudnn.depthwise_kernel)
+        return eager(*arguments)
+
+    (row,) = contest(
+        Implementation("native-nchw", notes_the_setting, "nchw", depthwise_kernel="native"), passes=("fwd",)
+    )
+    assert row["error"] is None
+    assert len(seen) > 2 and set(seen) == {"native"}
+    assert torch.backends.cudnn.depthwise_kernel == "auto"
+
+
+def test_a_depthwise_kernel_that_pytorch_can_not_force_is_a_row_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OldCudnn:
+        flags = staticmethod(torch.backends.cudnn.flags)
+
+    monkeypatch.setattr(torch.backends, "cudnn", OldCudnn)
+    (row,) = contest(Implementation("native-nchw", eager, "nchw", depthwise_kernel="native"), passes=("fwd",))
+    assert "can't force a depthwise kernel" in row["error"]
+
+
+def test_a_compiled_peer_runs_every_pass_more_than_once() -> None:
+    (compiled,) = (who for who in implementations("cpu", ["nchw"], ("compile",)) if not who.is_ours)
+    rows = contest(compiled)
+    assert [row["error"] for row in rows] == [None, None, None]
+
+
+def test_what_has_no_backward_is_timed_forward() -> None:
+    def forward_only(*arguments: object) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("no backward")
+        return eager(*arguments)
+
+    rows = contest(Implementation("tensorrt-nchw", forward_only, "nchw"))
+    assert [row["error"] for row in rows] == [None, *["NotImplementedError: no backward"] * 2]
+
+
 # Rows, files and what is shown
 
 
@@ -208,18 +310,20 @@ def test_the_file_of_a_run(
 ) -> None:
     status, result = tiny_run("--suite", "layers", "--passes", "fwd,both", "--batch", "2")
     assert status == 0
-    assert set(result) == {"schema", "env", "rows", "summary"}
-    assert result["schema"] == record.SCHEMA
+    jsonschema.validate(result, json.loads(record.SCHEMA_FILE.read_text()))
     assert result["env"]["torch"] == torch.__version__
 
     assert [(row["pass"], row["impl"], row["layout"]) for row in result["rows"]] == [
         (direction, impl, layout)
         for direction in ("fwd", "both")
-        for layout in ("nchw", "nhwc")
-        for impl in ("eager", "fused_sepconv")
+        for impl, layout in (
+            ("eager-nchw", "nchw"),
+            ("eager-nhwc", "nhwc"),
+            ("fused_sepconv", "nchw"),
+            ("fused_sepconv", "nhwc"),
+        )
     ]
     for row in result["rows"]:
-        assert set(row) == set(record.Row.__annotations__)
         assert (row["case"], row["count"], row["batch"], row["device"]) == ("6->10@5", 3, 2, "cpu")
         assert row["error"] is None
         assert row["median_ms"] > 0 and row["iqr_ms"] >= 0 and row["samples"] >= 3
@@ -236,7 +340,13 @@ def test_the_file_of_a_run(
     output = capsys.readouterr().out
     assert "predicted, not measured; batch 64, bfloat16, nhwc" in output
     assert str(tmp_path / "tiny.json") in output.splitlines()[-1]
-    assert (tmp_path / "tiny.png").exists() == (find_spec("matplotlib") is not None)
+    for picture in ("speedup-xception", "time-xception", "roofline", "predictions"):
+        assert (tmp_path / f"tiny.{picture}.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "tiny.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["impl"], float(line["median_ms"])) for line in lines] == [
+        (row["impl"], row["median_ms"]) for row in result["rows"]
+    ]
 
 
 def test_core_dependencies_suffice(
@@ -258,19 +368,19 @@ def test_core_dependencies_suffice(
     assert "6->10@5" in captured.out
     assert sum('pip install ".[bench]"' in line for line in captured.out.splitlines()) == 1
     assert "0 of 2 done" in captured.err
-    assert not (tmp_path / "tiny.png").exists()
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_wrong_answer_of_ours_ends_the_run_with_an_error(
     tiny_run: Callable[..., tuple[int, dict]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    contestants = [Implementation("eager", eager, "nchw"), Implementation("fused_sepconv", wrong_forward, "nchw")]
+    contestants = [Implementation("eager-nchw", eager, "nchw"), Implementation("fused_sepconv", wrong_forward, "nchw")]
     monkeypatch.setattr(suites, "implementations", lambda *_: contestants)
     status, result = tiny_run("--suite", "layers", "--passes", "fwd")
     assert status == 1
     assert [row["impl"] for row in result["summary"]["failed"]] == ["fused_sepconv"]
     assert [total["median_ms"] is None for total in result["summary"]["totals"]] == [False, True]
-    assert "No time for fused_sepconv, 6->10@5, nchw, fwd: wrong answer: y" in capsys.readouterr().out
+    assert "No figures for fused_sepconv, 6->10@5, nchw, fwd: wrong answer: y" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_keeps_what_it_has(
@@ -290,8 +400,8 @@ def test_an_interrupted_run_keeps_what_it_has(
 
 
 def test_the_overhead_is_a_ratio_of_interleaved_times() -> None:
-    rows = [row for step in suites.overhead_suite(seconds=0.04) for row in step.run()]
-    lines = record.overhead(rows)
+    rows = [row for step in suites.overhead_suite(SETTINGS, seconds=0.04) for row in step.run()]
+    lines = summary.overhead(rows)
     assert [(line["pass"], line["target"]) for line in lines] == [("fwd", 1.5), ("both", 2.5)]
     for line in lines:
         assert line["ratio"] == pytest.approx(line["ours_us"] / line["eager_us"])
@@ -310,7 +420,7 @@ def test_predictions_stand_between_floors() -> None:
 def test_on_the_cpu_ours_is_compared_in_its_layout_and_on_a_gpu_with_all_peers() -> None:
     def rows(device: str) -> list[record.Row]:
         times = {("eager", "nchw"): 4.0, ("eager", "nhwc"): 1.0, ("fused_sepconv", "nchw"): 2.0}
-        common = {"suite": "layers", "case": "c", "pass": "fwd", "dtype": "float32", "batch": 1, "device": device}
+        common = dict.fromkeys(record.Row.__annotations__, 1) | {"device": device}
         return [common | {"impl": impl, "layout": layout, "median_ms": ms} for (impl, layout), ms in times.items()]
 
     for device, expected in (("cpu", 2.0), ("cuda", 0.5)):
@@ -319,7 +429,8 @@ def test_on_the_cpu_ours_is_compared_in_its_layout_and_on_a_gpu_with_all_peers()
 
 
 def test_a_timing_is_median_and_interquartile_range() -> None:
-    assert timing.summarize([5.0, 1.0, 2.0, 4.0, 3.0]) == timing.Timing(median_ms=3000.0, iqr_ms=2000.0, samples=5)
+    samples = timing.Samples([5.0, 1.0]) + timing.Samples([2.0, 4.0, 3.0], throttled=3)
+    assert timing.summarize(samples) == timing.Timing(median_ms=3000.0, iqr_ms=2000.0, samples=5, throttled=3)
 
 
 def test_calls_take_turns() -> None:
@@ -338,9 +449,31 @@ def test_calls_take_turns() -> None:
         (["--device", "tpu"], "'tpu'"),
         (["--device", "cpu", "--dtype", "tf32"], "tf32"),
         (["--json", "no/such/folder/bench.json"], "no/such/folder"),
+        (["--suite", "layer"], "'layer'"),
+        (["--batch", "many"], "'many'"),
+        (["--device", "cpu", "--peers", "forced"], "--peers: forced"),
+        (["--device", "cpu", "--modes", "graph"], "--modes: expected some of plain"),
+        (["--suite", "model", "--passes", "bwd"], "--passes: the model suite"),
+        (["--device", "cpu", "--batch", "1000000"], "--batch: layer 128->128@147 at batch 1000000"),
     ],
 )
 def test_a_wrong_option_is_named(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         bench.main(options)
     assert message in capsys.readouterr().err
+
+
+def test_a_gpu_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cuda"])
+    assert "PyTorch sees no CUDA GPU" in capsys.readouterr().err
+
+
+def test_an_old_gpu_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cuda", "--dtype", "bf16"])
+    assert "Tesla T4 has no bfloat16" in capsys.readouterr().err
