@@ -4,8 +4,11 @@
 #   bash benchmarks/gpu_report.sh           everything goes to gpu_report/, packed into gpu_report.tar.gz
 #   OUT=/some/folder bash benchmarks/gpu_report.sh
 #
-# Each stage has a log of its own and a time limit, and the next runs whatever became of it. Only the architecture at
-# hand is built. The last lines are a summary; the exit status is the number of stages that failed.
+# Each stage has a log of its own and a time limit, and the next runs whatever became of it. All of it ends within
+# BUDGET seconds (nine minutes on 16 cores are enough for all): a stage gets what is left of them, less what is kept for
+# the benchmark, which is the last, and none is started without. A benchmark that runs out of time is interrupted, and
+# keeps what it has measured. Only the architecture at hand is built. The last lines are a summary; the exit status is
+# the number of stages that failed.
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu_report}
@@ -15,17 +18,30 @@ python=${PYTHON:-python}
 summary=$out/summary.txt
 : >"$summary"
 failed=0
+budget=${BUDGET:-530}
+reserve=$((budget / 3)) # for the benchmark; what the others leave is its too
 
 # stage NAME SECONDS COMMAND...: runs it with its output in NAME.log, and notes how it ended.
 stage() {
-  local name=$1 limit=$2 start=$SECONDS status=0
+  local name=$1 limit=$2 start=$SECONDS status=0 left=$((budget - reserve - SECONDS)) outcome
   shift 2
   echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+  [ "$limit" -le "$left" ] || limit=$left
+  if [ "$limit" -le 0 ]; then
+    echo "no time was left" >"$out/$name.log"
+    status=124
+  else
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+  fi
   tail -n 3 "$out/$name.log"
-  [ "$status" -eq 0 ] || failed=$((failed + 1))
-  printf '%-22s %-10s %4d s   %s\n' "$name" "$([ "$status" -eq 0 ] && echo ok || echo "exit $status")" \
-    "$((SECONDS - start))" "$(tail -n 1 "$out/$name.log" | cut -c1-100)" >>"$summary"
+  outcome=ok
+  if [ "$status" -ne 0 ]; then
+    failed=$((failed + 1))
+    outcome="exit $status"
+    [ "$status" -ne 124 ] || outcome="time out"
+  fi
+  printf '%-22s %-10s %4d s   %s\n' "$name" "$outcome" $((SECONDS - start)) \
+    "$(tail -n 1 "$out/$name.log" | cut -c1-100)" >>"$summary"
 }
 
 environment() {
@@ -70,7 +86,10 @@ for tool in memcheck racecheck initcheck synccheck; do
   stage "sanitizer-$tool" 30 bash -c "sanitize $tool"
 done
 stage conformance 40 $python -m tests.cuda_on_cpu.conformance
-stage bench 100 $python benchmarks/bench.py --json "$out/bench.json"
+reserve=0 # the rest is for the benchmark: without compilers, then the compilers, Xception's layers alone
+stage bench $(((budget - SECONDS) * 2 / 3)) $python benchmarks/bench.py --peers eager,forced --json "$out/bench.json"
+stage bench-compile "$budget" $python benchmarks/bench.py --suite layers --networks xception --modes cold \
+  --peers eager,compile,max-autotune --json "$out/bench-compile.json"
 
 [ -f tests/cuda_on_cpu/conformance/vectors.npz ] && cp tests/cuda_on_cpu/conformance/vectors.npz "$out/"
 archive=$out.tar.gz

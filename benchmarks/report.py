@@ -6,6 +6,7 @@ Where benchmarks/results/ has no result of a GPU, the section says so, and shows
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from layers import XCEPTION
@@ -21,6 +22,10 @@ from tables import MODEL_PASSES, MODES, factor, figure, megabytes, name_of, perc
 CHECKOUT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- results: `python benchmarks/bench.py report` writes what stands between these two lines -->"
 END = "<!-- end of results -->"
+
+WIDTH = 120
+"""Of README's lines."""
+UNBROKEN = {"break_long_words": False, "break_on_hyphens": False}
 
 PREDICTED_BATCH, PREDICTED_DTYPE = 64, "bfloat16"
 
@@ -60,6 +65,8 @@ def replaced(readme: str, body: str) -> str:
     """A README with another results section. ValueError where it has no place for one."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise ValueError(f"README: expected the line {BEGIN!r} once, and after it {END!r} once")
+    paragraphs = [part if part.startswith(("|", "#")) else fill(part, WIDTH, **UNBROKEN) for part in body.split("\n\n")]
+    body = "\n\n".join(paragraphs)
     before, _, rest = readme.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.partition(END)[2]}"
 
@@ -106,7 +113,7 @@ def predicted_section() -> str:
         body,
     )
     plans = [
-        f"{PASSES[direction]} "
+        f"{PASSES[direction]}: "
         + ", ".join(
             dict.fromkeys(line["plan"] for line in predictions["rows"] if line["plan"] and line["pass"] == direction)
         )
