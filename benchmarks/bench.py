@@ -8,6 +8,7 @@ Every implementation's answer is checked before it is timed. Without a GPU the C
 expects of an H200 stands beside, marked as the prediction that it is.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -131,4 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # `timeout` sends the second; a shell's background job ignores the first
+        signal.signal(number, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the first measurement, or while the files were written
+        sys.exit(INTERRUPTED)

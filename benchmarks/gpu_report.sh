@@ -31,7 +31,7 @@ stage() {
     echo "no time was left" >"$out/$name.log"
     status=124
   else
-    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
   fi
   tail -n 3 "$out/$name.log"
   outcome=ok

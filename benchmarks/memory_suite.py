@@ -1,6 +1,6 @@
 """The suite of memory: what a layer's forward and backward, and a network's training step, hold and keep."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from problem import Problem, convolution_flags, prepare
 from record import Row, layer_row, model_row
 from settings import Settings
 from suites import Step, describe
+from torch import nn
 
 DIRECTION = "both"
 MODE = "plain"
@@ -65,6 +66,12 @@ def layer_memory(
         yield layer_row("memory", problem, DIRECTION, contestant.name, MODE, settings.ceilings, error, **measured)
 
 
+def step(model: nn.Module, train: Callable[[], object]) -> None:
+    """One training step from nothing to nothing: its gradients are part of what it holds."""
+    train()
+    model.zero_grad(set_to_none=True)
+
+
 def network_memory(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:
     run = Run(settings.device, dtype, network.backend)
     measured: dict[str, int] = {}
@@ -73,7 +80,7 @@ def network_memory(network: Network, dtype: str, batch: int, settings: Settings)
         with convolution_flags(dtype):
             model = network.on(settings.device)
             x, target = random_batch(batch, IMAGE_SIZE, network.layout, settings.device)
-            measured["peak_bytes"] = peak_bytes(run.step(model, x, target), settings.device)
+            measured["peak_bytes"] = peak_bytes(partial(step, model, run.step(model, x, target)), settings.device)
             measured["saved_bytes"] = saved_bytes(
                 partial(run.forward, model, x, target), parameters=[*model.parameters(), *model.buffers()]
             )

@@ -22,11 +22,8 @@ CHECKED_BATCH = 2
 def model_faults(network: Network, dtype: str, device: str) -> dict[str, str]:
     """What is wrong with a network of ours in inference ("fwd") and in training ("both"); empty where all is right."""
     x, target = random_batch(CHECKED_BATCH, CHECKED_SIZE, network.layout, "cpu")
-    ours = network.on(device)
-    reference = replace(network, backend="reference").on(device)
-    reference.load_state_dict(ours.state_dict())
-    exact = replace(network, backend="reference").on("cpu").double()
-    exact.load_state_dict(ours.state_dict())
+    plain = replace(network, backend="reference", is_compiled=False)
+    ours, reference, exact = network.on(device), plain.on(device), plain.on("cpu").double()
 
     faults = {}
     for direction, result, called in (("fwd", outputs, "the output"), ("both", gradients, "the gradient")):

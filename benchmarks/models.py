@@ -36,10 +36,6 @@ def timm_model(name: str) -> nn.Module:
     return timm.create_model(name, num_classes=CLASSES)
 
 
-def compiled(build: Callable[[], nn.Module]) -> nn.Module:
-    return torch.compile(build())
-
-
 @dataclass(frozen=True)
 class Network:
     """One implementation of a network."""
@@ -54,6 +50,8 @@ class Network:
     layout: str
     backend: str = "auto"
     """Of the separable convolutions, where they are ours: "reference" makes them PyTorch's two convolutions."""
+    is_compiled: bool = False
+    """By `torch.compile`."""
 
     @property
     def case(self) -> str:
@@ -64,8 +62,10 @@ class Network:
         return is_ours(self.impl)
 
     def on(self, device: str) -> nn.Module:
+        """The same weights each time."""
         torch.manual_seed(0)
-        return self.build().to(device, memory_format=LAYOUTS[self.layout])
+        model = self.build().to(device, memory_format=LAYOUTS[self.layout])
+        return torch.compile(model) if self.is_compiled else model
 
     def floors(self, batch: int, dtype: str, direction: str, ceilings: Ceilings) -> tuple[Floor, Floor]:
         """Of the fused network and of perfect separate kernels; Inception V3 has nothing to fuse by our means."""
@@ -92,11 +92,7 @@ def networks(layouts: Sequence[str], peers: Iterable[str]) -> list[Network]:
         ]
         if "compile" in peers:
             of_layout += [
-                replace(
-                    network,
-                    impl=f"{network.impl.removesuffix(f'-{layout}')}-compile-{layout}",
-                    build=partial(compiled, network.build),
-                )
+                replace(network, impl=f"{network.impl.removesuffix(f'-{layout}')}-compile-{layout}", is_compiled=True)
                 for network in of_layout
             ]
         found += of_layout

@@ -125,5 +125,5 @@ def implementations(device: str, layouts: Sequence[str], peers: Sequence[str] = 
                 Implementation(f"{kind}-{layout}", compiled(mode), layout, is_compiled=True) for layout in layouts
             ]
     if "tensorrt" in peers:
-        found += [Implementation(f"tensorrt-{layout}", tensorrt, layout) for layout in layouts]
+        found += [Implementation(f"tensorrt-{layout}", tensorrt, layout, is_compiled=True) for layout in layouts]
     return [*found, *(Implementation(OURS, ours, layout) for layout in layouts)]

@@ -66,7 +66,8 @@ def contest(
         contestant.layout: Problem(layer, batch, dtype, contestant.layout, settings.device)
         for contestant in contestants
     }
-    torch.compiler.reset()  # of the last layer nothing is used again
+    if any(contestant.is_compiled for contestant in contestants):
+        torch.compiler.reset()  # of the last layer nothing is used again
     refused = refusals(problems[contestants[0].layout], contestants, settings.passes)
     inputs = {
         layout: [problem.inputs(seed) for seed in range(input_sets(problem))] for layout, problem in problems.items()

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench
 import ceilings
@@ -22,6 +27,7 @@ import summary
 import timing
 import torch
 from check import Check
+from gpu_state import State
 from layers import NETWORKS, XCEPTION, Layer
 from peers import Implementation, eager, implementations
 from predictions import predict_suite
@@ -29,6 +35,7 @@ from problem import DTYPES, GRADIENTS, LAYOUTS, PASSES, Geometry, Problem
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+CHECKOUT = Path(__file__).parent.parent
 TINY = Layer(6, 10, 5, count=3)
 EVERY_RESULT = ("y", *GRADIENTS)
 SETTINGS = settings.Settings(
@@ -399,6 +406,25 @@ def test_an_interrupted_run_keeps_what_it_has(
     assert len(result["rows"]) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_that_still_writes_its_result(number: signal.Signals, tmp_path: Path) -> None:
+    path = tmp_path / "part.json"
+    command = [sys.executable, CHECKOUT / "benchmarks" / "bench.py", "--quick", "--suite", "layers", "--json", path]
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1"}
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("Ceilings"):  # printed last before the measurements
+            time.sleep(1)
+            run.send_signal(number)
+            break
+    output = run.stdout.read()
+    assert run.wait(timeout=120) == bench.INTERRUPTED
+    assert "Interrupted" in output
+    result = json.loads(path.read_text())
+    jsonschema.validate(result, json.loads(record.SCHEMA_FILE.read_text()))
+    assert len(result["rows"]) < 3 * 4 * len(XCEPTION)
+
+
 def test_the_overhead_is_a_ratio_of_interleaved_times() -> None:
     rows = [row for step in suites.overhead_suite(SETTINGS, seconds=0.04) for row in step.run()]
     lines = summary.overhead(rows)
@@ -431,6 +457,24 @@ def test_on_the_cpu_ours_is_compared_in_its_layout_and_on_a_gpu_with_all_peers()
 def test_a_timing_is_median_and_interquartile_range() -> None:
     samples = timing.Samples([5.0, 1.0]) + timing.Samples([2.0, 4.0, 3.0], throttled=3)
     assert timing.summarize(samples) == timing.Timing(median_ms=3000.0, iqr_ms=2000.0, samples=5, throttled=3)
+
+
+def test_a_gpus_samples_are_marked_where_its_clocks_were_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By chunks; and a replay of several calls counts as so many."""
+    states = [
+        State(1980, 3201, 300.0, 40, ()),
+        *(State(1500, 3201, 700.0, 80, why) for why in ((), ("power cap",)) * 2),
+    ]
+    sensor = SimpleNamespace(read=iter(states).__next__)
+    monkeypatch.setattr(timing.Sensor, "of_current_gpu", lambda: sensor)
+    monkeypatch.setattr(timing.CudaSampler, "_run", lambda self, call, times: [0.004] * times)
+    samples = timing.CudaSampler("graph", seconds=0.16)._sample(lambda: None, calls=2)
+    assert samples.seconds == [0.002] * 40
+    assert samples.throttled == 20
+    assert (samples.before, samples.after) == (states[0], states[-1])
+    problem = Problem(TINY, 1, "float32", "nhwc", "cuda")
+    row = record.layer_row("layers", problem, "fwd", "peer", "graph", roofline.H200, timing.summarize(samples))
+    assert (row["throttled_samples"], row["sm_mhz"], row["power_w"]) == (20, [1980, 1500], [300.0, 700.0])
 
 
 def test_calls_take_turns() -> None:
