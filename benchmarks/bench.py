@@ -8,7 +8,6 @@ Every implementation's answer is checked before it is timed. Without a GPU the C
 expects of an H200 stands beside, marked as the prediction that it is.
 """
 
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +21,7 @@ except ModuleNotFoundError as error:
     sys.exit("fused_sepconv is not installed: run `pip install .` at the root of the checkout first")
 
 import compare
+import interruption
 import report
 from environment import environment
 from layers import XCEPTION
@@ -65,6 +65,7 @@ def measure(steps: Sequence[Step], screen: Terminal) -> list[Row]:
                 for row in step.run():
                     rows.append(row)
                     progress.advance()
+                    interruption.check()
     except KeyboardInterrupt:
         screen.say("Interrupted: what follows is what was measured until then.")
     return rows
@@ -132,11 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # `timeout` sends the second; a shell's background job ignores the first
-        signal.signal(number, signal.default_int_handler)
+    interruption.on_signals()
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before the first measurement, or while the files were written
