@@ -56,12 +56,13 @@ const auto& backward_instances() {
 }
 
 const auto& depthwise_forward_kernels() {
-  static const auto all = by_name({simt_depthwise_forward_instances(), depthwise_forward_instances()});
+  static const auto all = by_name(
+      {simt_depthwise_forward_instances(), depthwise_forward_instances(), depthwise_planes_forward_instances()});
   return all;
 }
 
 const auto& depthwise_backward_kernels() {
-  static const auto all = by_name({depthwise_backward_instances()});
+  static const auto all = by_name({depthwise_backward_instances(), depthwise_planes_backward_instances()});
   return all;
 }
 
@@ -119,11 +120,13 @@ void backward(const std::string& instance, const ConvShape& shape, const ImageAr
 }
 
 void depthwise_forward(const std::string& instance, const ConvShape& shape, const DepthwiseTiling& tiling,
-                       const ImageArgument& x, Address depthwise_weight, Address depthwise_bias,
-                       const ImageArgument& grad_output, const ImageArgument& y, Stream stream) {
+                       const PlaneTiling& planes, const ImageArgument& x, Address depthwise_weight,
+                       Address depthwise_bias, const ImageArgument& grad_output, const ImageArgument& y,
+                       Stream stream) {
   DepthwiseForwardParams params;
   params.shape = shape;
   params.tiling = tiling;
+  params.planes = planes;
   params.x = image(x);
   params.depthwise_weight = pointer(depthwise_weight);
   params.depthwise_bias = pointer(depthwise_bias);
@@ -133,11 +136,13 @@ void depthwise_forward(const std::string& instance, const ConvShape& shape, cons
 }
 
 void depthwise_backward(const std::string& instance, const ConvShape& shape, const DepthwiseTiling& tiling,
-                        const ImageArgument& x, Address depthwise_weight, const ImageArgument& grad_t,
-                        const ImageArgument& grad_x, Address partial_weight, Address partial_bias, Stream stream) {
+                        const PlaneTiling& planes, const ImageArgument& x, Address depthwise_weight,
+                        const ImageArgument& grad_t, const ImageArgument& grad_x, Address partial_weight,
+                        Address partial_bias, Stream stream) {
   DepthwiseBackwardParams params;
   params.shape = shape;
   params.tiling = tiling;
+  params.planes = planes;
   params.x = image(x);
   params.depthwise_weight = pointer(depthwise_weight);
   params.grad_t = image(grad_t);
@@ -268,6 +273,18 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("warps", &DepthwiseTiling::warps)
       .def_readwrite("shared_bytes", &DepthwiseTiling::shared_bytes);
 
+  py::class_<PlaneTiling>(m, "PlaneTiling", py::module_local())
+      .def(py::init<>())
+      .def_readwrite("images", &PlaneTiling::images)
+      .def_readwrite("rows", &PlaneTiling::rows)
+      .def_readwrite("bands", &PlaneTiling::bands)
+      .def_readwrite("first_row", &PlaneTiling::first_row)
+      .def_readwrite("first_column", &PlaneTiling::first_column)
+      .def_readwrite("columns", &PlaneTiling::columns)
+      .def_readwrite("units_per_part", &PlaneTiling::units_per_part)
+      .def_readwrite("parts", &PlaneTiling::parts)
+      .def_readwrite("shared_bytes", &PlaneTiling::shared_bytes);
+
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("forward", &forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("bias"),
@@ -277,11 +294,11 @@ PYBIND11_MODULE(_native, m) {
         py::arg("grad_t"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
         py::arg("pixels_per_split"), py::arg("splits"), py::arg("stream"));
   m.def("depthwise_forward", &depthwise_forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("tiling"),
-        py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("grad_output"), py::arg("y"),
-        py::arg("stream"));
+        py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("grad_output"),
+        py::arg("y"), py::arg("stream"));
   m.def("depthwise_backward", &depthwise_backward, without_gil, py::arg("instance"), py::arg("shape"),
-        py::arg("tiling"), py::arg("x"), py::arg("depthwise_weight"), py::arg("grad_t"), py::arg("grad_x"),
-        py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
+        py::arg("tiling"), py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("grad_t"),
+        py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
   m.def("reduce", &reduce, without_gil, py::arg("instance"), py::arg("partials"), py::arg("out"), py::arg("count"),
         py::arg("splits"), py::arg("stream"));
   m.def("instances", &instances);

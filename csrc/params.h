@@ -101,11 +101,26 @@ struct DepthwiseTiling {
   int32_t shared_bytes;  // of a block
 };
 
+// The same for the kernels of NCHW. A block has one channel. A unit is a band of rows of some images, and units, the
+// bands of the first images first, are numbered through into parts, one a block.
+struct PlaneTiling {
+  int32_t images;          // of a unit; the last units of a band may have fewer
+  int32_t rows;            // of a band: of the output, or in the backward of x (whole items of a thread)
+  int32_t bands;           // of an image
+  int32_t first_row;       // 0, or in the backward where x and the pixels that own a gradient begin, padding included
+  int32_t first_column;    // the same
+  int32_t columns;         // of the output, or in the backward from first_column to where both end
+  int32_t units_per_part;  // the last part has what is left
+  int32_t parts;
+  int32_t shared_bytes;  // of a block
+};
+
 // One forward call of a depthwise convolution by itself: t = depthwise(pre_act(x)) + depthwise_bias, y = mid_act(t).
 // With grad_output it is a backward's first step: y = grad_output * mid_act'(t).
 struct DepthwiseForwardParams {
   ConvShape shape;               // F and the last activation are not used
-  DepthwiseTiling tiling;        // of the kernels that take tiles
+  DepthwiseTiling tiling;        // of the kernels for NHWC
+  PlaneTiling planes;            // of those for NCHW
   Image x;                       // (N, C, H, W)
   const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
   const void* depthwise_bias;    // (K) or null
@@ -116,7 +131,8 @@ struct DepthwiseForwardParams {
 // One backward call of it, from the gradient of t: all gradients in one pass over x and grad_t.
 struct DepthwiseBackwardParams {
   ConvShape shape;
-  DepthwiseTiling tiling;
+  DepthwiseTiling tiling;        // of the kernels for NHWC
+  PlaneTiling planes;            // of those for NCHW
   Image x;                       // (N, C, H, W)
   const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
   Image grad_t;                  // (N, K, out_h, out_w)

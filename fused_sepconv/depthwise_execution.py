@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .launching import address, aligned, contiguous, conv_shape, image_of, stream_of, tiling_of
+from .launching import address, aligned, contiguous, conv_shape, image_of, stream_of, tilings_of
 from .memory_format import empty_output, memory_format_of
 from .problem import Candidate, DepthwiseProblem, Splits
 from .simt_execution import Steps, reduced
@@ -30,7 +30,7 @@ def forward(
     _native.load().depthwise_forward(
         candidate.name,
         conv_shape(problem),
-        tiling_of(candidate.tiling),
+        *tilings_of(candidate.tiling),
         image_of(x),
         *map(address, weights),
         image_of(grad_output),
@@ -85,7 +85,7 @@ def _one_pass(
     _native.load().depthwise_backward(
         candidate.name,
         conv_shape(problem),
-        tiling_of(candidate.tiling),
+        *tilings_of(candidate.tiling),
         image_of(x),
         address(weight_read),
         image_of(grad_read),

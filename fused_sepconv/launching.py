@@ -15,7 +15,7 @@ from . import _native
 from .devices import DEVICES, Device, cuda_device
 from .memory_format import memory_format_of
 from .plan import Plan, plan
-from .problem import Candidate, DepthwiseProblem, Kernels, Problem, Tiling
+from .problem import Candidate, DepthwiseProblem, Kernels, PlaneTiling, Problem, Tiling
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual."""
@@ -124,22 +124,25 @@ def conv_shape(problem: Problem | DepthwiseProblem) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def tiling_of(tiling: Tiling | None) -> Any:
-    """The tiling as `csrc/params.h` has it; all zeros for a kernel that takes none."""
-    native_tiling = _native.load().DepthwiseTiling()
-    for field in fields(Tiling):
-        setattr(native_tiling, field.name, 0 if tiling is None else getattr(tiling, field.name))
-    return native_tiling
+def tilings_of(tiling: Tiling | PlaneTiling | None) -> tuple[Any, Any]:
+    """The tiling as `csrc/params.h` has it, for NHWC and for NCHW; all zeros for what the kernel does not take."""
+    native = _native.load()
+    made = native.DepthwiseTiling(), native.PlaneTiling()
+    for kind, native_tiling in zip((Tiling, PlaneTiling), made, strict=True):
+        for field in fields(kind):
+            setattr(native_tiling, field.name, getattr(tiling, field.name) if isinstance(tiling, kind) else 0)
+    return made
 
 
 def aligned(image: Tensor) -> bool:
-    """Whether every pixel of an NHWC image, or every row of an NCHW one, can be accessed 16 bytes at a time."""
+    """Whether the fast kernels can read an image 16 bytes at a time: pixels of an NHWC one, or an NCHW one whole."""
+    if image.data_ptr() % 16:
+        return False
+    if memory_format_of(image) != torch.channels_last:
+        return image.is_contiguous()
     size = image.element_size()
-    fastest = 1 if memory_format_of(image) == torch.channels_last else 3
-    strides = (stride for dim, stride in enumerate(image.stride()) if dim != fastest and image.shape[dim] > 1)
-    return (
-        image.data_ptr() % 16 == 0 and image.stride(fastest) == 1 and all(stride * size % 16 == 0 for stride in strides)
-    )
+    strides = (stride for dim, stride in enumerate(image.stride()) if dim != 1 and image.shape[dim] > 1)
+    return image.stride(1) == 1 and all(stride * size % 16 == 0 for stride in strides)
 
 
 def tf32() -> bool:

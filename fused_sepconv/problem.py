@@ -200,6 +200,21 @@ class Tiling:
 
 
 @dataclass(frozen=True)
+class PlaneTiling:
+    """How a depthwise kernel for NCHW cuts a problem: `PlaneTiling` in csrc/params.h, which says what each is."""
+
+    images: int
+    rows: int
+    bands: int
+    first_row: int
+    first_column: int
+    columns: int
+    units_per_part: int
+    parts: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class TensorTiling:
     """How a tensor-core kernel cuts the output: `TensorTiling` in csrc/params.h."""
 
@@ -224,7 +239,7 @@ class Candidate:
     refusal: str = ""  # why it can't run; empty if it can
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
     pointwise_splits: Splits | None = None
-    tiling: Tiling | TensorTiling | None = None  # of the depthwise and the tensor-core kernels
+    tiling: Tiling | PlaneTiling | TensorTiling | None = None  # of the depthwise and the tensor-core kernels
     steps: tuple[Candidate, ...] = ()  # of the split family: the depthwise kernels that it runs, in order
     pointwise: str = ""  # of the split family: how PyTorch runs the 1x1
     note: str = ""  # what else is worth telling

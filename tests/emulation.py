@@ -27,7 +27,7 @@ def _forget() -> None:
     _native._search.cache_clear()
     launching._kernels_off_cuda.cache_clear()
     launching.conv_shape.cache_clear()
-    launching.tiling_of.cache_clear()
+    launching.tilings_of.cache_clear()
 
 
 @contextmanager

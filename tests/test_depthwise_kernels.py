@@ -237,8 +237,8 @@ def test_the_split_family_ran(plain):
         forward_and_back(fused_sepconv.separable_conv2d, tensors, case.options)
     # Forward; in the backward the depthwise result once more, and all of its gradients at once.
     assert plain.executed() == {
-        "depthwise_forward_3x3_s1_float32_nhwc": 2,
-        "depthwise_backward_3x3_s1_float32_nhwc": 1,
+        "depthwise_forward_nhwc_3x3_s1_float32": 2,
+        "depthwise_backward_nhwc_3x3_s1_float32": 1,
         "reduce_splits_float32": 2,
     }
 
@@ -308,9 +308,7 @@ def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, 
         moved = sum(counters[way].get(name, 0) for way in ("bytes_read", "bytes_written") for name in names)
         floor = (2 if direction == "forward" else 3) * x.numel() * x.element_size()
         ratio, planned = moved / floor, candidate.bytes / (whole.x_bytes * (2 if direction == "forward" else 3))
-        print(
-            f"{layer.name:>16} {direction:8} {moved / 1e6:7.1f} MB, {ratio:.3f} x the floor; the plan, all: {planned:.3f}"
-        )
+        print(f"{layer.name:>16} {direction}: {moved / 1e6:.1f} MB, {ratio:.3f} x the floor; planned: {planned:.3f}")
         assert 1.0 <= ratio <= 1.15
         assert 1.0 <= planned <= 1.15
 

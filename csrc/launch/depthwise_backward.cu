@@ -24,14 +24,12 @@ int largest_shared_bytes() {
 }
 
 // A lane has as many sums as weights in registers: for 7x7 in 16 bits one channel a lane, in chunks of 64 bytes.
-template <int kernel, int stride>
 struct Family {
-  template <class Scalar, class Compute, Layout layout>
+  template <class Scalar, int kernel, int stride>
   static DepthwiseBackwardInstance make(const std::string& name) {
     constexpr int kChannels = kernel == 7 ? 1 : 4 / sizeof(Scalar);
     using Traits = DepthwiseTraits<Scalar, kernel, stride, 2, kChannels, 8, kernel == 3 ? 2 : 1>;
-    static_assert(layout == Layout::nhwc && sizeof(Compute) == sizeof(float), "what the kernel is written for");
-    auto made = make_instance<DepthwiseBackwardInstance, Scalar, Compute, depthwise_backward<Traits>>(
+    auto made = make_instance<DepthwiseBackwardInstance, Scalar, float, depthwise_backward<Traits>>(
         name, Traits::kThreads, largest_shared_bytes<Traits>());
     made.run = run<Traits>;
     return made;
@@ -41,7 +39,7 @@ struct Family {
 }  // namespace
 
 std::vector<DepthwiseBackwardInstance> depthwise_backward_instances() {
-  return for_every_kernel<DepthwiseBackwardInstance, Family>("depthwise_backward");
+  return for_every_kernel<DepthwiseBackwardInstance, Family>("depthwise_backward_nhwc");
 }
 
 }  // namespace fused_sepconv

@@ -25,14 +25,12 @@ int largest_shared_bytes() {
 
 // Two blocks of ten warps on an SM for 3x3; larger kernels have more weights in registers, of which 10 warps leave a
 // thread 168 and 8 leave it 255. Stride 2 has larger windows: half the rows at a time keep them in shared memory.
-template <int kernel, int stride>
 struct Family {
-  template <class Scalar, class Compute, Layout layout>
+  template <class Scalar, int kernel, int stride>
   static DepthwiseForwardInstance make(const std::string& name) {
     using Traits = DepthwiseTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, 4 / sizeof(Scalar),
                                    kernel == 7 ? 8 : 10, kernel == 3 ? 2 : 1>;
-    static_assert(layout == Layout::nhwc && sizeof(Compute) == sizeof(float), "what the kernel is written for");
-    auto made = make_instance<DepthwiseForwardInstance, Scalar, Compute, depthwise_forward<Traits>>(
+    auto made = make_instance<DepthwiseForwardInstance, Scalar, float, depthwise_forward<Traits>>(
         name, Traits::kThreads, largest_shared_bytes<Traits>());
     made.run = run<Traits>;
     return made;
@@ -42,7 +40,7 @@ struct Family {
 }  // namespace
 
 std::vector<DepthwiseForwardInstance> depthwise_forward_instances() {
-  return for_every_kernel<DepthwiseForwardInstance, Family>("depthwise_forward");
+  return for_every_kernel<DepthwiseForwardInstance, Family>("depthwise_forward_nhwc");
 }
 
 }  // namespace fused_sepconv

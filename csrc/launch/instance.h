@@ -51,7 +51,9 @@ std::vector<BackwardInstance> simt_backward_depthwise_weight_instances();
 std::vector<BackwardInstance> simt_backward_pointwise_weight_instances();
 std::vector<DepthwiseForwardInstance> simt_depthwise_forward_instances();
 std::vector<DepthwiseForwardInstance> depthwise_forward_instances();
+std::vector<DepthwiseForwardInstance> depthwise_planes_forward_instances();
 std::vector<DepthwiseBackwardInstance> depthwise_backward_instances();
+std::vector<DepthwiseBackwardInstance> depthwise_planes_backward_instances();
 std::vector<ForwardInstance> tensor_forward_instances();
 std::vector<ReduceInstance> reduce_splits_instances();
 

@@ -62,27 +62,28 @@ auto in_every_dtype_and_layout(const std::string& family) {
   };
 }
 
-// {Family<kernel, stride>::make<Scalar, float, nhwc>("<family>_<kernel>x<kernel>_s<stride>_<dtype>_nhwc"), ...}: the
-// kernels that are compiled for a kernel size and a stride.
-template <class Family>
+// {Family::make<Scalar, kernel, stride>("<family>_<kernel>x<kernel>_s<stride>_<dtype>"), ...}: the kernels that are
+// compiled for a kernel size and a stride, in the dtypes that are calculated in float32. (Family is a type and no
+// template: g++ takes a function with a template of an unnamed namespace for the same in all files.)
+template <class Family, int kernel, int stride>
 auto in_every_narrow_dtype(const std::string& family) {
   return std::vector{
-      Family::template make<float, float, Layout::nhwc>(family + "_float32_nhwc"),
-      Family::template make<__half, float, Layout::nhwc>(family + "_float16_nhwc"),
-      Family::template make<__nv_bfloat16, float, Layout::nhwc>(family + "_bfloat16_nhwc"),
+      Family::template make<float, kernel, stride>(family + "_float32"),
+      Family::template make<__half, kernel, stride>(family + "_float16"),
+      Family::template make<__nv_bfloat16, kernel, stride>(family + "_bfloat16"),
   };
 }
 
-template <class Made, template <int, int> class Family>
+template <class Made, class Family>
 std::vector<Made> for_every_kernel(const std::string& family) {
   std::vector<Made> all;
   for (const std::vector<Made>& some : {
-           in_every_narrow_dtype<Family<3, 1>>(family + "_3x3_s1"),
-           in_every_narrow_dtype<Family<3, 2>>(family + "_3x3_s2"),
-           in_every_narrow_dtype<Family<5, 1>>(family + "_5x5_s1"),
-           in_every_narrow_dtype<Family<5, 2>>(family + "_5x5_s2"),
-           in_every_narrow_dtype<Family<7, 1>>(family + "_7x7_s1"),
-           in_every_narrow_dtype<Family<7, 2>>(family + "_7x7_s2"),
+           in_every_narrow_dtype<Family, 3, 1>(family + "_3x3_s1"),
+           in_every_narrow_dtype<Family, 3, 2>(family + "_3x3_s2"),
+           in_every_narrow_dtype<Family, 5, 1>(family + "_5x5_s1"),
+           in_every_narrow_dtype<Family, 5, 2>(family + "_5x5_s2"),
+           in_every_narrow_dtype<Family, 7, 1>(family + "_7x7_s1"),
+           in_every_narrow_dtype<Family, 7, 2>(family + "_7x7_s2"),
        })
     all.insert(all.end(), some.begin(), some.end());
   return all;

@@ -28,6 +28,16 @@ FSC_DEVICE void async_copy(SharedAddress destination, const void* source, bool i
 #endif
 }
 
+// Copies the first `bytes` (0 to 16) of 16 and writes zeros for the rest; both addresses are aligned to 16.
+FSC_DEVICE void async_copy_some(SharedAddress destination, const void* source, int bytes, Site site = Site::here()) {
+#ifdef FSC_EMULATED
+  ::emulator::async_copy(destination, source, 16, bytes, site);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source), "r"(bytes)
+               : "memory");
+#endif
+}
+
 // Closes a group of all copies that this thread issued since the last one; an empty group is complete.
 FSC_DEVICE void async_copy_commit(Site site = Site::here()) {
 #ifdef FSC_EMULATED

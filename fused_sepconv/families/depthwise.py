@@ -22,8 +22,9 @@ from ..problem import (
     Kernels,
     Tiling,
 )
-from . import simt
+from . import planes, simt
 from .library import LIBRARY_DEPTHWISE_BANDWIDTH
+from .planes import PlaneCut, PlaneTraits
 
 BANDWIDTH_FRACTION = 0.88  # assumed, until measured: of a copy's bandwidth
 SM_BANDWIDTH = 1.5  # assumed, until measured: what one SM can draw, of its share of the bandwidth
@@ -52,7 +53,7 @@ class Traits:
 
     @property
     def name(self) -> str:
-        return f"depthwise_{self.direction}_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}_nhwc"
+        return f"depthwise_{self.direction}_nhwc_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}"
 
     @property
     def forward(self) -> bool:
@@ -130,18 +131,23 @@ ALL_TRAITS = tuple(
     for dtype in DTYPES
 )
 
+PLANE_TRAITS = tuple(PlaneTraits(t.direction, t.kernel, t.stride, t.dtype) for t in ALL_TRAITS)
+
 
 def _instance(traits: Traits) -> Instance:
     shared_bytes = traits.shared_bytes(traits.max_warps, pre_activation=True)
     return Instance(traits.name, WARP * traits.max_warps, min(shared_bytes, LARGEST_SHARED_BYTES), traits.registers)
 
 
-INSTANCES = {traits.name: _instance(traits) for traits in ALL_TRAITS} | {
-    f"simt_depthwise_forward_{dtype}_{layout}": Instance(
-        f"simt_depthwise_forward_{dtype}_{layout}", simt.THREADS, 0, registers=64
-    )
-    for dtype in ELEMENT_BYTES
-    for layout in ("nhwc", "nchw")
+INSTANCES = {
+    **{traits.name: _instance(traits) for traits in ALL_TRAITS},
+    **{t.name: Instance(t.name, planes.THREADS, LARGEST_SHARED_BYTES, t.registers) for t in PLANE_TRAITS},
+    **{
+        name: Instance(name, simt.THREADS, 0, registers=64)
+        for dtype in ELEMENT_BYTES
+        for layout in ("nhwc", "nchw")
+        for name in (f"simt_depthwise_forward_{dtype}_{layout}",)
+    },
 }
 
 
@@ -244,16 +250,23 @@ def _too_large(problem: DepthwiseProblem, blocks: int) -> str:
 
 
 def _fast(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
-    kernel, strides = problem.kernel[0], inner_stride(problem)
-    traits = Traits(problem.direction, kernel, strides[0], problem.dtype)
+    key = (problem.direction, problem.kernel[0], inner_stride(problem)[0], problem.dtype)
+    traits = Traits(*key) if problem.layout == "nhwc" else PlaneTraits(*key)
     refusal = _fast_refusal(problem, traits, kernels)
     if refusal:
         return Candidate("depthwise", traits.name, refusal=refusal)
-    cuts = [_predict(problem, device, Cut(problem, traits, tiling)) for tiling in _tilings(problem, traits, device)]
-    if not cuts:
+    predicted = [_predict(problem, device, cut) for cut in cuts(problem, traits, device)]
+    if not predicted:
         refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
         return Candidate("depthwise", traits.name, refusal=refusal)
-    return min(cuts, key=lambda candidate: candidate.predicted_seconds)
+    return min(predicted, key=lambda candidate: candidate.predicted_seconds)
+
+
+def cuts(problem: DepthwiseProblem, traits: Traits | PlaneTraits, device: Device) -> Iterator[Cut | PlaneCut]:
+    """Ways to cut a problem that are worth comparing."""
+    if isinstance(traits, PlaneTraits):
+        return planes.cuts(problem, traits, device)
+    return (Cut(problem, traits, tiling) for tiling in _tilings(problem, traits, device))
 
 
 def inner_stride(problem: DepthwiseProblem) -> tuple[int, int]:
@@ -262,12 +275,10 @@ def inner_stride(problem: DepthwiseProblem) -> tuple[int, int]:
     return sh // gcd(sh, dh), sw // gcd(sw, dw)
 
 
-def _fast_refusal(problem: DepthwiseProblem, traits: Traits, kernels: Kernels) -> str:
+def _fast_refusal(problem: DepthwiseProblem, traits: Traits | PlaneTraits, kernels: Kernels) -> str:
     """Why the fast kernels can't run a problem; empty if they can."""
     if not kernels.instances:
         return kernels.why_none
-    if problem.layout != "nhwc":
-        return "the fast depthwise kernels are for NHWC"
     if problem.dtype not in DTYPES:
         return f"the fast depthwise kernels do not compute in {problem.dtype}"
     kh, kw = problem.kernel
@@ -280,10 +291,12 @@ def _fast_refusal(problem: DepthwiseProblem, traits: Traits, kernels: Kernels) -
         return (
             "the fast depthwise backward is for a depth multiplier of 1, and strides that share no factor with dilation"
         )
-    if problem.C * problem.element_bytes % 16 or problem.K * problem.element_bytes % 16:
-        return f"rows of {problem.C} and {problem.K} channels are no multiple of 16 bytes"
+    if problem.layout == "nchw" and problem.dilation != (1, 1):
+        return "the fast depthwise kernels for NCHW are for a dilation of 1"
+    if problem.layout == "nhwc" and (problem.C * problem.element_bytes % 16 or problem.K * problem.element_bytes % 16):
+        return f"pixels of {problem.C} and {problem.K} channels are no multiple of 16 bytes"
     if not problem.aligned:
-        return "x is not aligned to 16 bytes, or its channels are not contiguous"
+        return "x is not aligned to 16 bytes, or its channels (NHWC) or planes (NCHW) are not contiguous"
     if traits.name not in kernels.instances:
         return f"the native module has no instance {traits.name}"
     return _too_large(problem, 0)
@@ -452,24 +465,31 @@ def _tilings(problem: DepthwiseProblem, traits: Traits, device: Device) -> Itera
             return
 
 
-def _predict(problem: DepthwiseProblem, device: Device, cut: Cut) -> Candidate:
+def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | PlaneCut) -> Candidate:
     """Whichever is slowest: the memory, the fullest SM's share of it or its instructions, or a block by itself, whose
     groups follow one another: other blocks on its SM cover what it waits."""
     traits, tiling = cut.traits, cut.tiling
+    if isinstance(cut, PlaneCut):
+        threads, steps, total = planes.THREADS, tiling.units_per_part, cut.units
+        step_instructions = max(planes.items_of_unit(cut), threads) * traits.instructions
+        columns_of_blocks = problem.K
+    else:
+        threads, steps, total = WARP * tiling.warps, tiling.groups_per_part, cut.total_groups
+        step_instructions = threads * traits.instructions
+        columns_of_blocks = cut.chunks
+    steps = min(steps, max(total, 1))
     byte_count, blocks = cut.bytes(), cut.blocks
     launches = 1 if traits.forward else 3  # the backward's sums over the parts: of the weight, of the bias
-    per_sm = device.blocks_per_sm(WARP * tiling.warps, traits.registers, tiling.shared_bytes)
+    per_sm = device.blocks_per_sm(threads, traits.registers, tiling.shared_bytes)
     blocks_of_fullest = ceil(blocks / device.sms)
-    groups = min(tiling.groups_per_part, max(cut.total_groups, 1))
     waves = blocks / (device.sms * per_sm)
-    group_instructions = tiling.warps * WARP * traits.instructions
     issue_rate = device.fma_float32 / 2 / device.sms * ISSUE_FRACTION
-    sm_bytes = blocks_of_fullest * groups * byte_count / max(cut.chunks * cut.total_groups, 1)
+    sm_bytes = blocks_of_fullest * steps * byte_count / max(columns_of_blocks * total, 1)
     seconds = max(
         byte_count / (device.bandwidth * BANDWIDTH_FRACTION),
         sm_bytes / (device.bandwidth / device.sms * SM_BANDWIDTH),
-        blocks_of_fullest * groups * group_instructions / issue_rate,
-        ceil(waves) * groups * (GROUP_SECONDS + group_instructions / issue_rate),
+        blocks_of_fullest * steps * step_instructions / issue_rate,
+        ceil(waves) * steps * (GROUP_SECONDS + step_instructions / issue_rate),
     )
     return Candidate(
         family="depthwise",

@@ -51,7 +51,7 @@ class EmulatedBuffers {
     read_depthwise_operands(params);
     read("grad_t", params.grad_t.data, output_extent(params.grad_t, shape, shape.K));
     write("grad_x", params.grad_x.data, input_extent(params.grad_x, shape) * instance.scalar_bytes);
-    const int64_t rows = int64_t{params.tiling.parts} * shape.K;
+    const int64_t rows = int64_t{params.tiling.parts + params.planes.parts} * shape.K;  // one of the two is 0
     write("partial_weight", params.partial_weight, rows * shape.kernel_h * shape.kernel_w * instance.compute_bytes);
     write("partial_bias", params.partial_bias, rows * instance.compute_bytes);
   }

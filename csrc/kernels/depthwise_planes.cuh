@@ -1,0 +1,132 @@
+// depthwise_planes.cuh - what the depthwise kernels for NCHW share: runs of rows on their way in and out.
+//
+// Rows of 19 or 147 elements are aligned to their element alone, but a run of whole rows of a plane is one range of
+// addresses. It comes into shared memory as aligned pieces of 16 bytes, rounded outwards, to a place that is as far
+// from a multiple of 16 as it is in memory; and goes out of one the same way, with single elements at its two ends.
+#pragma once
+
+#include "depthwise_strips.cuh"
+
+namespace fused_sepconv {
+
+constexpr int kPlaneThreads = 128;
+constexpr int kPlaneColumns = 2;  // neighbouring columns that a thread owns
+
+// What is fixed when a kernel for NCHW is compiled. A word is 4 bytes: what an activation is applied to at a time.
+template <class Scalar_, int kernel, int stride, int rows, int blocks_per_sm>
+struct PlaneTraits {
+  using Scalar = Scalar_;
+  static constexpr int kChannels = 4 / sizeof(Scalar);  // elements of a word, which here are of one channel
+  using Lane = LaneWord<Scalar, kChannels>;
+  using Word = typename Lane::Word;
+  static constexpr int kKernel = kernel;
+  static constexpr int kTaps = kernel * kernel;
+  static constexpr int kStride = stride;
+  static constexpr int kRows = rows;
+  static constexpr int kColumns = kPlaneColumns;
+  static constexpr int kPieceElements = kPieceBytes / sizeof(Scalar);
+  static constexpr int kThreads = kPlaneThreads;
+  static constexpr int kBlocksPerSm = blocks_per_sm;
+
+  static_assert(kKernel % 2 == 1 && (kStride == 1 || kStride == 2), "what the windows are computed for");
+  static_assert(kRows % kStride == 0 && kColumns % kStride == 0, "threads begin in the same phase");
+};
+
+// A slot for a run of so many elements, wherever it begins.
+template <class Scalar>
+FSC_HOST_DEVICE int slot_bytes(int elements) {
+  return (elements * static_cast<int>(sizeof(Scalar)) + 2 * kPieceBytes - 1) / kPieceBytes * kPieceBytes;
+}
+
+// A unit: which images, and which band of their rows.
+struct PlaneUnit {
+  int64_t n;       // first image
+  int32_t images;  // how many
+  int32_t band;
+
+  FSC_DEVICE PlaneUnit(const ConvShape& shape, const PlaneTiling& tiling, int64_t number) {
+    const int64_t group = number / tiling.bands;
+    band = static_cast<int32_t>(number - group * tiling.bands);
+    n = group * tiling.images;
+    images = static_cast<int32_t>(n + tiling.images <= shape.N ? tiling.images : shape.N - n);
+  }
+};
+
+FSC_DEVICE int64_t plane_units(const ConvShape& shape, const PlaneTiling& tiling) {
+  return (shape.N + tiling.images - 1) / tiling.images * tiling.bands;
+}
+
+// Runs of rows, one an image of a unit, in slots of shared memory. Rows [row, row_end) of the plane at `plane` in the
+// first image; the planes of other images are stride_n elements further.
+template <class Traits>
+struct PlaneRows {
+  using Scalar = typename Traits::Scalar;
+  unsigned char* slots;
+  int32_t pitch;  // bytes of a slot, a multiple of 16
+  const Scalar* data;
+  int64_t stride_n;
+  int32_t count;  // elements of a run
+
+  FSC_DEVICE const Scalar* run(int image) const { return data + image * stride_n; }
+  // Bytes between a multiple of 16 and the run.
+  FSC_DEVICE int shift(int image) const {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(run(image)) % kPieceBytes);
+  }
+  FSC_DEVICE Scalar* slot(int image) const { return reinterpret_cast<Scalar*>(slots + image * pitch + shift(image)); }
+
+  // body(image, piece): the pieces that a thread copies, and does what else is to be done to them.
+  template <class Body>
+  FSC_DEVICE void for_each_own_piece(int images, const Body& body) const {
+    const int pieces = pitch / kPieceBytes;
+    for (int i = threadIdx.x; i < images * pieces; i += Traits::kThreads) body(i / pieces, i % pieces);
+  }
+
+  // Starts the copies. `begin` is the tensor's first element: where a run's first piece would begin before it, its
+  // elements come one by one.
+  FSC_DEVICE void copy(int images, const Scalar* begin) const {
+    for_each_own_piece(images, [&](int image, int piece) {
+      const int at = piece * kPieceBytes - shift(image);  // of the piece in the run, in bytes
+      const int left = count * static_cast<int>(sizeof(Scalar)) - at;
+      if (left <= 0) return;
+      unsigned char* destination = slots + image * pitch + piece * kPieceBytes;
+      const unsigned char* source = reinterpret_cast<const unsigned char*>(run(image)) + at;
+      if (source >= reinterpret_cast<const unsigned char*>(begin)) {
+        async_copy_some(shared_address(destination), source, left < kPieceBytes ? left : kPieceBytes);
+        return;
+      }
+      for (int i = 0; i < Traits::kPieceElements; ++i) {
+        const int element = at / static_cast<int>(sizeof(Scalar)) + i;
+        reinterpret_cast<Scalar*>(destination)[i] =
+            element >= 0 && element < count ? run(image)[element] : convert<Scalar>(0.0f);
+      }
+    });
+  }
+
+  // Applies an activation to what this thread has copied, from these slots to others of the same pitch.
+  FSC_DEVICE void activate_own(int images, Activation activation, unsigned char* to) const {
+    for_each_own_piece(images, [&](int image, int piece) {
+      if (piece * kPieceBytes - shift(image) >= count * static_cast<int>(sizeof(Scalar))) return;
+      const int at = image * pitch + piece * kPieceBytes;
+      activate_words<Traits>(activation, reinterpret_cast<const typename Traits::Word*>(slots + at),
+                             reinterpret_cast<typename Traits::Word*>(to + at),
+                             kPieceBytes / sizeof(typename Traits::Word));
+    });
+  }
+
+  // Stores the slots, whose runs are outputs: whole pieces 16 bytes at a time.
+  FSC_DEVICE void store_all(int images, Scalar* output) const {
+    for_each_own_piece(images, [&](int image, int piece) {
+      const int first = piece * Traits::kPieceElements - shift(image) / static_cast<int>(sizeof(Scalar));
+      Scalar* destination = output + image * stride_n + first;
+      const Scalar* source = reinterpret_cast<const Scalar*>(slots + image * pitch + piece * kPieceBytes);
+      if (first >= 0 && first + Traits::kPieceElements <= count) {
+        store(destination, load<Traits::kPieceElements>(source));
+        return;
+      }
+      for (int i = 0; i < Traits::kPieceElements; ++i)
+        if (first + i >= 0 && first + i < count) destination[i] = source[i];
+    });
+  }
+};
+
+}  // namespace fused_sepconv

@@ -1,0 +1,211 @@
+// depthwise_planes_backward.cuh - all gradients of a depthwise convolution in one pass over x and grad_t, NCHW.
+//
+//     grad_t --- cp.async --->  bands of planes        x --- cp.async --->  bands of planes (pre_act beside)
+//                                  | windows                                  | own rows and columns
+//                                  '-------------------.----------------------'
+//                                                      v  registers, float32
+//     weights * window  --->  kRows x 2 of grad_x      |      x * window  --->  taps of grad_weight
+//                                | staged, * pre_act'  '      window      --->  grad_bias
+//     grad_x  <--- 16 bytes -----'                            | at the end, lanes, then warp after warp
+//     partial_weight (parts, K, taps), partial_bias (parts, K)'  then reduce_splits
+//
+// depthwise_backward.cuh in the layout of depthwise_planes_forward.cuh: who owns what, and why each pair of x and
+// grad_t is counted once, stands there. A band is of rows of x, counted from the first row of padding on.
+//
+// Floor. Device bytes: x + grad_t + grad_x, each once, and the bands' overlap in grad_t.
+#pragma once
+
+#include "depthwise_planes.cuh"
+
+namespace fused_sepconv {
+
+// Adds a block's sums over its lanes and warps, in their order: out(index, total).
+template <int count, class Out>
+FSC_DEVICE void sum_over_block(float* shared, const float (&sums)[count], const Out& out) {
+  const int warp = threadIdx.x / kWarpSize;
+  FSC_UNROLL
+  for (int i = 0; i < count; ++i) {
+    const float sum = warp_sum(sums[i]);
+    if (threadIdx.x % kWarpSize == 0) shared[warp * count + i] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kPlaneThreads) {
+    float total = 0;
+    for (int w = 0; w < kPlaneThreads / kWarpSize; ++w) total += shared[w * count + i];
+    out(i, total);
+  }
+  __syncthreads();
+}
+
+template <class Traits>
+FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
+depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
+  using Scalar = typename Traits::Scalar;
+  constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride, kReach = Traits::kKernel - 1;
+  constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns;
+  constexpr int kWindowRows = (kRows - 1 + kReach) / kStride + 1;
+  constexpr int kWindowColumns = (kColumns - 1 + kReach) / kStride + 1;
+  FSC_SHARED_BYTES(shared);
+  const ConvShape& shape = params.shape;
+  const PlaneTiling& tiling = params.planes;
+
+  const int k = static_cast<int>(blockIdx.x % shape.K);
+  const int64_t part = blockIdx.x / shape.K;
+  const int64_t begin = part * tiling.units_per_part;
+  const int64_t units = plane_units(shape, tiling);
+  const int64_t end = begin + tiling.units_per_part < units ? begin + tiling.units_per_part : units;
+
+  float weights[Traits::kTaps], weight_sums[Traits::kTaps], bias_sum[1] = {0.0f};
+  const Scalar* weight = static_cast<const Scalar*>(params.depthwise_weight) + static_cast<int64_t>(k) * Traits::kTaps;
+  FSC_UNROLL
+  for (int tap = 0; tap < Traits::kTaps; ++tap) {
+    weights[tap] = convert<float>(weight[tap]);
+    weight_sums[tap] = 0;
+  }
+
+  const bool activates = shape.pre_activation != Activation::none;
+  const int x_pitch = slot_bytes<Scalar>((tiling.rows < shape.H ? tiling.rows : shape.H) * shape.W);
+  const int grad_rows = (tiling.rows - 1 + kReach) / kStride + 1;
+  const int grad_pitch = slot_bytes<Scalar>((grad_rows < shape.out_h ? grad_rows : shape.out_h) * shape.out_w);
+  unsigned char* x_slots = shared + 2 * tiling.images * grad_pitch;
+  unsigned char* active_slots = x_slots + 2 * tiling.images * x_pitch;  // where there is a pre-activation
+
+  const Scalar* x = static_cast<const Scalar*>(params.x.data);
+  const Scalar* grad_t = static_cast<const Scalar*>(params.grad_t.data);
+  const auto clipped = [](int row, int rows) { return row < 0 ? 0 : row < rows ? row : rows; };
+  const auto first_padded = [&](const PlaneUnit& unit) { return tiling.first_row + unit.band * tiling.rows; };
+  const auto first_of_x = [&](const PlaneUnit& unit) { return clipped(first_padded(unit) - shape.pad_top, shape.H); };
+  const auto rows_of_x = [&](const PlaneUnit& unit, int parity) {
+    const int row = first_of_x(unit);
+    const int row_end = clipped(first_padded(unit) + tiling.rows - shape.pad_top, shape.H);
+    return PlaneRows<Traits>{x_slots + parity * tiling.images * x_pitch, x_pitch,
+                             x + offset(params.x, unit.n, k, row, 0), params.x.stride_n, (row_end - row) * shape.W};
+  };
+  const auto first_of_grad = [&](const PlaneUnit& unit) {
+    return clipped((first_padded(unit) - kReach) / kStride, shape.out_h);
+  };
+  const auto rows_of_grad = [&](const PlaneUnit& unit, int parity) {
+    const int row = first_of_grad(unit);
+    const int row_end = clipped((first_padded(unit) - kReach) / kStride + grad_rows, shape.out_h);
+    return PlaneRows<Traits>{shared + parity * tiling.images * grad_pitch, grad_pitch,
+                             grad_t + offset(params.grad_t, unit.n, k, row, 0), params.grad_t.stride_n,
+                             (row_end - row) * shape.out_w};
+  };
+
+  int parity = 0;
+  PlaneUnit unit(shape, tiling, begin);
+  rows_of_x(unit, parity).copy(unit.images, x);
+  rows_of_grad(unit, parity).copy(unit.images, grad_t);
+  async_copy_commit();
+  for (int64_t number = begin; number < end; ++number) {
+    const PlaneRows<Traits> raw = rows_of_x(unit, parity), grads = rows_of_grad(unit, parity);
+    async_copy_wait<0>();
+    if (activates) raw.activate_own(unit.images, shape.pre_activation, active_slots);
+    __syncthreads();  // the unit is there
+
+    const PlaneUnit coming(shape, tiling, number + 1);
+    if (number + 1 < end) {
+      rows_of_x(coming, 1 - parity).copy(coming.images, x);
+      rows_of_grad(coming, 1 - parity).copy(coming.images, grad_t);
+    }
+    async_copy_commit();
+
+    // The gradients of x take the place of what was made of it, which has no other reader than their thread.
+    PlaneRows<Traits> active = raw;
+    if (activates) active.slots = active_slots;
+    const int padded_row = first_padded(unit), x_row = first_of_x(unit), grad_row = first_of_grad(unit);
+    const int x_rows = raw.count / shape.W, in_grad_rows = grads.count / shape.out_w;
+    const int across = (tiling.columns + kColumns - 1) / kColumns;
+    const int down = (tiling.rows + kRows - 1) / kRows;
+    for (int item = threadIdx.x; item < unit.images * down * across; item += Traits::kThreads) {
+      const int column = tiling.first_column + item % across * kColumns;  // counted from the first of padding on
+      const int row = padded_row + item / across % down * kRows;
+      const int image = item / across / down;
+      Scalar* pixels = active.slot(image);
+      const Scalar* gradients = grads.slot(image);
+      const int first_h = row - shape.pad_top - x_row, first_w = column - shape.pad_left;
+      const auto inside = [&](int r, int c) {
+        return static_cast<uint32_t>(first_h + r) < static_cast<uint32_t>(x_rows) &&
+               static_cast<uint32_t>(first_w + c) < static_cast<uint32_t>(shape.W);
+      };
+      float values[kRows][kColumns], grad_x[kRows][kColumns];
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FSC_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          values[r][c] = inside(r, c) ? convert<float>(pixels[(first_h + r) * shape.W + first_w + c]) : 0.0f;
+          grad_x[r][c] = 0;
+        }
+      }
+      FSC_UNROLL
+      for (int a = 0; a < kWindowRows; ++a) {
+        const int q = (row - kReach) / kStride + a - grad_row;  // of the run
+        const bool row_inside = static_cast<uint32_t>(q) < static_cast<uint32_t>(in_grad_rows);
+        float window[kWindowColumns];
+        FSC_UNROLL
+        for (int b = 0; b < kWindowColumns; ++b) {
+          const int p = (column - kReach) / kStride + b;
+          const bool exists = row_inside && static_cast<uint32_t>(p) < static_cast<uint32_t>(shape.out_w);
+          window[b] = exists ? convert<float>(gradients[q * shape.out_w + p]) : 0.0f;
+        }
+        FSC_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const int i = r + kReach - a * kStride;  // the tap under which output row a has x's row r
+          if (i < 0 || i >= kKernel) continue;
+          FSC_UNROLL
+          for (int c = 0; c < kColumns; ++c) {
+            FSC_UNROLL
+            for (int b = 0; b < kWindowColumns; ++b) {
+              const int j = c + kReach - b * kStride;
+              if (j < 0 || j >= kKernel) continue;
+              grad_x[r][c] += weights[i * kKernel + j] * window[b];
+              weight_sums[i * kKernel + j] += values[r][c] * window[b];
+            }
+          }
+        }
+        const int owner_row = a * kStride - kReach / 2;  // of the item, by which output row a is counted
+        if (owner_row < 0 || owner_row >= kRows) continue;
+        FSC_UNROLL
+        for (int b = 0; b < kWindowColumns; ++b) {
+          const int owner_column = b * kStride - kReach / 2;
+          if (owner_column >= 0 && owner_column < kColumns) bias_sum[0] += window[b];
+        }
+      }
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FSC_UNROLL
+        for (int c = 0; c < kColumns; ++c)
+          if (inside(r, c)) pixels[(first_h + r) * shape.W + first_w + c] = convert<Scalar>(grad_x[r][c]);
+      }
+    }
+    __syncthreads();
+    if (params.grad_x.data != nullptr) {
+      if (activates) {
+        FSC_ROLLED
+        for (int i = threadIdx.x; i < unit.images * raw.count; i += Traits::kThreads) {
+          const int image = i / raw.count, element = i % raw.count;
+          Scalar* grad = active.slot(image) + element;
+          *grad = convert<Scalar>(
+              differentiate(shape.pre_activation, convert<float>(*grad), convert<float>(raw.slot(image)[element])));
+        }
+        __syncthreads();
+      }
+      Scalar* grad_x = static_cast<Scalar*>(params.grad_x.data) + offset(params.grad_x, unit.n, k, x_row, 0);
+      active.store_all(unit.images, grad_x);  // which has x's strides, and like x begins at a multiple of 16
+      if (activates) __syncthreads();         // the next unit's active pixels come to the same place
+    }
+    unit = coming;
+    parity = 1 - parity;
+  }
+
+  __syncthreads();  // the rows are read, and their memory is free
+  float* sums = reinterpret_cast<float*>(shared);
+  if (params.partial_weight != nullptr)
+    sum_over_block(sums, weight_sums, [&](int tap, float total) {
+      params.partial_weight[(part * shape.K + k) * Traits::kTaps + tap] = total;
+    });
+  if (params.partial_bias != nullptr)
+    sum_over_block(sums, bias_sum, [&](int, float total) { params.partial_bias[part * shape.K + k] = total; });
+}
+
+}  // namespace fused_sepconv

@@ -1,0 +1,158 @@
+// depthwise_planes_forward.cuh - a depthwise convolution by itself, NCHW.
+//
+//     x (N, C, H, W) --- cp.async, 16 bytes --->  bands of planes in shared memory (pre_act in place)
+//                                                    | kRows x 2 outputs a thread, neighbours across
+//                                                    v
+//                        weights in registers --->  taps, float32  --->  + bias; staged in shared memory, mid_act
+//                                                                           |
+//     y (N, K, out_h, out_w)  <--- 16 bytes, single elements at the ends ---'
+//
+// Who owns what. A block owns one channel of the output and a part of its units: a band of rows of a large image, or
+// some small images whole (PlaneTiling in params.h). While a unit is computed, the next one is on its way.
+//
+// Why it is legal. Channels do not mix, and a band needs k - s rows of its neighbours, which it reads again.
+//
+// Floor. Device bytes: x + y, each once, and the bands' overlap. Arithmetic: for 3x3 about 28 instructions a thread and
+// output, as every element of a window is a 16-bit load of its own: about 70 % of the bandwidth.
+#pragma once
+
+#include "depthwise_planes.cuh"
+
+namespace fused_sepconv {
+
+template <class Traits>
+FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
+depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
+  using Scalar = typename Traits::Scalar;
+  constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride;
+  constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns;
+  constexpr int kWindowRows = (kRows - 1) * kStride + kKernel;
+  constexpr int kWindowColumns = (kColumns - 1) * kStride + kKernel;
+  FSC_SHARED_BYTES(shared);
+  const ConvShape& shape = params.shape;
+  const PlaneTiling& tiling = params.planes;
+
+  const int k = static_cast<int>(blockIdx.x % shape.K);
+  const int64_t begin = static_cast<int64_t>(blockIdx.x / shape.K) * tiling.units_per_part;
+  const int64_t units = plane_units(shape, tiling);
+  const int64_t end = begin + tiling.units_per_part < units ? begin + tiling.units_per_part : units;
+
+  float weights[Traits::kTaps];
+  const Scalar* weight = static_cast<const Scalar*>(params.depthwise_weight) + static_cast<int64_t>(k) * Traits::kTaps;
+  FSC_UNROLL
+  for (int tap = 0; tap < Traits::kTaps; ++tap) weights[tap] = convert<float>(weight[tap]);
+  const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
+  const float bias = biases == nullptr ? 0.0f : convert<float>(biases[k]);
+
+  // Slots hold a run, what it is off a multiple of 16, and what its last piece is longer.
+  const int in_rows = (tiling.rows - 1) * kStride + kKernel < shape.H ? (tiling.rows - 1) * kStride + kKernel : shape.H;
+  const int in_pitch = slot_bytes<Scalar>(in_rows * shape.W);
+  const int out_pitch = slot_bytes<Scalar>((tiling.rows < shape.out_h ? tiling.rows : shape.out_h) * shape.out_w);
+  unsigned char* staging = shared + 2 * tiling.images * in_pitch;
+
+  const Scalar* x = static_cast<const Scalar*>(params.x.data);
+  // First and last row of the band's outputs, and of the image under them.
+  const auto first_output = [&](const PlaneUnit& unit) { return unit.band * tiling.rows; };
+  const auto end_output = [&](const PlaneUnit& unit) {
+    return (unit.band + 1) * tiling.rows < shape.out_h ? (unit.band + 1) * tiling.rows : shape.out_h;
+  };
+  const auto first_input = [&](const PlaneUnit& unit) {
+    const int row = first_output(unit) * kStride - shape.pad_top;
+    return row < 0 ? 0 : row < shape.H ? row : shape.H;
+  };
+  const auto input = [&](const PlaneUnit& unit, int parity) {
+    const int row = first_input(unit);
+    const int below = (end_output(unit) - 1) * kStride - shape.pad_top + kKernel;
+    const int row_end = below < row ? row : below < shape.H ? below : shape.H;
+    return PlaneRows<Traits>{shared + parity * tiling.images * in_pitch, in_pitch,
+                             x + offset(params.x, unit.n, k / shape.multiplier, row, 0), params.x.stride_n,
+                             (row_end - row) * shape.W};
+  };
+
+  int parity = 0;
+  PlaneUnit unit(shape, tiling, begin);
+  input(unit, parity).copy(unit.images, x);
+  async_copy_commit();
+  for (int64_t number = begin; number < end; ++number) {
+    const PlaneRows<Traits> rows = input(unit, parity);
+    async_copy_wait<0>();
+    if (shape.pre_activation != Activation::none) rows.activate_own(unit.images, shape.pre_activation, rows.slots);
+    __syncthreads();  // the unit is there, and the outputs of the one before it are stored
+
+    const PlaneUnit coming(shape, tiling, number + 1);
+    if (number + 1 < end) input(coming, 1 - parity).copy(coming.images, x);
+    async_copy_commit();
+
+    const int first_row = first_output(unit), end_row = end_output(unit), image_row = first_input(unit);
+    Scalar* y = static_cast<Scalar*>(params.y.data) + offset(params.y, unit.n, k, first_row, 0);
+    const PlaneRows<Traits> out{staging, out_pitch, y, params.y.stride_n, (end_row - first_row) * shape.out_w};
+    const int in_image_rows = rows.count / shape.W;
+    const int across = (shape.out_w + kColumns - 1) / kColumns;
+    const int down = (end_row - first_row + kRows - 1) / kRows;
+    for (int item = threadIdx.x; item < unit.images * down * across; item += Traits::kThreads) {
+      const int column = item % across * kColumns;
+      const int row = item / across % down * kRows;
+      const int image = item / across / down;
+      const Scalar* pixels = rows.slot(image);
+      float sums[kRows][kColumns];
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FSC_UNROLL
+        for (int c = 0; c < kColumns; ++c) sums[r][c] = bias;
+      }
+      FSC_UNROLL
+      for (int a = 0; a < kWindowRows; ++a) {
+        const int h = (first_row + row) * kStride - shape.pad_top + a - image_row;  // of the run
+        const bool row_inside = static_cast<uint32_t>(h) < static_cast<uint32_t>(in_image_rows);
+        float window[kWindowColumns];
+        FSC_UNROLL
+        for (int b = 0; b < kWindowColumns; ++b) {
+          const int w = column * kStride - shape.pad_left + b;
+          const bool inside = row_inside && static_cast<uint32_t>(w) < static_cast<uint32_t>(shape.W);
+          window[b] = inside ? convert<float>(pixels[h * shape.W + w]) : 0.0f;
+        }
+        FSC_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const int i = a - r * kStride;  // the tap that lies on this row
+          if (i < 0 || i >= kKernel) continue;
+          FSC_UNROLL
+          for (int c = 0; c < kColumns; ++c) {
+            FSC_UNROLL
+            for (int j = 0; j < kKernel; ++j) sums[r][c] += weights[i * kKernel + j] * window[c * kStride + j];
+          }
+        }
+      }
+      Scalar* staged = out.slot(image) + row * shape.out_w + column;
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FSC_UNROLL
+        for (int c = 0; c < kColumns; ++c)
+          if (first_row + row + r < end_row && column + c < shape.out_w)
+            staged[r * shape.out_w + c] = convert<Scalar>(sums[r][c]);
+      }
+    }
+    __syncthreads();
+    if (shape.mid_activation != Activation::none) {
+      FSC_ROLLED
+      for (int i = threadIdx.x; i < unit.images * out.count; i += Traits::kThreads) {
+        const int image = i / out.count, element = i % out.count;
+        Scalar* staged = out.slot(image) + element;
+        const float t = convert<float>(*staged);
+        if (params.grad_output.data == nullptr) {
+          *staged = convert<Scalar>(activate(shape.mid_activation, t));
+          continue;
+        }
+        const Scalar* grad =
+            static_cast<const Scalar*>(params.grad_output.data) +
+            offset(params.grad_output, unit.n + image, k, first_row + element / shape.out_w, element % shape.out_w);
+        *staged = convert<Scalar>(differentiate(shape.mid_activation, convert<float>(*grad), t));
+      }
+      __syncthreads();
+    }
+    out.store_all(unit.images, y);
+    unit = coming;
+    parity = 1 - parity;
+  }
+}
+
+}  // namespace fused_sepconv

@@ -1,0 +1,178 @@
+"""How the depthwise kernels for NCHW (csrc/kernels/depthwise_planes_*.cuh) cut a problem, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+from ..devices import Device
+from ..problem import ELEMENT_BYTES, DepthwiseProblem, PlaneTiling
+
+THREADS = 128  # of a block: kPlaneThreads in csrc/kernels/depthwise_planes.cuh
+COLUMNS = 2  # of a thread: kPlaneColumns
+
+# A thread's, at most, by kernel size: what the launch bounds leave.
+_REGISTERS = {"forward": {3: 80, 5: 128, 7: 168}, "backward": {3: 128, 5: 168, 7: 255}}
+
+
+@dataclass(frozen=True)
+class PlaneTraits:
+    """What is fixed when a kernel is compiled: `PlaneTraits` in csrc/kernels/depthwise_planes.cuh."""
+
+    direction: str
+    kernel: int
+    stride: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"depthwise_{self.direction}_nchw_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}"
+
+    @property
+    def forward(self) -> bool:
+        return self.direction == "forward"
+
+    @property
+    def rows(self) -> int:
+        """Of a thread: of the output in the forward, of x in the backward."""
+        return 4 if self.stride == 1 else 2
+
+    @property
+    def registers(self) -> int:
+        return _REGISTERS[self.direction][self.kernel]
+
+    def window(self, count: int) -> int:
+        """Rows of x that `count` of the output need, or in the backward rows of its gradient that `count` of x need."""
+        if self.forward:
+            return (count - 1) * self.stride + self.kernel
+        return (count - 1 + self.kernel - 1) // self.stride + 1
+
+    @property
+    def instructions(self) -> float:
+        """Of a thread an item, about: every element of a window is read, converted and guarded by itself."""
+        values = self.rows * COLUMNS
+        window = self.window(self.rows) * self.window(COLUMNS)
+        multiply_adds = values * self.kernel**2 if self.forward else 2 * values * self.kernel**2 / self.stride**2
+        return 4 * window + multiply_adds + 8 * values + 60
+
+
+@dataclass(frozen=True)
+class PlaneCut:
+    """A problem as a tiling cuts it. An axis: 0 down, 1 across."""
+
+    problem: DepthwiseProblem
+    traits: PlaneTraits
+    tiling: PlaneTiling
+
+    @property
+    def blocks(self) -> int:
+        return self.problem.K * self.tiling.parts
+
+    @property
+    def units(self) -> int:
+        return ceil(self.problem.N / self.tiling.images) * self.tiling.bands
+
+    @cached_property
+    def window_rows(self) -> int:
+        """Rows that all bands of an image read: of x in the forward, of the output's gradient in the backward."""
+        p, t, total = self.problem, self.tiling, 0
+        for band in range(t.bands):
+            if self.traits.forward:
+                first = band * t.rows
+                last = min(first + t.rows, p.out_h) - 1
+                low, high = first * p.stride[0] - p.padding[0], last * p.stride[0] - p.padding[0] + p.kernel[0]
+                total += max(0, min(high, p.H) - max(low, 0))
+            else:
+                first = (t.first_row + band * t.rows - p.kernel[0] + 1) // p.stride[0]
+                total += max(0, min(first + self.traits.window(t.rows), p.out_h) - max(first, 0))
+        return total
+
+    def bytes_by_tensor(self) -> dict[str, int]:
+        """What passes through device memory, by the names of csrc/params.h, but for what pieces of 16 bytes read beyond
+        the ends of a run of rows."""
+        p, size = self.problem, self.problem.element_bytes
+        weights = self.tiling.parts * p.weight_bytes
+        if self.traits.forward:
+            return {
+                "x": p.N * p.K * self.window_rows * p.W * size,
+                "depthwise_weight": weights,
+                "y": p.y_bytes,
+            }
+        return {
+            "x": p.x_bytes,
+            "depthwise_weight": weights,
+            "grad_t": p.N * p.K * self.window_rows * p.out_w * size,
+            "grad_x": p.x_bytes,
+            "partial_weight": 2 * self.tiling.parts * p.K * p.taps * 4,  # written, and read to be added
+        }
+
+    def bytes(self) -> int:
+        return sum(self.bytes_by_tensor().values())
+
+
+def _slot_bytes(elements: int, dtype: str) -> int:
+    """`slot_bytes` in csrc/kernels/depthwise_planes.cuh."""
+    return (elements * ELEMENT_BYTES[dtype] + 31) // 16 * 16
+
+
+def _shared_bytes(problem: DepthwiseProblem, traits: PlaneTraits, images: int, rows: int) -> int:
+    """Two units of what is read, and one of what is made of it."""
+    p, dtype = problem, problem.dtype
+    if traits.forward:
+        read = _slot_bytes(min(traits.window(rows), p.H) * p.W, dtype)
+        return images * (2 * read + _slot_bytes(min(rows, p.out_h) * p.out_w, dtype))
+    x = _slot_bytes(min(rows, p.H) * p.W, dtype)
+    grad = _slot_bytes(min(traits.window(rows), p.out_h) * p.out_w, dtype)
+    sums = THREADS // 32 * p.taps * 4
+    return max(sums, images * (2 * grad + (3 if p.pre_activation else 2) * x))
+
+
+def _span(problem: DepthwiseProblem, traits: PlaneTraits, axis: int) -> tuple[int, int]:
+    """(first, count) of the rows or columns to go through: of the output, or in the backward of x with its padding, and
+    of where the outputs' gradients are counted for the bias."""
+    outputs = (problem.out_h, problem.out_w)[axis]
+    if traits.forward:
+        return 0, outputs
+    stride, before, size = problem.stride[axis], problem.padding[2 * axis], (problem.H, problem.W)[axis]
+    owner = (traits.kernel - 1) // 2
+    first, last = min(before, owner), max(size - 1 + before, stride * (outputs - 1) + owner)
+    first -= first % stride
+    return first, last - first + 1
+
+
+def cuts(problem: DepthwiseProblem, traits: PlaneTraits, device: Device) -> Iterator[PlaneCut]:
+    """Ways to cut a problem that are worth comparing."""
+    first_row, height = _span(problem, traits, 0)
+    first_column, width = _span(problem, traits, 1)
+    across, down = ceil(width / COLUMNS), ceil(height / traits.rows)
+    for items in (THREADS, 2 * THREADS, 4 * THREADS):  # of a unit: whole turns of a block's threads
+        images = max(1, min(problem.N, items // (across * down)))
+        bands = ceil(across * down / items) if images == 1 else 1
+        rows = ceil(down / bands) * traits.rows
+        shared_bytes = _shared_bytes(problem, traits, images, rows)
+        if shared_bytes > device.shared_bytes:
+            continue
+        bands = ceil(height / rows)
+        units = ceil(problem.N / images) * bands
+        concurrent = device.sms * device.blocks_per_sm(THREADS, traits.registers, shared_bytes)
+        for share in (2, 4, 8):
+            units_per_part = max(1, ceil(units / max(1, share * concurrent // problem.K // 4)))
+            tiling = PlaneTiling(
+                images=images,
+                rows=rows,
+                bands=bands,
+                first_row=first_row,
+                first_column=first_column,
+                columns=width,
+                units_per_part=units_per_part,
+                parts=max(1, ceil(units / units_per_part)),
+                shared_bytes=shared_bytes,
+            )
+            yield PlaneCut(problem, traits, tiling)
+
+
+def items_of_unit(cut: PlaneCut) -> int:
+    t = cut.tiling
+    return t.images * ceil(t.columns / COLUMNS) * ceil(t.rows / cut.traits.rows)

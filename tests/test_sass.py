@@ -1,0 +1,75 @@
+"""The machine code of the vector kernels, as cuobjdump shows it: 16 bytes a copy and a store, nothing in local memory.
+
+Where the package has no kernels there is no code, and nothing is claimed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from fused_sepconv import _native
+from fused_sepconv.families import depthwise
+
+VECTOR_KERNELS = {traits.name for traits in depthwise.ALL_TRAITS}
+
+ARCHITECTURE = re.compile(r"^arch = (\S+)")
+FUNCTION = re.compile(r"^\s*Function : (\S+)")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+
+
+def cuobjdump() -> str:
+    """The toolkit's, or the one that comes with the triton package."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None, "cuobjdump is in no folder of PATH, and `pip install triton`, which has one, was not done"
+    return str(Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump")
+
+
+@cache
+def opcodes() -> dict[tuple[str, str], set[str]]:
+    """{(architecture, instance): its opcodes} of the vector kernels in the native module."""
+    info = _native.build_info()
+    if info is None or info["emulated"]:
+        return {}
+    instances = {instance.spelling: instance.name for instance in _native.instances().values()}
+    kernels = {
+        (architecture, mangled): instances[resources["name"]]
+        for architecture, report in _native.resources().items()
+        for mangled, resources in report.items()
+        if instances.get(resources["name"]) in VECTOR_KERNELS
+    }
+    found: dict[tuple[str, str], set[str]] = {}
+    architecture, current = "", None
+    with subprocess.Popen([cuobjdump(), "-sass", _native.path()], stdout=subprocess.PIPE, text=True) as dump:
+        for line in dump.stdout:
+            if match := ARCHITECTURE.match(line):
+                architecture = match[1]
+            elif match := FUNCTION.match(line):
+                instance = kernels.get((architecture, match[1]))
+                current = found.setdefault((architecture, instance), set()) if instance else None
+            elif current is not None and (match := INSTRUCTION.match(line)):
+                current.add(match[1])
+    assert dump.returncode == 0
+    return found
+
+
+def test_the_code_of_every_vector_kernel_was_found():
+    expected = {(architecture, name) for architecture in _native.resources() for name in VECTOR_KERNELS}
+    assert set(opcodes()) == expected
+
+
+def test_vector_kernels_copy_and_store_16_bytes_at_a_time():
+    for kernel, codes in opcodes().items():
+        assert any(code.startswith("LDGSTS.E") and "128" in code.split(".") for code in codes), kernel
+        assert any(code.startswith("STG.E") and "128" in code.split(".") for code in codes), kernel
+
+
+def test_nothing_is_kept_in_local_memory():
+    for kernel, codes in opcodes().items():
+        assert not {code for code in codes if code.split(".")[0] in ("LDL", "STL")}, kernel
