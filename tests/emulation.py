@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -12,6 +13,7 @@ import pytest
 
 import fused_sepconv
 from fused_sepconv import _native, launching
+from fused_sepconv.families import depthwise
 from tests.cuda_on_cpu.build import build_native
 
 SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
@@ -45,14 +47,20 @@ def emulated_kernels(checked: bool) -> Iterator[ModuleType]:
 
 
 @contextmanager
-def planned_for(sms: int) -> Iterator[None]:
-    """Within the context CPU tensors are planned for as if on a device of so many SMs: fewer blocks, that do more."""
-    here = launching._here
+def planned_for(sms: int, widest: bool = False) -> Iterator[None]:
+    """Within the context CPU tensors are planned for as if on a device of so many SMs: fewer blocks, that do more.
+
+    With `widest`, depthwise kernels get the widest tiles, and so the most warps, that the plan would compare.
+    """
+    here, cuts = launching._here, depthwise.cuts
 
     def smaller(device_type: str, index: int | None) -> tuple:
         device, kernels = here(device_type, index)
-        return dataclasses.replace(device, sms=sms), kernels
+        # Plans are remembered by device.
+        return dataclasses.replace(device, sms=sms, name=f"{sms} SMs{', widest tiles' if widest else ''}"), kernels
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "_here", smaller)
+        if widest:
+            patch.setattr(depthwise, "cuts", lambda *arguments: itertools.islice(cuts(*arguments), 1))
         yield

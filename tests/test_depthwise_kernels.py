@@ -108,13 +108,14 @@ def theirs(case: Case, tensors: list[Tensor | None]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad)]
 
 
-@pytest.mark.parametrize("sms", [132, 1])
+@pytest.mark.parametrize("sms, widest", [(132, False), (1, False), (1, True)], ids=["many blocks", "few", "wide"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.cases(FAST)
-def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, sms):
-    tensors = inputs(case, torch.float32, "nhwc")
+def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, layout, sms, widest):
+    tensors = inputs(case, torch.float32, layout)
     runs = []
-    with planned_for(sms):
-        for order, seed in SCHEDULES if sms == 1 else SCHEDULES[:2]:
+    with planned_for(sms, widest):
+        for order, seed in SCHEDULES if widest else SCHEDULES[:2]:
             native.set_schedule(order, seed)
             runs.append(ours(case, tensors))
     for run in runs[1:]:
@@ -143,7 +144,8 @@ def test_every_instance_is_executed(native):
         for stride in (1, 2):
             case = Case("one", 1, 8, 5, 5, 1, kernel=kernel, padding=kernel // 2, stride=stride)
             for dtype in DTYPES:
-                ours(case, inputs(case, dtype, "nhwc"))
+                for layout in FORMATS:
+                    ours(case, inputs(case, dtype, layout))
     generic = Case("generic", 1, 3, 3, 3, 1, kernel=2)
     for dtype in (torch.float64, *DTYPES):
         for layout in FORMATS:
@@ -151,15 +153,18 @@ def test_every_instance_is_executed(native):
     assert set(depthwise.INSTANCES) <= set(native.executed())
 
 
-def test_the_fast_kernels_run_where_they_can(plain):
+@pytest.mark.parametrize("layout", FORMATS)
+def test_the_fast_kernels_run_where_they_can(plain, layout):
     for case in (case for case in FAST if case.name != "one pixel"):  # which is NCHW as much as NHWC
         with launching.preferring("depthwise"):
             plain.reset_counters()
-            ours(case, inputs(case, torch.bfloat16, "nhwc"))
-        ran = set(plain.executed())
-        assert any(name.startswith("depthwise_forward") for name in ran), case
-        fast_back = case.multiplier == 1 and case.name != "dilation 2, stride 2"
-        assert any(name.startswith("depthwise_backward") for name in ran) == fast_back, case
+            ours(case, inputs(case, torch.bfloat16, layout))
+        ran = plain.executed()
+        dilated = case.dilation != 1
+        fast = layout == "nhwc" or not dilated
+        fast_back = fast and case.multiplier == 1 and not (dilated and case.stride == case.dilation)
+        assert any(name.startswith(f"depthwise_forward_{layout}") for name in ran) == fast, case
+        assert any(name.startswith(f"depthwise_backward_{layout}") for name in ran) == fast_back, case
 
 
 @pytest.mark.parametrize("offset, narrower", [(1, 0), (0, 1)], ids=["odd address", "odd stride"])
@@ -283,21 +288,27 @@ def test_the_plan_knows_the_bytes_to_the_last(checked, case, sms):
 PIXELS = 24_000  # of the sample of a layer's images: a large one, or 240 of the smallest
 
 
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, direction):
+def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, direction, layout):
     """At batch 64, in bfloat16, as planned for an H200: the blocks of one chunk of channels, for some of the images."""
     print()
+    channels = 64 if layout == "nhwc" else 2
     for layer in XCEPTION:
-        whole = problem_of_layer(layer, direction)
+        whole = problem_of_layer(layer, direction, layout)
         candidate = depthwise.best(whole, DEVICES["H200"], execution.ALL_KERNELS)
         images = min(64, max(1, PIXELS // (layer.H * layer.W)))
-        sample = dataclasses.replace(whole, N=images, C=64)
-        groups = images * candidate.tiling.column_tiles * candidate.tiling.groups
-        parts = -(-groups // candidate.tiling.groups_per_part)
-        candidate = dataclasses.replace(candidate, tiling=dataclasses.replace(candidate.tiling, parts=parts))
+        sample = dataclasses.replace(whole, N=images, C=channels)
+        tiling = candidate.tiling
+        if layout == "nhwc":
+            parts = -(-images * tiling.column_tiles * tiling.groups // tiling.groups_per_part)
+        else:
+            parts = -(-(-(-images // tiling.images) * tiling.bands) // tiling.units_per_part)
+        candidate = dataclasses.replace(candidate, tiling=dataclasses.replace(tiling, parts=parts))
 
-        x = torch.zeros(images, 64, layer.H, layer.W, dtype=torch.bfloat16).contiguous(memory_format=FORMATS["nhwc"])
-        weight = torch.zeros(64, 1, 3, 3, dtype=torch.bfloat16)
+        x = torch.zeros(images, channels, layer.H, layer.W, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=FORMATS[layout])
+        weight = torch.zeros(channels, 1, 3, 3, dtype=torch.bfloat16)
         checked.reset_counters()
         if direction == "forward":
             depthwise_execution.forward(candidate, sample, x, weight, None)
@@ -308,12 +319,13 @@ def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, 
         moved = sum(counters[way].get(name, 0) for way in ("bytes_read", "bytes_written") for name in names)
         floor = (2 if direction == "forward" else 3) * x.numel() * x.element_size()
         ratio, planned = moved / floor, candidate.bytes / (whole.x_bytes * (2 if direction == "forward" else 3))
-        print(f"{layer.name:>16} {direction}: {moved / 1e6:.1f} MB, {ratio:.3f} x the floor; planned: {planned:.3f}")
+        figures = f"{moved / 1e6:.1f} MB, {ratio:.3f} x the floor; planned: {planned:.3f}"
+        print(f"{layer.name:>16} {direction} {layout}: {figures}")
         assert 1.0 <= ratio <= 1.15
         assert 1.0 <= planned <= 1.15
 
 
-def problem_of_layer(layer: Case, direction: str) -> DepthwiseProblem:
+def problem_of_layer(layer: Case, direction: str, layout: str) -> DepthwiseProblem:
     return DepthwiseProblem(
         direction=direction,
         N=64,
@@ -328,6 +340,6 @@ def problem_of_layer(layer: Case, direction: str) -> DepthwiseProblem:
         out_h=layer.H,
         out_w=layer.W,
         dtype="bfloat16",
-        layout="nhwc",
+        layout=layout,
         pre_activation=layer.pre_activation,
     )

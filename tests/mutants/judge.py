@@ -146,7 +146,7 @@ DEPTHWISE_CASES = (
     Case("multiplier", 1, 12, 5, 6, 2, multiplier=3, depthwise_bias=True, mid_activation="gelu"),
     Case("many small images", 7, 4, 3, 2, 2, pre_activation="relu"),
 )
-SMS = (1, 132)
+PLANS = ((1, True), (1, False), (132, False))  # SMs, and whether tiles are the widest
 
 # What is left of the fast kernels is float32. Where they have no backward it is the generic kernels', left in others.
 FAST_INSTANCE = ("float32", "nhwc")
@@ -162,11 +162,11 @@ def _what_is_wrong_with_the_split_family(module: ModuleType) -> str:
             tensors["x"] = tensors["x"].contiguous(memory_format=MEMORY_FORMATS[layout])
             forward_alone = (dtype, layout) == FAST_INSTANCE and case.name in WITHOUT_FAST_BACKWARD
             tensors = {name: tensor.requires_grad_(not forward_alone) for name, tensor in tensors.items()}
-            for (order, seed), sms in product(SCHEDULES[module.is_checked()][:2], SMS):
+            for (order, seed), (sms, widest) in product(SCHEDULES[module.is_checked()][:2], PLANS):
                 module.set_schedule(order, seed)
-                where = f"{case.name}, {dtype}, {layout}, {order}, {sms} SMs"
+                where = f"{case.name}, {dtype}, {layout}, {order}, {sms} SMs, {widest}"
                 try:
-                    with fused_sepconv.use_backend("fused"), launching.preferring("split"), planned_for(sms):
+                    with fused_sepconv.use_backend("fused"), launching.preferring("split"), planned_for(sms, widest):
                         if forward_alone:
                             ours = {"y": fused_sepconv.separable_conv2d(**tensors, **case.options)}
                         else:
