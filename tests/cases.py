@@ -389,6 +389,30 @@ TAILS = (
     Case("dilation wider than a tile", 1, 8, 40, 40, 8, padding=12, dilation=12),
 )
 
+# What the fast depthwise kernels do that the other cases, of few channels, leave out: several chunks of channels and a
+# part of one, strips and tiles side by side, every kernel size, strides, phases of a dilation, windows that are all
+# padding.
+DEPTHWISE = (
+    Case("two images", 2, 64, 9, 9, 4),
+    Case("a chunk and an eighth", 2, 72, 19, 19, 4, pre_activation="relu", depthwise_bias=True),
+    Case("5x5, two tiles", 2, 40, 12, 45, 4, kernel=5, padding=2, mid_activation="silu"),
+    Case("7x7", 1, 40, 9, 35, 4, kernel=7, padding=3, depthwise_bias=True, pre_activation="elu", mid_activation="gelu"),
+    Case("stride 2, three tiles", 2, 40, 13, 85, 4, padding=((0, 1), (1, 0)), stride=2, depthwise_bias=True),
+    Case("5x5, stride 2", 1, 40, 13, 15, 4, kernel=5, padding=((3, 1), (1, 4)), stride=2, pre_activation="hardswish"),
+    Case("7x7, stride 2", 1, 40, 23, 15, 4, kernel=7, padding=((3, 1), (1, 4)), stride=2, depthwise_bias=True),
+    Case("dilation 2", 1, 40, 23, 15, 4, padding=2, dilation=2, depthwise_bias=True),
+    Case("dilation 3, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=3, stride=2, depthwise_bias=True),
+    Case("dilation 2, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=2, stride=2, depthwise_bias=True),
+    Case("dilation across alone", 1, 16, 23, 15, 4, padding=0, dilation=(1, 2), depthwise_bias=True),
+    Case("multiplier 2", 1, 40, 9, 9, 4, multiplier=2),
+    Case("multiplier 3", 2, 40, 9, 9, 4, multiplier=3, depthwise_bias=True, pre_activation="relu6"),
+    Case("windows in the padding alone", 1, 8, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),
+    Case("dilation beyond the image", 1, 8, 3, 3, 3, padding=4, dilation=4, depthwise_bias=True),
+    Case("no padding", 1, 8, 6, 7, 3, padding=0, depthwise_bias=True, mid_activation="relu6"),
+    Case("one pixel", 3, 8, 1, 1, 3, depthwise_bias=True),
+    Case("many small images", 9, 8, 4, 3, 3, pre_activation="silu", mid_activation="relu"),
+)  # fmt: skip
+
 CASES = (*SMALL, *TAILS, *XCEPTION_REDUCED, *XCEPTION)
 
 assert len({case.name for case in CASES}) == len(CASES)

@@ -15,37 +15,14 @@ import fused_sepconv
 from fused_sepconv import depthwise_execution, execution, launching
 from fused_sepconv.arguments import DepthwiseArguments
 from fused_sepconv.devices import DEVICES
-from fused_sepconv.families import depthwise
+from fused_sepconv.families import depthwise, strips
 from fused_sepconv.problem import DepthwiseProblem
-from tests.cases import ACTIVATIONS, CASES, XCEPTION, Case, four_sides, pair, two_convolutions
+from tests.cases import ACTIVATIONS, CASES, DEPTHWISE, XCEPTION, Case, four_sides, pair, two_convolutions
 from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
 from tests.emulation import SCHEDULES, emulated_kernels, planned_for
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# What the fast kernels do that the table's cases, of few channels, leave out: several chunks of channels and a part of
-# one, strips and tiles side by side, every kernel size, strides, phases of a dilation, windows that are all padding.
-FAST = (
-    Case("two images", 2, 64, 9, 9, 4),
-    Case("a chunk and an eighth", 2, 72, 19, 19, 4, pre_activation="relu", depthwise_bias=True),
-    Case("5x5, two tiles", 2, 40, 12, 45, 4, kernel=5, padding=2, mid_activation="silu"),
-    Case("7x7", 1, 40, 9, 35, 4, kernel=7, padding=3, depthwise_bias=True, pre_activation="elu", mid_activation="gelu"),
-    Case("stride 2, three tiles", 2, 40, 13, 85, 4, padding=((0, 1), (1, 0)), stride=2, depthwise_bias=True),
-    Case("5x5, stride 2", 1, 40, 13, 15, 4, kernel=5, padding=((3, 1), (1, 4)), stride=2, pre_activation="hardswish"),
-    Case("7x7, stride 2", 1, 40, 23, 15, 4, kernel=7, padding=((3, 1), (1, 4)), stride=2, depthwise_bias=True),
-    Case("dilation 2", 1, 40, 23, 15, 4, padding=2, dilation=2, depthwise_bias=True),
-    Case("dilation 3, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=3, stride=2, depthwise_bias=True),
-    Case("dilation 2, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=2, stride=2, depthwise_bias=True),
-    Case("dilation across alone", 1, 16, 23, 15, 4, padding=0, dilation=(1, 2), depthwise_bias=True),
-    Case("multiplier 2", 1, 40, 9, 9, 4, multiplier=2),
-    Case("multiplier 3", 2, 40, 9, 9, 4, multiplier=3, depthwise_bias=True, pre_activation="relu6"),
-    Case("windows in the padding alone", 1, 8, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),
-    Case("dilation beyond the image", 1, 8, 3, 3, 3, padding=4, dilation=4, depthwise_bias=True),
-    Case("no padding", 1, 8, 6, 7, 3, padding=0, depthwise_bias=True, mid_activation="relu6"),
-    Case("one pixel", 3, 8, 1, 1, 3, depthwise_bias=True),
-    Case("many small images", 9, 8, 4, 3, 3, pre_activation="silu", mid_activation="relu"),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
@@ -110,7 +87,7 @@ def theirs(case: Case, tensors: list[Tensor | None]) -> list[Tensor]:
 
 @pytest.mark.parametrize("sms, widest", [(132, False), (1, False), (1, True)], ids=["many blocks", "few", "wide"])
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.cases(FAST)
+@pytest.mark.cases(DEPTHWISE)
 def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, layout, sms, widest):
     tensors = inputs(case, torch.float32, layout)
     runs = []
@@ -127,7 +104,7 @@ def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, lay
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.dtypes(*DTYPES)
-@pytest.mark.cases(FAST)
+@pytest.mark.cases(DEPTHWISE)
 def test_as_close_as_eager_in_every_dtype(plain, case, dtype, layout):
     tensors = inputs(case, dtype, layout)
     with launching.preferring("depthwise"):
@@ -155,7 +132,7 @@ def test_every_instance_is_executed(native):
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_the_fast_kernels_run_where_they_can(plain, layout):
-    for case in (case for case in FAST if case.name != "one pixel"):  # which is NCHW as much as NHWC
+    for case in (case for case in DEPTHWISE if case.name != "one pixel"):  # which is NCHW as much as NHWC
         with launching.preferring("depthwise"):
             plain.reset_counters()
             ours(case, inputs(case, torch.bfloat16, layout))
@@ -169,7 +146,7 @@ def test_the_fast_kernels_run_where_they_can(plain, layout):
 
 @pytest.mark.parametrize("offset, narrower", [(1, 0), (0, 1)], ids=["odd address", "odd stride"])
 def test_what_is_not_aligned_goes_to_the_generic_kernels(native, offset, narrower):
-    case = FAST[0]
+    case = DEPTHWISE[0]
     x, weight, _ = inputs(case, torch.float16, "nhwc")
     wide = torch.zeros(2, 9, 9, 64 + offset + narrower, dtype=torch.float16)[..., offset : 64 + offset]
     view = wide.permute(0, 3, 1, 2).copy_(x)
@@ -182,7 +159,7 @@ def test_what_is_not_aligned_goes_to_the_generic_kernels(native, offset, narrowe
 
 
 def test_a_gradient_of_another_layout_is_read_right(native):
-    case = FAST[0]
+    case = DEPTHWISE[0]
     tensors = inputs(case, torch.float32, "nhwc")
     grad = grad_like(torch.empty(2, 64, 9, 9))
     results = [
@@ -194,7 +171,7 @@ def test_a_gradient_of_another_layout_is_read_right(native):
 
 @pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_a_gradient_is_the_same_when_it_is_the_only_one_asked_for(native, mask):
-    case = FAST[1]
+    case = DEPTHWISE[1]
     tensors = tuple(inputs(case, torch.float32, "nhwc"))
     arguments = arguments_of(case)
     grad = grad_like(execution.depthwise_forward(tensors, arguments, "fused"))
@@ -218,7 +195,7 @@ def forward_and_back(function, tensors: dict[str, Tensor], options: dict) -> lis
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
 def test_the_split_family_gives_every_case_right(plain, dtype, layout):
-    for case in (*SMALL, *(case for case in FAST if case.N)):
+    for case in (*SMALL, *(case for case in DEPTHWISE if case.N)):
         tensors = {name: tensor.to(dtype) for name, tensor in case.tensors().items()}
         tensors["x"] = tensors["x"].contiguous(memory_format=FORMATS[layout])
         tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -234,7 +211,7 @@ def test_the_split_family_gives_every_case_right(plain, dtype, layout):
 
 
 def test_the_split_family_ran(plain):
-    case = FAST[1]
+    case = DEPTHWISE[1]
     tensors = {name: tensor.float().requires_grad_() for name, tensor in case.tensors().items()}
     tensors["x"] = tensors["x"].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     plain.reset_counters()
@@ -268,7 +245,7 @@ def counted(native: ModuleType, tensors: list[Tensor | None], case: Case, direct
 
 
 @pytest.mark.parametrize("sms", [132, 2])
-@pytest.mark.cases([case for case in FAST if not case.mid_activation])
+@pytest.mark.cases([case for case in DEPTHWISE if not case.mid_activation])
 def test_the_plan_knows_the_bytes_to_the_last(checked, case, sms):
     tensors = inputs(case, torch.bfloat16, "nhwc")
     with planned_for(sms):
@@ -278,7 +255,7 @@ def test_the_plan_knows_the_bytes_to_the_last(checked, case, sms):
             if candidate.family != "depthwise":
                 continue
             traits = next(t for t in depthwise.ALL_TRAITS if t.name == candidate.name)
-            cut = depthwise.Cut(problem, traits, candidate.tiling)
+            cut = strips.Cut(problem, traits, candidate.tiling)
             planned = cut.bytes_by_tensor()
             seen = counted(checked, tensors, case, direction)
             assert {name: planned.get(name, 0) for name in seen} == seen, (direction, candidate.tiling)

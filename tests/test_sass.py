@@ -15,7 +15,7 @@ from pathlib import Path
 from fused_sepconv import _native
 from fused_sepconv.families import depthwise
 
-VECTOR_KERNELS = {traits.name for traits in depthwise.ALL_TRAITS}
+VECTOR_KERNELS = {traits.name for traits in (*depthwise.ALL_TRAITS, *depthwise.PLANE_TRAITS)}
 
 ARCHITECTURE = re.compile(r"^arch = (\S+)")
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
