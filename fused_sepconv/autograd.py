@@ -137,9 +137,7 @@ class DepthwiseConv2dBackwardFunction(_Backward):
 
 def _as_function_of_tensors(operator: Operator, ctx: Any) -> tuple[Any, dict[int, Tensor]]:
     """The backward of a saved call as a function of the tensors it has, and those tensors by position."""
-    *tensors, output = ctx.saved_tensors
-    if not ACTIVATIONS[ctx.arguments.activation].piecewise_linear:
-        output = None  # its own dependence on the inputs matters now: compute it again
+    *tensors, output = ctx.saved_tensors  # the output is only read where its own derivative is 0: see piecewise_linear
     present = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None}
     _, backward = operator.reference
 
@@ -249,8 +247,6 @@ def _backward_composite(operator: Operator) -> Callable[..., ops.Gradients]:
 
     def composite(*args: Any) -> ops.Gradients:
         *call, _backend, output_mask = args
-        if not ACTIVATIONS[call[-1]].piecewise_linear:
-            call[operator.count + 1] = None  # as in double backward: the output's own dependence on the inputs matters
         gradients = backward(*call, output_mask)
         return tuple(args[0].new_zeros(0) if grad is None else grad for grad in gradients)
 
