@@ -17,7 +17,7 @@ from tests.cases import CASES, DEPTHWISE, both
 
 LARGEST = 20_000  # multiplications
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-TF32 = 5e-3
+TF32 = 5e-3  # of the 1x1 in float32, where PyTorch allows it
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
                     y = function_of(case)(**tensors, **case.options)
                     y.sum().backward()
                 error = float((y.detach().cpu().double() - oracle).norm() / oracle.norm())
-                if not error < (TF32 if family == "tensor" and dtype == torch.float32 else tolerance):
+                if not error < (TF32 if family != "simt" and dtype == torch.float32 else tolerance):
                     wrong += 1
                     print(f"{family} {case} {dtype} {memory_format}: relative error {error:.2e}")
     torch.cuda.synchronize()
