@@ -7,12 +7,12 @@ import sys
 
 import torch
 
-from . import __version__, _native, explain
+from . import __version__, _native, autotune, explain
 
 
 def main() -> int:
     print(f"fused_sepconv {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print("\n".join([*_kernels(), *_pytorch(), *_gpus(), *_calls()]))
+    print("\n".join([*_kernels(), *_pytorch(), *_gpus(), *_autotuning(), *_calls()]))
     return 0
 
 
@@ -56,6 +56,19 @@ def _gpus() -> list[str]:
             f"GPU {index}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB"
         )
+    return lines
+
+
+def _autotuning() -> list[str]:
+    """Whether choices are measured, and where what was measured is kept."""
+    if autotune.tuner is None:
+        return [f"autotuning: off, the plan's predictions decide ({autotune.VARIABLE}=1 measures)"]
+    lines = [f"autotuning: on, as {autotune.VARIABLE} is 1"]
+    for index in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
+        with torch.cuda.device(index):
+            file = autotune.tuner.file(torch.device("cuda", index))
+        kept = "kept in each process alone, as there is no home directory"
+        lines.append(f"  GPU {index}: " + (f"{len(file.read())} problems measured, in {file.path}" if file else kept))
     return lines
 
 

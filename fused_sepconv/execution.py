@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import depthwise_execution, simt_execution, split_execution, tensor_execution
+from . import depthwise_execution, reference, simt_execution, split_execution, tensor_execution
 from .activations import ACTIVATIONS
 from .arguments import Arguments, DepthwiseArguments, TensorSpec, check_cached, check_depthwise_cached, output_size
 from .launching import Tensors, aligned, choose, on_device, tf32
-from .memory_format import memory_format_of
+from .memory_format import as_output, memory_format_of
 from .plan import INSTANCES
-from .problem import DepthwiseProblem, Kernels, Problem
+from .problem import Candidate, DepthwiseProblem, Kernels, Problem
 
 DepthwiseTensors = tuple[Tensor, Tensor, Tensor | None]
 """x, weight, bias."""
@@ -30,9 +30,13 @@ def forward(tensors: Tensors, arguments: Arguments, backend: str) -> Tensor | No
     """The output, or None where the plan chooses PyTorch's own convolutions."""
     _check(tensors, arguments)
     problem = problem_of("forward", tensors, arguments)
-    candidate = choose(problem, tensors[0].device, backend)
+    candidate = choose(problem, tensors[0].device, backend, _try_forward, arguments, tensors)
     if candidate.family == "reference":
         return None
+    return _forward(candidate, problem, tensors)
+
+
+def _forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
     with on_device(tensors[0].device):
         if candidate.family == "split":
             return split_execution.forward(candidate, problem, tensors)
@@ -53,11 +57,23 @@ def backward(
     _check(tensors, arguments)
     problem = problem_of("backward", tensors, arguments)
     _check_like("grad_output", grad_output, tensors[0], (problem.N, problem.F, problem.out_h, problem.out_w))
-    candidate = choose(problem, tensors[0].device, backend)
-    if candidate.family == "reference":
-        return None
     if output is not None:
         _check_like("output", output, tensors[0], (problem.N, problem.F, problem.out_h, problem.out_w))
+    device = tensors[0].device
+    candidate = choose(problem, device, backend, _try_backward, arguments, (grad_output, *tensors, output))
+    if candidate.family == "reference":
+        return None
+    return _backward(candidate, problem, grad_output, tensors, output, output_mask)
+
+
+def _backward(
+    candidate: Candidate,
+    problem: Problem,
+    grad_output: Tensor,
+    tensors: Tensors,
+    output: Tensor | None,
+    output_mask: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
     with on_device(tensors[0].device):
         if candidate.family == "split":
             return split_execution.backward(candidate, problem, grad_output, tensors, output, output_mask)
@@ -69,7 +85,7 @@ def depthwise_forward(tensors: DepthwiseTensors, arguments: DepthwiseArguments, 
     _check_depthwise(tensors, arguments)
     x, weight, bias = tensors
     problem = depthwise_problem_of("forward", tensors, arguments)
-    candidate = choose(problem, x.device, backend)
+    candidate = choose(problem, x.device, backend, _try_depthwise_forward, arguments, tensors)
     if candidate.family == "reference":
         return None
     with on_device(x.device):
@@ -89,11 +105,24 @@ def depthwise_backward(
     x, weight, bias = tensors
     problem = depthwise_problem_of("backward", tensors, arguments)
     _check_like("grad_output", grad_output, x, (problem.N, problem.K, problem.out_h, problem.out_w))
-    candidate = choose(problem, x.device, backend)
-    if candidate.family == "reference":
-        return None
     if output is not None:
         _check_like("output", output, x, (problem.N, problem.K, problem.out_h, problem.out_w))
+    trial = _try_depthwise_backward
+    candidate = choose(problem, x.device, backend, trial, arguments, (grad_output, *tensors, output))
+    if candidate.family == "reference":
+        return None
+    return _depthwise_backward(candidate, problem, grad_output, tensors, output, output_mask)
+
+
+def _depthwise_backward(
+    candidate: Candidate,
+    problem: DepthwiseProblem,
+    grad_output: Tensor,
+    tensors: DepthwiseTensors,
+    output: Tensor | None,
+    output_mask: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias = tensors
     activation = ACTIVATIONS[problem.mid_activation]
     with on_device(x.device):
         grad_t = grad_output
@@ -103,6 +132,44 @@ def depthwise_backward(
             first = choose(replace(problem, direction="forward"), x.device, "fused")
             grad_t = depthwise_execution.forward(first, problem, x, weight, bias, grad_output)
         return depthwise_execution.backward(candidate, problem, x, weight, bias, grad_t, output_mask)
+
+
+# What autotuning times: a candidate, PyTorch's own convolutions among them, on tensors of its own. A backward is timed
+# for the gradients of x and the weights, whichever of them the first call asks for.
+
+
+def _try_forward(candidate: Candidate, problem: Problem, arguments: Arguments, tensors: Tensors) -> object:
+    if candidate.family == "reference":
+        return as_output(tensors[0], reference.forward(*tensors, *arguments))
+    return _forward(candidate, problem, tensors)
+
+
+def _try_backward(candidate: Candidate, problem: Problem, arguments: Arguments, tensors: tuple) -> object:
+    mask = (True, True, True, False, False, False)
+    if candidate.family == "reference":
+        return reference.backward(*tensors, *arguments, mask)
+    grad_output, *inputs, output = tensors
+    return _backward(candidate, problem, grad_output, tuple(inputs), output, mask)
+
+
+def _try_depthwise_forward(
+    candidate: Candidate, problem: DepthwiseProblem, arguments: DepthwiseArguments, tensors: DepthwiseTensors
+) -> object:
+    x, weight, bias = tensors
+    if candidate.family == "reference":
+        return as_output(x, reference.depthwise_forward(*tensors, *arguments))
+    with on_device(x.device):
+        return depthwise_execution.forward(candidate, problem, x, weight, bias)
+
+
+def _try_depthwise_backward(
+    candidate: Candidate, problem: DepthwiseProblem, arguments: DepthwiseArguments, tensors: tuple
+) -> object:
+    mask = (True, True, False)
+    if candidate.family == "reference":
+        return reference.depthwise_backward(*tensors, *arguments, mask)
+    grad_output, *inputs, output = tensors
+    return _depthwise_backward(candidate, problem, grad_output, tuple(inputs), output, mask)
 
 
 def _check(tensors: Tensors, arguments: Arguments) -> None:

@@ -23,7 +23,11 @@ from .plan import Plan, plan
 
 @dataclass(frozen=True)
 class Explanation:
-    """The plans of one call. `str()` is the text, `as_dict()` the data; times are predictions, in seconds."""
+    """The plans of one call. `str()` is the text, `as_dict()` the data; times are in seconds.
+
+    They are predictions, but for a candidate's `measured_seconds`: what autotuning has timed, here or in an earlier
+    process. The measured candidates come first, the one that "auto" runs in front.
+    """
 
     forward: Plan
     backward: Plan

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, autotune
 from .devices import DEVICES, Device, cuda_device
 from .memory_format import memory_format_of
 from .plan import Plan, plan
@@ -34,14 +34,41 @@ def preferring(family: str) -> Iterator[None]:
         _family = previous
 
 
-def choose(problem: Problem | DepthwiseProblem, device: torch.device, backend: str) -> Candidate:
-    """What runs a problem on a device under a backend."""
-    return plan_for(problem, device).choose(backend, _family)
+def choose(
+    problem: Problem | DepthwiseProblem,
+    device: torch.device,
+    backend: str,
+    trial: autotune.Trial | None = None,
+    arguments: Any = None,
+    tensors: tuple[Tensor | None, ...] = (),
+) -> Candidate:
+    """What runs a problem on a device under a backend.
+
+    `trial(candidate, problem, arguments, tensors)` runs a candidate: with it, autotuning can time what "auto" chooses
+    from, on tensors like these.
+    """
+    planned = plan(problem, *_here(device.type, device.index))
+    if backend == "auto" and trial is not None and (tuner := _tuner(planned)):
+        found = tuner.known(problem, device)
+        if found is None:
+            with on_device(device):
+                found = tuner.decide(planned, device, trial, arguments, tensors)
+        return found.chosen
+    return planned.choose(backend, _family)
 
 
 def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:
-    """The plan of a problem where its tensors are."""
-    return plan(problem, *_here(device.type, device.index))
+    """The plan of a problem where its tensors are, with what autotuning has measured of it."""
+    planned = plan(problem, *_here(device.type, device.index))
+    if tuner := _tuner(planned):
+        with on_device(device):
+            return tuner.recall(planned, device)
+    return planned
+
+
+def _tuner(planned: Plan) -> autotune.Tuner | None:
+    """What times candidates where it is switched on, for the devices that a plan knows something of: NVIDIA's GPUs."""
+    return autotune.tuner if planned.device.source else None
 
 
 def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:

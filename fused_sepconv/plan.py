@@ -26,7 +26,8 @@ INSTANCES = simt.INSTANCES | depthwise.INSTANCES | tensor.INSTANCES
 class Plan:
     """All candidates of a problem on a device, the fastest predicted first, those that can't run last.
 
-    Where nothing is known of the device's speed, PyTorch's own convolutions come first: a well-kept library.
+    Where nothing is known of the device's speed, PyTorch's own convolutions come first: a well-kept library. Where
+    autotuning has timed some, they come first, by what they took.
     """
 
     problem: Problem | DepthwiseProblem
@@ -59,13 +60,16 @@ class Plan:
         lines = [f"{self.problem} on {self.device.name}"]
         for candidate in self.candidates:
             mark = "->" if candidate is self.chosen else "  "
+            measured = candidate.measured_seconds
             if not candidate.refusal and not self.device.source:
                 lines.append(f"  {mark} {candidate.name}: runs (no figures of this device to predict from)")
             elif candidate.refusal:
                 lines.append(f"  {mark} {candidate.name}: can't run: {candidate.refusal}")
             else:
                 lines.append(
-                    f"  {mark} {candidate.name}: predicted {candidate.predicted_seconds * 1e6:.1f} us, "
+                    f"  {mark} {candidate.name}: "
+                    + ("" if measured is None else f"measured {measured * 1e6:.1f} us, ")
+                    + f"predicted {candidate.predicted_seconds * 1e6:.1f} us, "
                     f"{candidate.bytes / 1e6:.1f} MB, {candidate.flops / 1e9:.2f} Gflop"
                     + (f", {candidate.blocks} blocks in {candidate.waves:.2f} waves" if candidate.blocks else "")
                     + (f"; {candidate.note}" if candidate.note else "")

@@ -236,6 +236,7 @@ class Candidate:
     waves: float = 0.0  # blocks over those that the device holds at once
     shared_bytes: int = 0
     predicted_seconds: float = float("inf")
+    measured_seconds: float | None = None  # by autotuning, on the device
     refusal: str = ""  # why it can't run; empty if it can
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
     pointwise_splits: Splits | None = None
