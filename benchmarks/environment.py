@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fused_sepconv
-from fused_sepconv import _native
+from fused_sepconv import _native, autotune
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +33,7 @@ def environment(threads: int) -> dict[str, Any]:
             "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
             "cudnn.deterministic": torch.backends.cudnn.deterministic,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "autotune": autotune.tuner is not None,
         },
     }
 

@@ -2,7 +2,7 @@
 
 The first call of a problem times the plan's best few candidates on tensors of its own, and remembers what each took, in
 the process and in a file under the user's cache directory. The plan decides as before where nothing can be timed: while
-a CUDA graph is captured, while a compiler or a tracer looks on, or after memory ran out.
+a CUDA graph is captured, while a compiler runs an operator to see what it gives, or after memory ran out.
 
     tuner.recall    a plan with what is known of it, from this process or the file; times nothing
     tuner.decide    the same, measured where it is not known
@@ -88,7 +88,8 @@ def contenders(plan: Plan) -> list[Candidate]:
 
 def as_measured(plan: Plan, seconds: Seconds) -> Plan:
     """The plan with what its candidates took: the measured ones first, the fastest of them in front."""
-    candidates = [replace(c, measured_seconds=seconds.get(identity(c))) for c in plan.candidates]
+    # One that another build could run may be refused by this one.
+    candidates = [c if c.refusal else replace(c, measured_seconds=seconds.get(identity(c))) for c in plan.candidates]
     # Stable: the others stay in the plan's order, and of two that took the same the plan's first stays first.
     candidates.sort(key=lambda c: math.inf if c.measured_seconds is None else c.measured_seconds)
     return replace(plan, candidates=tuple(candidates))

@@ -33,7 +33,7 @@ from fused_sepconv.autotune import CacheFile, Tuner, contenders, identity
 from fused_sepconv.devices import DEVICES
 from fused_sepconv.execution import ALL_KERNELS
 from fused_sepconv.plan import Plan, plan
-from fused_sepconv.problem import Candidate
+from fused_sepconv.problem import Candidate, Kernels
 from tests.emulation import emulated_kernels
 from tests.test_plan import MIDDLE
 
@@ -255,6 +255,15 @@ def test_another_environment_has_measurements_of_its_own(tune, tmp_path):
         tune(no_clock, environment={**ENVIRONMENT, "driver": driver})
         assert chosen().family == fastest
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_that_came_from_another_environment_is_not_believed(tune):
+    source = tune(Clock("simt")).file(CPU).path
+    call()
+    target = tune(Clock("split"), environment={**ENVIRONMENT, "driver": "2"}).file(CPU).path
+    source.rename(target)
+    call()
+    assert chosen().family == "split"
 
 
 def test_the_environment_is_all_that_a_time_depends_on(monkeypatch):
@@ -641,6 +650,12 @@ def test_of_equal_times_the_plans_first_wins():
     made = plan(MIDDLE, H200, ALL_KERNELS)
     seconds = {identity(candidate): 1e-6 for candidate in contenders(made)}
     assert autotune.as_measured(made, seconds).chosen.name == made.chosen.name
+
+
+def test_what_can_not_run_here_does_not_run_whatever_was_measured():
+    seconds = {identity(candidate): 1e-6 for candidate in plan(MIDDLE, H200, ALL_KERNELS).candidates}
+    without = plan(MIDDLE, H200, Kernels(frozenset(), "none were built"))
+    assert autotune.as_measured(without, seconds).chosen.family == "reference"
 
 
 def test_the_timer_warms_up_and_gives_the_median_in_seconds(monkeypatch):
