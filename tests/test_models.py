@@ -95,6 +95,22 @@ def test_the_image_shrinks_from_299_to_10():
     assert sizes == [(n, n) for n in (149, 147, 74, 37, 19, 19, 10)]
 
 
+def test_width_makes_the_same_network_slim():
+    slim, full = (xception(width=width, device="meta") for width in (0.25, 1.0))
+    assert list(slim.state_dict()) == list(full.state_dict())
+    assert [info["num_chs"] for info in slim.feature_info] == [16, 32, 64, 184, 512]  # 728 / 4, to a multiple of 8
+    assert slim.num_features == slim.classifier.in_features == 512
+    least = xception(10, width=1e-3)
+    assert {m.out_channels for m in least.modules() if isinstance(m, nn.Conv2d)} == {8}
+    assert least(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("width", [0, -1.0, float("inf"), float("nan")])
+def test_width_is_a_factor_above_0(width):
+    with pytest.raises(ValueError, match=r"^width: "):
+        xception(width=width)
+
+
 def test_explain_counts_8_36_g_multiply_adds_at_299():
     explanation = explain(xception(device="meta"), torch.empty(1, 3, 299, 299, device="meta"))
     assert len(explanation.layers) == 34

@@ -132,6 +132,8 @@ class Xception(nn.Module):
         residual: False leaves the residual connections out (the paper's Figure 9).
         mid_activation: None, "relu" or "elu", between the depthwise and the pointwise convolution (Figure 10).
         middle_blocks: modules in the middle flow.
+        width: multiplies the number of channels everywhere (rounded to a multiple of 8, at least 8), `hidden_units`
+            excepted: a slim network has the same layers.
         output_stride: 32, 16 or 8: below 32, the last strides become dilations, for dense prediction. With the same
             weights, every 2nd (4th) pixel of `forward_features` is what it was with a stride of 32.
         features_only: `forward` gives a list of the features at strides 2, 4, 8, 16 and 32, each after its ReLU (as
@@ -156,6 +158,7 @@ class Xception(nn.Module):
         residual: bool = True,
         mid_activation: str | None = None,
         middle_blocks: int = 8,
+        width: float = 1.0,
         output_stride: int = 32,
         features_only: bool = False,
         bn_eps: float = 1e-3,
@@ -172,6 +175,8 @@ class Xception(nn.Module):
         self.features_only = features_only
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout!r}")
+        if not 0 < width < float("inf"):
+            raise ValueError(f"width: expected a factor above 0, got {width!r}")
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
         check_padding("pool_padding", pool_padding)
@@ -183,6 +188,11 @@ class Xception(nn.Module):
         options = {"residual": residual, "mid_activation": mid_activation, "norm": {"eps": bn_eps}, **factory}
         options["norm"]["momentum"] = bn_momentum
 
+        def slim(channels: int) -> int:
+            return max(8, round(channels * width / 8) * 8)
+
+        c32, c64, c128, c256, c728, c1024, c1536, c2048 = map(slim, (32, 64, 128, 256, 728, 1024, 1536, 2048))
+
         def strided(in_channels: int, widths: Sequence[int], reduction: int, **more: Any) -> SeparableStack:
             """A module that would halve the image, from `reduction` / 2 to `reduction`, unless that is too much."""
             stride = 2 if reduction <= output_stride else 1
@@ -191,26 +201,32 @@ class Xception(nn.Module):
             return SeparableStack(in_channels, widths, pool=pool, stride=stride, dilation=dilation, **more, **options)
 
         self.entry = _flow(
-            Stem(self.in_channels, norm=options["norm"], **factory),
-            strided(64, (128, 128), 4, activate_first=False),  # the stem ends in a ReLU
-            strided(128, (256, 256), 8),
-            strided(256, (728, 728), 16),
+            Stem(self.in_channels, (c32, c64), norm=options["norm"], **factory),
+            strided(c64, (c128, c128), 4, activate_first=False),  # the stem ends in a ReLU
+            strided(c128, (c256, c256), 8),
+            strided(c256, (c728, c728), 16),
         )
         middle_dilation = max(16 // output_stride, 1)
         self.middle = _flow(
             *(
-                SeparableStack(728, (728, 728, 728), dilation=middle_dilation, **options)
+                SeparableStack(c728, (c728, c728, c728), dilation=middle_dilation, **options)
                 for _ in range(integer("middle_blocks", middle_blocks, 0))
             )
         )
         last = {**options, "residual": False, "dilation": 32 // output_stride}
         self.exit = _flow(
-            strided(728, (728, 1024), 32),
-            SeparableStack(1024, (1536, 2048), activate_first=False, **last),
+            strided(c728, (c728, c1024), 32),
+            SeparableStack(c1024, (c1536, c2048), activate_first=False, **last),
         )
 
-        self.num_features = 2048
-        taps = (("entry.module1", 64), ("entry.module2", 128), ("entry.module3", 256), ("middle", 728), ("exit", 2048))
+        self.num_features = c2048
+        taps = (
+            ("entry.module1", c64),
+            ("entry.module2", c128),
+            ("entry.module3", c256),
+            ("middle", c728),
+            ("exit", c2048),
+        )
         self.feature_info = [
             {"num_chs": channels, "reduction": min(2 << i, output_stride), "module": name}
             for i, (name, channels) in enumerate(taps)
@@ -245,7 +261,7 @@ class Xception(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, 2048, h, w), after the last ReLU."""
+        """(N, in_channels, H, W) -> (N, num_features, h, w), after the last ReLU."""
         self._check_image(x)
         return F.relu(self.exit(self.middle(self.entry(x))), inplace=True)
 
