@@ -1,6 +1,6 @@
 """Trains Xception, or any image classifier of timm's, with PyTorch alone: one process, or many under torchrun.
 
-    python examples/train.py --model xception_slim --dataset digits --epochs 15
+    python examples/train.py --dataset digits
     torchrun --nproc-per-node=8 examples/train.py --data-dir imagenet --recipe imagenet --amp --channels-last
 
 `--help` has all flags. The files of a run are in its `--output`: steps.csv, epochs.csv and tensorboard/ as it goes,
@@ -8,7 +8,6 @@ checkpoints/, model.safetensors (the last weights that were evaluated), model_be
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -41,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except Interrupted as stop:
-        if isinstance(stop.cause, UserError):
-            print(f"train.py: {stop.cause}. The run is saved: mend it, and go on with --resume", file=sys.stderr)
-            return 1
-        return 128 + (stop.cause or signal.SIGTERM)
+        if isinstance(stop.cause, int):
+            return 128 + stop.cause
+        if stop.cause is not None:
+            print(f"train.py: {stop.cause}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -109,7 +109,10 @@ def train(options: argparse.Namespace, ranks: Ranks) -> Result:
                         interruption,
                     )
                 except Interrupted:
-                    save()
+                    if position.steps:
+                        save()
+                    if journal:
+                        journal.say(f"stopped after {position.steps} steps, which are saved: --resume goes on")
                     raise
             save()  # before the evaluation, which might not succeed
             result = evaluate(

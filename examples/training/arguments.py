@@ -13,14 +13,23 @@ from .recipes import RECIPES
 DATASETS: dict[str, dict[str, Any]] = {
     "folder": {},
     # 1437 + 360 images of 8 x 8 pixels, enlarged; a mirrored digit is none.
-    "digits": {"img_size": 32, "scale": (0.7, 1.0), "hflip": 0.0, "crop_pct": 1.0},
+    "digits": {
+        "model": "xception_slim",
+        "img_size": 32,
+        "scale": (0.7, 1.0),
+        "hflip": 0.0,
+        "crop_pct": 1.0,
+        "epochs": 15,
+        "warmup_epochs": 3,
+        "log_interval": 10,
+    },
     "synthetic": {},
 }
 """Their names, and the values of flags that suit them."""
 
 EXAMPLES = """examples:
   a first run, minutes on a CPU:
-    python examples/train.py --model xception_slim --dataset digits --epochs 15
+    python examples/train.py --dataset digits
   the paper's network and recipe, on all GPUs of a machine:
     torchrun --nproc-per-node=8 examples/train.py --data-dir imagenet --recipe imagenet --amp --channels-last
   the same, going on by itself after a lost process, or when the command is given again:
@@ -31,11 +40,10 @@ EXAMPLES = """examples:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options. What is not given comes from the recipe, then from the dataset, then from the flag itself."""
+    """The options. What is not given comes from the dataset, or from the recipe, or from the flag itself."""
     parser = _parser()
     given = parser.parse_args(argv)
-    parser.set_defaults(**DATASETS[given.dataset])
-    parser.set_defaults(**RECIPES[given.recipe])
+    parser.set_defaults(**{**RECIPES[given.recipe], **DATASETS[given.dataset]})
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.model_kwargs = dict(options.model_kwargs)
@@ -58,11 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--dataset", choices=DATASETS, default="folder", help="default: folder, which is --data-dir")
     data.add_argument("--multi-label", action="store_true", help="many labels an image, listed in DIR/*/labels.csv")
-    data.add_argument("--img-size", type=_at_least(1), default=299, metavar="N", help="pixels; default: 299, digits 32")
+    data.add_argument("--img-size", type=_at_least(1), default=299, metavar="N", help="pixels; default: 299")
     data.add_argument("-b", "--batch-size", type=_at_least(1), default=64, metavar="N", help="of a rank; default: 64")
     data.add_argument("-j", "--workers", type=_at_least(0), metavar="N", help="default: 4, or none in memory")
     data.add_argument("--scale", type=_share, nargs=2, default=(0.08, 1.0), metavar="P", help="area of training crops")
-    data.add_argument("--hflip", type=_probability, default=0.5, metavar="P", help="default: 0.5, digits 0")
+    data.add_argument("--hflip", type=_probability, default=0.5, metavar="P", help="default: 0.5")
     data.add_argument("--crop-pct", type=_share, default=0.9, metavar="P", help="of the side, evaluated; default: 0.9")
     data.add_argument("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), metavar="X", help="default: 0.5 0.5 0.5")
     data.add_argument("--std", type=_positive, nargs=3, default=(0.5, 0.5, 0.5), metavar="X", help="the same")

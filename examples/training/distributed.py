@@ -97,6 +97,8 @@ def shard(network: nn.Module, ranks: Ranks) -> None:
     What is gathered together is a block: each child that has children of its own, those of nn.Sequential one by one.
     A separable convolution is never cut in two, as its parent's kernel reads both of its weights.
     """
+    if not dist.is_initialized():
+        raise UserError("--distributed fsdp: start it with torchrun, one process will do")
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in _blocks(network):
         fully_shard(block, mesh=mesh)

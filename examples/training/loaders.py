@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .datasets import Images
 from .distributed import Ranks
 from .errors import UserError
-from .randomness import derive
+from .randomness import derive, set_seed
 from .transforms import Transform
+
+CPU = torch.device("cpu")
 
 Key = tuple[int, int]
 """(epoch, number of the image)"""
@@ -38,7 +40,7 @@ class Prepared(Dataset):
         epoch, index = key
         image, target = self.images[index]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.seed, "augmentation", epoch, index))
+            set_seed(derive(self.seed, "augmentation", epoch, index), CPU)
             return self.transform(image), target
 
 

@@ -17,7 +17,7 @@ from .errors import ImageError, UserError
 from .journal import Journal, StepRow
 from .loaders import EvaluationData, MicroBatches
 from .metrics import Result, Score
-from .randomness import derive
+from .randomness import derive, set_seed
 from .state import TrainingState
 
 GO_ON, STOP, BAD_IMAGE = range(3)
@@ -150,7 +150,7 @@ def _step(
     total = torch.zeros((), device=precision.device)
     for place, (images, targets) in zip(places, micro_batches, strict=True):
         images, targets = precision.place(images, targets)
-        torch.manual_seed(derive(seed, "dropout", place))
+        set_seed(derive(seed, "dropout", place), precision.device)
         with gradient_sync(state.replica, place == places[-1]):
             with precision.autocast():
                 loss = criterion(state.replica(images), targets) / len(micro_batches)

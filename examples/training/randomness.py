@@ -8,9 +8,17 @@ of ranks or of workers, draws what an uninterrupted one would have drawn, and no
 import zlib
 
 import numpy as np
+import torch
 
 
 def derive(seed: int, use: str, *place: int) -> int:
     """A 63-bit seed for `use` ("order", "dropout", ...) at `place`."""
     sequence = np.random.SeedSequence((seed, zlib.crc32(use.encode()), *place))
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def set_seed(seed: int, device: torch.device) -> None:
+    """Of the CPU's generator, and of the device's. (`torch.manual_seed` takes a millisecond where there is no GPU.)"""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
@@ -128,10 +129,13 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel:
     """
 
     def update(average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        n = int(updates)
-        if average[0].is_floating_point():
-            torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
-        else:  # BatchNorm counts its batches
+        if not average[0].is_floating_point():  # BatchNorm counts its batches
             torch._foreach_copy_(average, current)
+            return
+        n = int(updates)
+        pairs = list(zip(average, current, strict=True))
+        for sharded in (False, True):  # FSDP2's parameters and the buffers, which are whole, do not mix in one call
+            if alike := [pair for pair in pairs if isinstance(pair[0], DTensor) == sharded]:
+                torch._foreach_lerp_(*map(list, zip(*alike, strict=True)), 1 - min(decay, (1 + n) / (10 + n)))
 
     return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
