@@ -543,7 +543,6 @@ def test_the_callers_tensors_and_random_state_stay_as_they_are(tune):
         torch.empty(0, 3, 4, 5),
         torch.empty(7),
     ],
-    ids=str,
 )
 def test_random_tensors_are_laid_out_like_the_calls(like):
     made = autotune.random_like(like, torch.Generator().manual_seed(0))

@@ -480,7 +480,6 @@ def conv(in_channels=4, out_channels=8, kernel_size=3, **options):
         ("pointwise", conv(groups=4), conv(8, 5, 1, stride=2)),
         ("pointwise", conv(groups=4), conv(8, 5, 1, padding=1)),
     ),
-    ids=str,
 )
 def test_two_convolutions_that_are_no_pair_are_not_adopted(argument, depthwise, pointwise):
     with pytest.raises((TypeError, ValueError), match=names(argument)):
