@@ -16,7 +16,10 @@ void run(const Instance& instance, const DepthwiseBackwardParams& params, Stream
 struct Family {
   template <class Scalar, int kernel, int stride>
   static DepthwiseBackwardInstance make(const std::string& name) {
-    using Traits = PlaneTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, kernel == 3 ? 4 : kernel == 5 ? 3 : 2>;
+    using Traits = PlaneTraits<Scalar, kernel, stride, stride == 1 && kernel == 3 ? 4 : 2,
+                               kernel == 3   ? 4
+                               : kernel == 5 ? 3
+                                             : 2>;
     auto made = make_instance<DepthwiseBackwardInstance, Scalar, float, depthwise_planes_backward<Traits>>(
         name, Traits::kThreads, kLargestSharedBytes);
     made.run = run<Traits>;

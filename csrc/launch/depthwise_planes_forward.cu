@@ -16,7 +16,7 @@ void run(const Instance& instance, const DepthwiseForwardParams& params, Stream 
 struct Family {
   template <class Scalar, int kernel, int stride>
   static DepthwiseForwardInstance make(const std::string& name) {
-    using Traits = PlaneTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, kernel == 3 ? 6 : kernel == 5 ? 4 : 3>;
+    using Traits = PlaneTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, kernel == 3 ? 6 : kernel == 5 ? 4 : 2>;
     auto made = make_instance<DepthwiseForwardInstance, Scalar, float, depthwise_planes_forward<Traits>>(
         name, Traits::kThreads, kLargestSharedBytes);
     made.run = run<Traits>;

@@ -14,7 +14,7 @@ THREADS = 128  # of a block: kPlaneThreads in csrc/kernels/depthwise_planes.cuh
 COLUMNS = 2  # of a thread: kPlaneColumns
 
 # A thread's, at most, by kernel size: what the launch bounds leave.
-_REGISTERS = {"forward": {3: 80, 5: 128, 7: 168}, "backward": {3: 128, 5: 168, 7: 255}}
+_REGISTERS = {"forward": {3: 80, 5: 128, 7: 255}, "backward": {3: 128, 5: 168, 7: 255}}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PlaneTraits:
     @property
     def rows(self) -> int:
         """Of a thread: of the output in the forward, of x in the backward."""
-        return 4 if self.stride == 1 else 2
+        return 4 if self.stride == 1 and (self.forward or self.kernel == 3) else 2
 
     @property
     def registers(self) -> int:
