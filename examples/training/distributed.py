@@ -1,6 +1,7 @@
 """One process or many: PyTorch's own engine, started by torchrun, with NCCL on GPUs and gloo on CPUs."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -73,7 +74,13 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         if local >= torch.cuda.device_count():
             raise UserError(f"--nproc-per-node: local rank {local} has no GPU, there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store when it restarts the ranks (seen in PyTorch 2.13): they would find the addresses of
+        # those that have died. Several machines do not count restarts alike, so there it is left as it is.
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield Ranks(rank, world, torch.device(device, local) if device == "cuda" else torch.device(device))
     finally:
@@ -87,6 +94,8 @@ def replicate(network: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.world == 1:
         return network
+    # Deprecated in PyTorch 2.13, which has no other name yet for what is meant.
+    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
