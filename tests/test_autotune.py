@@ -535,13 +535,13 @@ def test_the_callers_tensors_and_random_state_stay_as_they_are(tune):
 @pytest.mark.parametrize(
     "like",
     [
-        torch.empty(2, 3, 4, 5),
-        torch.empty(2, 8, 4, 5, dtype=torch.float16).to(memory_format=torch.channels_last),
-        torch.empty(1, 3, 4, 1, dtype=torch.float64).expand(2, 3, 4, 5),
-        torch.empty(1000)[1:].as_strided((2, 3, 4, 5), (100, 30, 7, 1)),
-        torch.empty(64, dtype=torch.bfloat16)[3:11].view(1, 8, 1, 1),
-        torch.empty(0, 3, 4, 5),
-        torch.empty(7),
+        pytest.param(torch.empty(2, 3, 4, 5), id="NCHW"),
+        pytest.param(torch.empty(2, 8, 4, 5, dtype=torch.float16).to(memory_format=torch.channels_last), id="NHWC"),
+        pytest.param(torch.empty(1, 3, 4, 1, dtype=torch.float64).expand(2, 3, 4, 5), id="expanded"),
+        pytest.param(torch.empty(1000)[1:].as_strided((2, 3, 4, 5), (100, 30, 7, 1)), id="with gaps"),
+        pytest.param(torch.empty(64, dtype=torch.bfloat16)[3:11].view(1, 8, 1, 1), id="at an odd address"),
+        pytest.param(torch.empty(0, 3, 4, 5), id="empty"),
+        pytest.param(torch.empty(7), id="a bias"),
     ],
 )
 def test_random_tensors_are_laid_out_like_the_calls(like):
