@@ -48,7 +48,8 @@ def choose(
     from, on tensors like these.
     """
     planned = plan(problem, *_here(device.type, device.index))
-    if backend == "auto" and trial is not None and (tuner := _tuner(planned)):
+    tuner = autotune.tuner
+    if tuner is not None and backend == "auto" and trial is not None and _tunable(planned):
         found = tuner.known(problem, device)
         if found is None:
             with on_device(device):
@@ -60,15 +61,15 @@ def choose(
 def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:
     """The plan of a problem where its tensors are, with what autotuning has measured of it."""
     planned = plan(problem, *_here(device.type, device.index))
-    if tuner := _tuner(planned):
+    if autotune.tuner is not None and _tunable(planned):
         with on_device(device):
-            return tuner.recall(planned, device)
+            return autotune.tuner.recall(planned, device)
     return planned
 
 
-def _tuner(planned: Plan) -> autotune.Tuner | None:
-    """What times candidates where it is switched on, for the devices that a plan knows something of: NVIDIA's GPUs."""
-    return autotune.tuner if planned.device.source else None
+def _tunable(planned: Plan) -> bool:
+    """Whether autotuning knows the device, as the plan does: NVIDIA's GPUs."""
+    return bool(planned.device.source)
 
 
 def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
