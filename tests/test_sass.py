@@ -67,7 +67,8 @@ def test_the_code_of_every_vector_kernel_was_found():
 def test_vector_kernels_copy_and_store_16_bytes_at_a_time():
     for kernel, codes in opcodes().items():
         assert any(code.startswith("LDGSTS.E") and "128" in code.split(".") for code in codes), kernel
-        assert any(code.startswith("STG.E") and "128" in code.split(".") for code in codes), kernel
+        # ST: where ptxas did not see that the address is a global one.
+        assert any(code.startswith(("STG.E", "ST.E")) and "128" in code.split(".") for code in codes), kernel
 
 
 def test_nothing_is_kept_in_local_memory():
