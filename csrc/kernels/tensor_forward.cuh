@@ -32,9 +32,9 @@
 // A dilated convolution is several undilated ones (phases.cuh), so that a patch never has holes.
 //
 // Floor. Device bytes: x + y + weights (+ residual). A tile reads its patch once a slab of 128 features: halo pixels
-// and later slabs of F come from L2. The depthwise work is done again for each of them. For 3x3 in 16 bits, a lane
-// issues about 500 instructions a slab for 32 results in depth (9 multiply-adds each and the conversions), and its warp
-// 64 matrix instructions.
+// and later slabs of F come from L2. The depthwise work is done again for each of them. For 3x3 in 16 bits, a warp
+// issues about 1150 instructions a slab, twice the time of the matrix work that they overlap with: 730 to convolve (288
+// multiply-adds and 144 conversions among them), 113 to multiply (64 of mma.sync), the rest to copy.
 #pragma once
 
 #include "../primitives/async_copy.h"
@@ -221,8 +221,8 @@ class TensorForward {
   // Where a 16-byte chunk of a patch's pixel lies. Neighbouring runs start 4 * stride pixels apart, which is a multiple
   // of the banks' 128 bytes: every other 4 * stride pixels are exchanged with their neighbours, so that the 8 lanes
   // that one access serves meet all banks.
-  FSC_DEVICE static int chunk_offset(int pixel, int chunk) {
-    constexpr int kPeriod = Traits::kRun * (Traits::kStride == 2 ? 2 : 1);
+  FSC_DEVICE static unsigned chunk_offset(unsigned pixel, unsigned chunk) {  // unsigned: division by a shift alone
+    constexpr unsigned kPeriod = Traits::kRun * (Traits::kStride == 2 ? 2 : 1);
     return ((pixel * Traits::kChunks + chunk) ^ (pixel / kPeriod % 2 * Traits::kChunks)) * 16;
   }
 
@@ -281,23 +281,26 @@ class TensorForward {
       first_feature_ = tile.first_feature;
       h_ = k_.tiles_.vertical.input(tile.phase_h, tile.row);
       w_ = k_.tiles_.horizontal.input(tile.phase_w, tile.column);
-      image_ = static_cast<const Scalar*>(k_.params_.x.data) + tile.n * k_.params_.x.stride_n;
+      const Image& x = k_.params_.x;
+      corner_ = static_cast<const Scalar*>(x.data) + tile.n * x.stride_n + h_ * x.stride_h + w_ * x.stride_w;
     }
 
     FSC_DEVICE void load_patch(SharedAddress stage) const {
       const ConvShape& shape = k_.shape_;
       const int chunk = threadIdx.x % Traits::kChunks;
       const int c = k_.first_channel(slab_) + chunk * Traits::kVector;
+      const int pitch_h = k_.tiles_.vertical.pitch, pitch_w = k_.tiles_.horizontal.pitch;
+      const int64_t down = pitch_h * k_.params_.x.stride_h, across = pitch_w * k_.params_.x.stride_w;
       const uint32_t* places = reinterpret_cast<const uint32_t*>(k_.shared_ + k_.layout_.places);
       for (int pixel = threadIdx.x / Traits::kChunks; pixel < k_.layout_.rows * k_.layout_.columns;
            pixel += Traits::kThreads / Traits::kChunks) {
-        const uint32_t place = places[pixel];
-        const int h = h_ + static_cast<int>(place >> 16) * k_.tiles_.vertical.pitch;
-        const int w = w_ + static_cast<int>(place & 0xffff) * k_.tiles_.horizontal.pitch;
+        const uint32_t row = places[pixel] >> 16, column = places[pixel] & 0xffff;
+        const int h = h_ + static_cast<int>(row) * pitch_h;
+        const int w = w_ + static_cast<int>(column) * pitch_w;
         const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(shape.H) &&
                             static_cast<unsigned>(w) < static_cast<unsigned>(shape.W) && c < shape.C;
-        const Scalar* source = inside ? image_ + h * k_.params_.x.stride_h + w * k_.params_.x.stride_w + c
-                                      : static_cast<const Scalar*>(k_.params_.x.data);
+        const Scalar* source = corner_ + row * down + column * across + c;
+        if (!inside) source = static_cast<const Scalar*>(k_.params_.x.data);
         async_copy<16>(stage + chunk_offset(pixel, chunk), source, inside);
       }
     }
@@ -321,7 +324,7 @@ class TensorForward {
     int index_;  // of the tile whose slabs are being loaded
     int slab_;   // the next of them
     int first_feature_, h_, w_;
-    const Scalar* image_;
+    const Scalar* corner_;  // the patch's first pixel, where there is one
   };
 
   // The first channel of x in a slab's patch: with a depth multiplier, the aligned one at or before its first.
@@ -451,7 +454,11 @@ class TensorForward {
           load<Traits::kWords>(reinterpret_cast<const uint32_t*>(features + (row * Traits::kChunks + chunk_) * 16));
       if constexpr (sizeof(Scalar) == 4) {
         FSC_UNROLL
-        for (int word = 0; word < Traits::kWords; ++word) b[word] = operand(reinterpret_cast<const float*>(&b[word]));
+        for (int word = 0; word < Traits::kWords; ++word) {
+          float value;
+          memcpy(&value, &b[word], sizeof value);
+          b[word] = operand(&value);
+        }
       }
       FSC_UNROLL
       for (int step = 0; step < 2; ++step) {
