@@ -18,8 +18,8 @@
 // dilation and with stride s/g on every d-th row. The same for columns.
 //
 // Floor. Device bytes: x + y, each once, and again the window's overlap (k - s rows or columns) where parts and tiles
-// meet. Arithmetic: for 3x3 in bfloat16 about 12 instructions of a lane an element, half of what the SMs could issue in
-// the time of the bytes; 7x7 is bound by its 49 multiply-adds.
+// meet. Arithmetic: for 3x3 in bfloat16 about 27 instructions of a lane an element (9 of them multiply-adds), about
+// what an H200's SMs can issue in the time of the bytes; 7x7 is bound by its 49 multiply-adds.
 #pragma once
 
 #include "depthwise_strips.cuh"
@@ -171,12 +171,6 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     const int tile_end = (current.tile + 1) * tiling.tile_columns;
     const PhaseAxis vertical{current.phase_h, tiling.phases_h, shape.out_h};
     const PhaseAxis horizontal{current.phase_w, tiling.phases_w, shape.out_w};
-    // Offset of a pixel's chunk of an output image, or -1 where it is no output of this block.
-    const auto output = [&](const Image& image, int row, int column) -> int64_t {
-      const int q = first_row + row, p = first_column + column;
-      if (p >= tile_end || !vertical.inside(q) || !horizontal.inside(p)) return -1;
-      return offset(image, current.n, first_channel, vertical.at(q), horizontal.at(p));
-    };
 
     FSC_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -191,9 +185,10 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
           activate_words<Traits>(shape.mid_activation, word, word, 1);
           continue;
         }
-        const int64_t at = output(params.grad_output, pixel / kColumns, pixel % kColumns);
-        if (at < 0 || own_channel >= shape.K) continue;
-        const Scalar* grad = static_cast<const Scalar*>(params.grad_output.data) + at + lane * kChannels;
+        const int q = first_row + pixel / kColumns, p = first_column + pixel % kColumns;
+        if (p >= tile_end || !vertical.inside(q) || !horizontal.inside(p) || own_channel >= shape.K) continue;
+        const Scalar* grad = static_cast<const Scalar*>(params.grad_output.data) +
+                             offset(params.grad_output, current.n, own_channel, vertical.at(q), horizontal.at(p));
         float t[kChannels], g[kChannels];
         Lane::unpack(*word, t);
         Lane::unpack(*reinterpret_cast<const Word*>(grad), g);
@@ -203,10 +198,8 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
       }
     }
     __syncwarp();
-    store_staged<Traits>(staged, channels, [&](int row, int column) -> Scalar* {
-      const int64_t at = output(params.y, row, column);
-      return at < 0 ? nullptr : static_cast<Scalar*>(params.y.data) + at;
-    });
+    store_staged<Traits>(staged, params.y, current.n, first_channel, channels, vertical, horizontal, first_row,
+                         first_column, tile_end);
 
     current = coming;
     slot = next_slot;

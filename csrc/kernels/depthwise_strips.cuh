@@ -124,14 +124,18 @@ struct RowRing {
   FSC_DEVICE unsigned char* pixel(int32_t slot, int32_t column) const {
     return bytes + (slot * columns + column) * Traits::kPixelBytes;
   }
-  // A thread's pieces are those of every step-th column; copying and whatever a thread does to its own pieces agree.
+  // A thread's pieces are those of every step-th column, in all rows; copying and whatever a thread does to its own
+  // pieces agree.
+  FSC_DEVICE int32_t own_column() const { return threadIdx.x / Traits::kPieces; }
+  FSC_DEVICE int32_t own_step() const { return blockDim.x / Traits::kPieces; }
+  FSC_DEVICE unsigned char* own_piece(int32_t slot, int32_t column) const {
+    return pixel(slot, column) + threadIdx.x % Traits::kPieces * kPieceBytes;
+  }
   template <class Body>
   FSC_DEVICE void for_each_own_piece(int32_t slot, int32_t rows, const Body& body) const {
-    const int32_t piece = threadIdx.x % Traits::kPieces;
-    const int32_t step = blockDim.x / Traits::kPieces;
     for (int32_t row = 0; row < rows; ++row) {
-      for (int32_t column = threadIdx.x / Traits::kPieces; column < columns; column += step)
-        body(row, column, piece, pixel(slot, column) + piece * kPieceBytes);
+      for (int32_t column = own_column(); column < columns; column += own_step())
+        body(row, column, threadIdx.x % Traits::kPieces, own_piece(slot, column));
       slot = wrapped(slot + 1);
     }
   }
@@ -145,14 +149,22 @@ FSC_DEVICE void copy_rows(const RowRing<Traits>& ring, int32_t slot, int32_t row
                           const PhaseAxis& horizontal, int32_t row, int32_t column, int32_t column_end) {
   using Scalar = typename Traits::Scalar;
   const Scalar* data = static_cast<const Scalar*>(image.data);
-  const Scalar* images_own = data + n * image.stride_n + first_channel;
-  ring.for_each_own_piece(slot, rows, [&](int32_t i, int32_t j, int32_t piece, unsigned char* destination) {
-    const bool inside = piece * Traits::kPieceChannels < channels && column + j < column_end &&
-                        horizontal.inside(column + j) && vertical.inside(row + i);
-    const Scalar* source = images_own + vertical.at(row + i) * image.stride_h +
-                           horizontal.at(column + j) * image.stride_w + piece * Traits::kPieceChannels;
-    async_copy<kPieceBytes>(shared_address(destination), inside ? source : data, inside);
-  });
+  const Scalar* first = data + n * image.stride_n + first_channel + vertical.at(row) * image.stride_h;
+  const int64_t row_step = vertical.pitch * image.stride_h;
+  const int32_t channel = threadIdx.x % Traits::kPieces * Traits::kPieceChannels;
+  // Rows are the inner loop: a step down is an addition, where a step across needs products of 64 bits.
+  for (int32_t j = ring.own_column(); j < ring.columns; j += ring.own_step()) {
+    const bool column_inside = channel < channels && column + j < column_end && horizontal.inside(column + j);
+    const Scalar* source = first + horizontal.at(column + j) * image.stride_w + channel;
+    int32_t at = slot;
+    FSC_ROLLED
+    for (int32_t i = 0; i < rows; ++i) {
+      const bool inside = column_inside && vertical.inside(row + i);
+      async_copy<kPieceBytes>(shared_address(ring.own_piece(at, j)), inside ? source : data, inside);
+      source += row_step;
+      at = ring.wrapped(at + 1);
+    }
+  }
 }
 
 // Applies an activation to `count` words, `stride` words apart. Rolled: a kernel has it once.
@@ -169,24 +181,31 @@ FSC_DEVICE void activate_words(Activation activation, const typename Traits::Wor
   }
 }
 
-// Stores a warp's words of kRows x kColumns pixels, which its lanes have left in shared memory, 16 bytes a lane.
-// address(row, column) is where a pixel's chunk goes, null where it goes nowhere.
-template <class Traits, class Staged, class Address>
-FSC_DEVICE void store_staged(const Staged& staged, int32_t channels, const Address& address) {
+// Stores a warp's words of kRows x kColumns pixels, which its lanes have left in shared memory, 16 bytes a lane, to an
+// image's phase from row `row` and column `column` of the phase on; not past the image, `column_end` or `channels`.
+template <class Traits, class Staged>
+FSC_DEVICE void store_staged(const Staged& staged, const Image& image, int64_t n, int32_t first_channel,
+                             int32_t channels, const PhaseAxis& vertical, const PhaseAxis& horizontal, int32_t row,
+                             int32_t column, int32_t column_end) {
   using Scalar = typename Traits::Scalar;
   constexpr int kPixels = kWarpSize / Traits::kPieces;  // of one instruction
+  constexpr int kRows = kPixels / Traits::kColumns;
+  static_assert(kPixels % Traits::kColumns == 0 && Traits::kRows % kRows == 0, "a lane keeps to its column");
   const int lane = threadIdx.x % kWarpSize;
-  const int piece = lane % Traits::kPieces;
-  if (piece * Traits::kPieceChannels >= channels) return;
+  const int channel = lane % Traits::kPieces * Traits::kPieceChannels;
+  const int own_column = lane / Traits::kPieces % Traits::kColumns;
+  const int own_row = lane / Traits::kPieces / Traits::kColumns;
+  column += own_column;
+  row += own_row;
+  if (channel >= channels || column >= column_end || !horizontal.inside(column)) return;
+  Scalar* destination = static_cast<Scalar*>(image.data) +
+                        offset(image, n, first_channel + channel, vertical.at(row), horizontal.at(column));
+  const int64_t step = kRows * vertical.pitch * image.stride_h;
   FSC_UNROLL
-  for (int i = 0; i < Traits::kRows * Traits::kColumns / kPixels; ++i) {
-    const int pixel = i * kPixels + lane / Traits::kPieces;
-    const int row = pixel / Traits::kColumns;
-    const int column = pixel % Traits::kColumns;
-    Scalar* destination = address(row, column);
-    if (destination == nullptr) continue;
-    const Scalar* source = reinterpret_cast<const Scalar*>(staged(row, column) + piece * kPieceBytes);
-    store(destination + piece * Traits::kPieceChannels, load<Traits::kPieceChannels>(source));
+  for (int i = 0; i < Traits::kRows; i += kRows) {
+    const Scalar* source = reinterpret_cast<const Scalar*>(staged(own_row + i, own_column)) + channel;
+    if (vertical.inside(row + i)) store(destination, load<Traits::kPieceChannels>(source));
+    destination += step;
   }
 }
 
