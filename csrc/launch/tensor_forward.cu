@@ -25,14 +25,12 @@ ForwardInstance make(const std::string& dtype, const std::string& kind) {
 template <class Scalar>
 void add_kinds(std::vector<ForwardInstance>& instances, const std::string& dtype) {
   instances.push_back(make<Scalar, 3, 1>(dtype, "3x3"));
-#ifndef QUICK
   instances.push_back(make<Scalar, 3, 2>(dtype, "3x3_stride2"));
   instances.push_back(make<Scalar, 5, 1>(dtype, "5x5"));
   instances.push_back(make<Scalar, 5, 2>(dtype, "5x5_stride2"));
   instances.push_back(make<Scalar, 7, 1>(dtype, "7x7"));
   instances.push_back(make<Scalar, 7, 2>(dtype, "7x7_stride2"));
   instances.push_back(make<Scalar, 0, 0>(dtype, "any"));
-#endif
 }
 
 }  // namespace
@@ -40,10 +38,8 @@ void add_kinds(std::vector<ForwardInstance>& instances, const std::string& dtype
 std::vector<ForwardInstance> tensor_forward_instances() {
   std::vector<ForwardInstance> instances;
   add_kinds<__nv_bfloat16>(instances, "bfloat16");
-#ifndef QUICK
   add_kinds<__half>(instances, "float16");
   add_kinds<float>(instances, "tf32");
-#endif
   return instances;
 }
 
