@@ -28,6 +28,7 @@ py::dict counters() {
   result["bytes_read"] = counters.bytes_read;
   result["bytes_written"] = counters.bytes_written;
   result["bank_conflicts"] = counters.bank_conflicts;
+  result["shared_bytes"] = counters.shared_bytes;
   return result;
 }
 
@@ -45,7 +46,7 @@ void bind_emulator(py::module_& module) {
   module.def("executed", &emulator::executed, "Launches by instance name since the last reset_counters().");
   module.def("counters", &counters,
              "Since the last reset_counters(): bytes_read and bytes_written by buffer (checked build), "
-             "bank_conflicts by \"file:line\".");
+             "bank_conflicts of ldmatrix and stmatrix by \"file:line\", shared_bytes of a block by instance name.");
   module.def("reset_counters", &emulator::reset_counters);
   module.def("is_checked", &emulator::is_checked, "Whether every memory access of device code is checked.");
   py::class_<emulator::GuardedMemory>(module, "GuardedMemory", py::buffer_protocol(), py::module_local(),

@@ -45,6 +45,7 @@ struct Counters {
   std::map<std::string, int64_t> bytes_read;      // by buffer name; checked build only
   std::map<std::string, int64_t> bytes_written;   // by buffer name; checked build only
   std::map<std::string, int64_t> bank_conflicts;  // by "file:line": extra cycles of ldmatrix and stmatrix
+  std::map<std::string, int> shared_bytes;        // by instance name: dynamic, of a block; the most of all launches
 };
 Counters counters();
 void reset_counters();

@@ -25,6 +25,7 @@ namespace {
 std::mutex state_mutex;
 Schedule chosen_schedule;
 std::map<std::string, int64_t> launches_by_instance;
+std::map<std::string, int> shared_bytes_by_instance;
 std::map<std::string, BufferTraffic> traffic_by_buffer;
 std::map<std::string, int64_t> conflicts_by_line;
 std::vector<std::unique_ptr<Worker>> idle_workers;
@@ -194,6 +195,8 @@ void launch(const char* instance, int64_t blocks, int threads, int shared_bytes,
     std::lock_guard<std::mutex> lock(state_mutex);
     launch.schedule = chosen_schedule;
     ++launches_by_instance[instance];
+    int& most = shared_bytes_by_instance[instance];
+    most = std::max(most, shared_bytes);
   }
   launch.memory = checked_memory();
   if (launch.memory) launch.host_stack = own_stack();
@@ -234,12 +237,14 @@ Counters counters() {
     counters.bytes_written[name] = traffic.written;
   }
   counters.bank_conflicts = conflicts_by_line;
+  counters.shared_bytes = shared_bytes_by_instance;
   return counters;
 }
 
 void reset_counters() {
   std::lock_guard<std::mutex> lock(state_mutex);
   launches_by_instance.clear();
+  shared_bytes_by_instance.clear();
   traffic_by_buffer.clear();
   conflicts_by_line.clear();
 }
