@@ -104,7 +104,8 @@ def _implement(operator: Operator) -> None:
         tensors, arguments, backend = args[:count], args[count:-1], args[-1]
         x = tensors[0]
         if _asks_the_plan(x, backend):
-            y = run_forward(tensors, operator.arguments(*hashable(arguments)), backend)
+            with _without_autocast(x):  # the split family runs PyTorch's own 1x1
+                y = run_forward(tensors, operator.arguments(*hashable(arguments)), backend)
             if y is not None:
                 return y
         # The one thing that PyTorch's operators would promote.
@@ -118,12 +119,12 @@ def _implement(operator: Operator) -> None:
         backend, output_mask = args[-2:]
         x = tensors[0]
         gradients = None
-        if _asks_the_plan(x, backend):
-            gradients = run_backward(
-                grad_output, tensors, output, operator.arguments(*hashable(arguments)), backend, tuple(output_mask)
-            )
-        if gradients is None:
-            with _without_autocast(x):
+        with _without_autocast(x):
+            if _asks_the_plan(x, backend):
+                gradients = run_backward(
+                    grad_output, tensors, output, operator.arguments(*hashable(arguments)), backend, tuple(output_mask)
+                )
+            if gradients is None:
                 gradients = reference_backward(grad_output, *tensors, output, *arguments, output_mask)
         return tuple(
             x.new_empty(0) if grad is None else as_gradient(tensor, grad.clone() if grad is grad_output else grad)

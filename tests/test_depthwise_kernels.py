@@ -225,6 +225,17 @@ def test_the_split_family_ran(plain):
     }
 
 
+def test_autocast_does_not_reach_the_split_familys_own_1x1(plain):
+    tensors = {name: tensor.float().requires_grad_() for name, tensor in DEPTHWISE[1].tensors().items()}
+    with launching.preferring("split"):
+        # Of silu's gradient the backward computes the 1x1 again.
+        y = fused_sepconv.separable_conv2d(**tensors, **{**DEPTHWISE[1].options, "activation": "silu"})
+        outside = torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y), retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
 # ---- bytes
 
 
