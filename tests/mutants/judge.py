@@ -145,6 +145,7 @@ DEPTHWISE_CASES = (
     Case("windows in the padding alone", 1, 4, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),
     Case("multiplier", 1, 12, 5, 6, 2, multiplier=3, depthwise_bias=True, mid_activation="gelu"),
     Case("many small images", 7, 4, 3, 2, 2, pre_activation="relu"),
+    Case("more outputs than threads", 1, 4, 13, 12, 2, pre_activation="silu", mid_activation="silu"),
 )
 PLANS = ((1, True), (1, False), (132, False))  # SMs, and whether tiles are the widest
 
