@@ -51,6 +51,7 @@ OWN = (
     Case("two slabs and a vector", 1, 72, 5, 7, 16, pre_activation="relu", bias=True),
     Case("128 features, and one vector more", 1, 8, 5, 7, 136, bias=True, residual=True, activation="relu"),
     Case("two slabs of features", 2, 16, 9, 9, 256, depthwise_bias=True),
+    Case("more channels than threads", 1, 264, 3, 4, 8, depthwise_bias=True),
     Case("many tiles a block", 9, 40, 21, 30, 16, pre_activation="relu"),
     *(
         Case(f"{k}x{k}, stride {s}", 1, 40, 9, 14, 24, kernel=k, stride=s, padding=k // 2, mid_activation="relu")
