@@ -179,6 +179,41 @@ def _what_is_wrong_with_the_split_family(module: ModuleType) -> str:
     return ""
 
 
+# The tensor-core kernels: a slab of 128 features and a vector of the next, two slabs of channels and a vector, several
+# tiles a block and a block a tile, tiles that end inside a run and past the image, all kinds, both operands' types.
+TENSOR_CASES = (
+    Case("slabs and vectors", 2, 72, 7, 9, 136, bias=True, residual=True, pre_activation="relu", activation="relu"),
+    Case("many tiles", 5, 8, 13, 30, 8, depthwise_bias=True, mid_activation="relu"),
+    Case("many tiles of two slabs", 2, 40, 21, 30, 16, pre_activation="relu", bias=True),
+    Case("stride 2", 1, 40, 11, 14, 24, stride=2, padding=1, mid_activation="relu", activation="gelu"),
+    Case("stride 3", 1, 24, 14, 17, 8, kernel=(4, 2), stride=3, pre_activation="silu", mid_activation="silu"),
+    Case("strides and dilations", 1, 8, 13, 19, 8, padding=((1, 2), (3, 0)), stride=(2, 1), dilation=(3, 4)),
+    Case("a row and a column", 2, 8, 9, 11, 8, kernel=(3, 1), padding=((1, 0), (0, 2)), stride=(1, 2)),
+    Case("more channels than threads", 1, 264, 3, 4, 8, depthwise_bias=True),
+    Case("multiplier 5", 1, 16, 6, 6, 16, multiplier=5, pre_activation="relu", depthwise_bias=True),
+)
+TENSOR_TOLERANCE = {"bfloat16": 2e-2, "float32": 4e-3}
+
+
+def _what_is_wrong_with_the_tensor_family(module: ModuleType) -> str:
+    for case, (dtype, tolerance) in product(TENSOR_CASES, TENSOR_TOLERANCE.items()):
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in case.tensors().items()}
+        tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+        exact = {name: tensor.double() for name, tensor in tensors.items()}
+        oracle = {"y": two_convolutions(**exact, **case.options)}
+        for (order, seed), sms in product(SCHEDULES[module.is_checked()], (2, 132)):
+            module.set_schedule(order, seed)
+            where = f"{case.name}, {dtype} on tensor cores, {order}, {sms} SMs"
+            try:
+                with fused_sepconv.use_backend("fused"), launching.preferring("tensor"), planned_for(sms):
+                    ours = {"y": fused_sepconv.separable_conv2d(**tensors, **case.options)}
+            except module.EmulatorError as error:
+                return f"{where}: {error}"
+            if wrong := _difference(ours, oracle, tolerance):
+                return f"{where}: {wrong}"
+    return ""
+
+
 def _difference(ours: dict[str, Tensor], oracle: dict[str, Tensor], tolerance: float) -> str:
     for name, mine in ours.items():
         error, scale = float((mine.double() - oracle[name]).abs().max()), float(oracle[name].abs().max())
@@ -208,8 +243,9 @@ def _what_is_wrong(native: Path) -> tuple[str, list[str]]:
                     return f"{where}: {error}", []
                 if wrong := _difference(ours, oracle, TOLERANCE[dtype]):
                     return f"{where}: {wrong}", []
-    if wrong := _what_is_wrong_with_the_split_family(module):
-        return wrong, []
+    for family in (_what_is_wrong_with_the_split_family, _what_is_wrong_with_the_tensor_family):
+        if wrong := family(module):
+            return wrong, []
     return "", sorted({instance["name"] for instance in module.instances()} - set(module.executed()))
 
 

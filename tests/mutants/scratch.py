@@ -21,8 +21,11 @@ from .mutate import KERNELS, Mutant
 # tests/test_mutants.py asks that all the instances that are left are executed.
 INSTANCES = (("float64", "nhwc"), ("float32", "nchw"))
 
-# Of the depthwise kernels, which are compiled for a kernel size and a stride: these are enough for every line.
-_OTHER_KERNELS = re.compile(r"^.*<Family, (?:3, 2|5, 1|7, \d)>.*\n", re.MULTILINE)
+# Of the kernels that are compiled for a kernel size and a stride: these are enough for every line. What is left of the
+# tensor-core ones is bfloat16 and TF32.
+_OTHER_KERNELS = re.compile(
+    r"^.*<Family, (?:3, 2|5, 1|7, \d)>.*\n|^.*\bmake<Scalar, [57], \d>.*\n|^.*\badd_kinds<__half>.*\n", re.MULTILINE
+)
 
 _MADE = re.compile(
     r"(?:[\w:]+ )?[\w:]*make<[^<>]*>\([^()\"]*\"(?:\w*?_)??(?P<dtype>float64|float32|float16|bfloat16)"
