@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from training import build, checkpoint, curves, recipes
 from training.arguments import parse
-from training.distributed import Ranks, join_ranks
+from training.distributed import Ranks, join_ranks, leave
 from training.errors import UserError
 from training.journal import Journal
 from training.loop import Interrupted, Interruption, evaluate, train_epoch
@@ -131,4 +131,4 @@ def train(options: argparse.Namespace, ranks: Ranks) -> Result:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
