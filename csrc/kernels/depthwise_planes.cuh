@@ -120,7 +120,7 @@ struct PlaneRows {
       Scalar* destination = output + image * stride_n + first;
       const Scalar* source = reinterpret_cast<const Scalar*>(slots + image * pitch + piece * kPieceBytes);
       if (first >= 0 && first + Traits::kPieceElements <= count) {
-        store(destination, load<Traits::kPieceElements>(source));
+        store_global(destination, load<Traits::kPieceElements>(source));
         return;
       }
       for (int i = 0; i < Traits::kPieceElements; ++i)
