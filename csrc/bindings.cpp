@@ -82,11 +82,11 @@ void run(const Made& instance, const Params& params, Stream stream) {
 
 void forward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
              Address pointwise_weight, Address depthwise_bias, Address bias, const ImageArgument& residual,
-             const ImageArgument& grad_output, const ImageArgument& y, const std::array<int32_t, 3>& tiling,
+             const ImageArgument& grad_output, const ImageArgument& y, const std::array<int32_t, 4>& tiling,
              Stream stream) {
   ForwardParams params;
   params.shape = shape;
-  params.tiling = {tiling[0], tiling[1], tiling[2]};
+  params.tiling = {tiling[0], tiling[1], tiling[2], tiling[3]};
   params.x = image(x);
   params.depthwise_weight = pointer(depthwise_weight);
   params.pointwise_weight = pointer(pointwise_weight);

@@ -41,6 +41,7 @@ struct Image {
 struct TensorTiling {
   int32_t rows, columns;  // output pixels of a tile, in its phase of the image (kernels/phases.cuh)
   int32_t blocks;         // that run side by side, each tile after tile
+  int32_t stages;         // of a block's ring in shared memory
 };
 
 // One forward call: z = pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual, y = act(z). With

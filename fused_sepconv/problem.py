@@ -221,6 +221,7 @@ class TensorTiling:
     rows: int
     columns: int
     blocks: int
+    stages: int
 
 
 @dataclass(frozen=True)

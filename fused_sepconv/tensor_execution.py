@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .launching import Tensors, address, aligned, contiguous, conv_shape, image_of, stream_of
+from .launching import Tensors, address, aligned, conv_shape, image_of, stream_of
 from .memory_format import empty_output
 from .problem import Candidate, Problem
 
@@ -19,7 +19,7 @@ def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
         return y
     if residual is not None and not (_is_nhwc(residual) and aligned(residual)):
         residual = empty_output(x, y.shape).copy_(residual)
-    depthwise_weight, depthwise_bias = contiguous(depthwise_weight, depthwise_bias)
+    depthwise_weight, depthwise_bias = _vectors(depthwise_weight), _vectors(depthwise_bias)
     pointwise_weight, bias = _vectors(pointwise_weight), _vectors(bias)
     tiling = candidate.tiling
     _native.load().forward(
@@ -33,7 +33,7 @@ def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
         image_of(residual),
         image_of(None),
         image_of(y),
-        (tiling.rows, tiling.columns, tiling.blocks),
+        (tiling.rows, tiling.columns, tiling.blocks, tiling.stages),
         stream_of(x.device),
     )
     return y

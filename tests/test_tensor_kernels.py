@@ -201,7 +201,7 @@ def test_a_layer_reads_what_the_plan_says_and_writes_the_output_alone(checked, c
     read, written = counters["bytes_read"], {name: n for name, n in counters["bytes_written"].items() if n}
     assert written == {"y": y.numel() * 2}
     assert sum(read.values()) + written["y"] == candidate.requested_bytes
-    amplification = read["x"] / (tensors["x"].numel() * 2) / math.ceil(case.F / tensor.FEATURES)
+    amplification = read["x"] / (tensors["x"].numel() * 2) / math.ceil(case.F / 128)
     print(f"{case}: {candidate.note}; x is read {amplification:.2f} times for each 128 features")
     assert amplification <= tensor.MOST_HALO
     assert counters["shared_bytes"] == {candidate.name: candidate.shared_bytes}

@@ -1,6 +1,6 @@
-// tensor_tiles.cuh - how the tensor-core forward cuts a problem: tiles of the output, and what a block keeps in shared
-// memory. Computed on the host once a launch, and read by the kernel from constant memory, so that it takes no
-// register.
+// tensor_tiles.cuh - how the tensor-core kernels cut a problem into tiles of output pixels and slabs of depthwise
+// channels, and how they lay out in shared memory what a slab brings. Computed on the host once a launch, and read by
+// the kernels from constant memory, so that it takes no register.
 #pragma once
 
 #include "../params.h"
@@ -9,106 +9,96 @@
 
 namespace fused_sepconv {
 
-// kernel: taps a side, inner_stride: of a phase (phases.cuh); 0 for any, read from the shape.
-template <class Scalar_, int kernel, int inner_stride>
-struct TensorForwardTraits {
+// kernel: taps a side, inner_stride: of a phase (phases.cuh); 0 for any, read from the shape. pixels: of a tile.
+template <class Scalar_, int kernel, int inner_stride, int pixels>
+struct TensorTraits {
   using Scalar = Scalar_;
   static constexpr int kKernel = kernel;
   static constexpr int kStride = inner_stride;
+  static constexpr int kPixels = pixels;
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kRun = 4;              // neighbouring output pixels of a lane
-  static constexpr int kRuns = 8 * kWarps;    // of a tile
-  static constexpr int kFeatures = 128;       // of a tile
-  static constexpr int kStages = 4;           // slabs in shared memory
-  static constexpr int kAhead = kStages - 2;  // of them on their way; two are in use, as half of the warps lag by one
 
-  static constexpr int kWords = 4;  // 32-bit words of channels that a lane convolves: 16 bytes
-  static constexpr int kPerWord = 4 / sizeof(Scalar);
-  static constexpr int kVector = kWords * kPerWord;  // channels of a lane
-  static constexpr int kChunks = 4;                  // 16-byte chunks of a slab: one for each lane of a run
-  static constexpr int kSlab = kChunks * kVector;    // channels
+  // A slab of channels: 64 bytes of a pixel.
+  static constexpr int kSlabBytes = 64;
+  static constexpr int kWords = kSlabBytes / 4;
+  static constexpr int kChunks = kSlabBytes / 16;
+  static constexpr int kPerWord = 4 / sizeof(Scalar);  // channels
+  static constexpr int kVector = 16 / sizeof(Scalar);  // channels of a chunk
+  static constexpr int kSlab = kChunks * kVector;      // channels
 
-  // Words that are convolved at once: the window of a larger row at 8 channels would not fit the registers.
-  static constexpr int kWordsAtOnce = kernel > 3 || inner_stride == 2 ? 2 : 4;
+  // A thread convolves one word of channels of a cell: neighbouring pixels, so that it reads each input pixel once for
+  // all outputs that need it.
+  static constexpr int kCells = kThreads / kWords;  // of a tile
+  static constexpr int kCellPixels = kPixels / kCells;
+  static constexpr int kCellColumns = 4;
+  static constexpr int kCellRows = kCellPixels / kCellColumns;
 
   static_assert(sizeof(Scalar) == 2 || sizeof(Scalar) == 4, "float16, bfloat16, or float32 as TF32");
   static_assert((kernel == 0) == (inner_stride == 0), "either both are known or neither");
+  static_assert(kCellRows > 0 && kCells * kCellRows * kCellColumns == kPixels, "whole cells");
 };
 
-// The tiles of a problem, and where one lies. Slabs of features are the fastest index, so that neighbouring blocks
-// share x in L2.
+// The tiles of a problem, and where one lies.
 template <class Traits>
-struct TensorForwardTiles {
+struct TensorTiles {
   Phases vertical, horizontal;
-  int tile_rows, tile_columns;
-  int feature_slabs, down, across;  // tiles along F, and along a phase's rows and columns
-  int count;                        // in all; the plan refuses more than an int holds
+  int rows, columns;  // outputs of a tile: whole cells, at most kCells of them
+  int down, across;   // tiles along a phase's rows and columns
+  int count;          // in all; the plan refuses more than an int holds
 
-  TensorForwardTiles(const ConvShape& shape, const TensorTiling& tiling)
+  TensorTiles(const ConvShape& shape, const TensorTiling& tiling)
       : vertical(shape.stride_h, shape.dilation_h, shape.pad_top),
         horizontal(shape.stride_w, shape.dilation_w, shape.pad_left),
-        tile_rows(tiling.rows),
-        tile_columns(tiling.columns),
-        feature_slabs((shape.F + Traits::kFeatures - 1) / Traits::kFeatures),
-        down((vertical.longest(shape.out_h) + tile_rows - 1) / tile_rows),
-        across((horizontal.longest(shape.out_w) + tile_columns - 1) / tile_columns),
-        count(static_cast<int>(shape.N) * vertical.count * down * horizontal.count * across * feature_slabs) {}
+        rows(tiling.rows),
+        columns(tiling.columns),
+        down((vertical.longest(shape.out_h) + rows - 1) / rows),
+        across((horizontal.longest(shape.out_w) + columns - 1) / columns),
+        count(static_cast<int>(shape.N) * vertical.count * down * horizontal.count * across) {}
 
   struct Tile {
     int n;
-    int first_feature;
     int phase_h, phase_w;  // which phase of the image
     int row, column;       // its first output in that phase
   };
   FSC_DEVICE Tile tile(int index) const {
     Tile tile;
-    tile.first_feature = index % feature_slabs * Traits::kFeatures, index /= feature_slabs;
-    tile.column = index % across * tile_columns, index /= across;
+    tile.column = index % across * columns, index /= across;
     tile.phase_w = index % horizontal.count, index /= horizontal.count;
-    tile.row = index % down * tile_rows, index /= down;
+    tile.row = index % down * rows, index /= down;
     tile.phase_h = index % vertical.count, index /= vertical.count;
     tile.n = index;
     return tile;
   }
-};
-
-// Where things lie in a block's shared memory, in bytes. What the plan computes as `shared_bytes`.
-template <class Traits>
-struct TensorForwardLayout {
-  int rows, columns;                      // of a patch: the input pixels of a tile, halo included
-  int slabs;                              // of channels, the last of which may be partly empty
-  int channels;                           // in all slabs
-  int bias, places, stages, stage_bytes;  // the taps lie at 0
-
-  static constexpr int kFeaturesBytes = Traits::kFeatures * Traits::kChunks * 16;
-
-  TensorForwardLayout(const ConvShape& shape, const TensorForwardTiles<Traits>& tiles) {
-    rows = (tiles.tile_rows - 1) * tiles.vertical.inner_stride + shape.kernel_h;
-    columns = (tiles.tile_columns - 1) * tiles.horizontal.inner_stride + shape.kernel_w;
-    slabs = (shape.K + Traits::kSlab - 1) / Traits::kSlab;
-    channels = slabs * Traits::kSlab;
-    bias = shape.kernel_h * shape.kernel_w * channels * 4;  // after the taps, (taps, channels) float32
-    places = bias + channels * 4;                           // (channels) float32
-    stages = align(places + rows * columns * 4);            // a row and a column for each pixel of the patch
-    // The swizzle exchanges a pair of neighbouring pixels' halves: the patch is whole pairs.
-    stage_bytes = align(rows * columns * Traits::kChunks * 16) + kFeaturesBytes;
+  FSC_DEVICE int output_row(const Tile& tile, int row) const { return vertical.output(tile.phase_h, tile.row + row); }
+  FSC_DEVICE int output_column(const Tile& tile, int column) const {
+    return horizontal.output(tile.phase_w, tile.column + column);
   }
-  int bytes() const { return stages + Traits::kStages * stage_bytes; }
-
- private:
-  static int align(int value) { return (value + 127) / 128 * 128; }
 };
 
-// What a launch adds to the call: computed once on the host, and read from constant memory.
+// What a slab of a tile brings to shared memory, in bytes:
+//
+//   0            the patch: the tile's input pixels, halo included, 64 bytes each
+//   patch_bytes  the slab's depthwise weights, (channels, taps) as they lie in global memory
+//                its depthwise biases, 64 bytes
 template <class Traits>
-struct TensorForwardParams {
-  ForwardParams call;
-  TensorForwardTiles<Traits> tiles;
-  TensorForwardLayout<Traits> layout;
+struct TensorSlabLayout {
+  int slabs;        // of depthwise channels, the last of which may be partly empty
+  int rows, width;  // of a patch
+  int columns;      // what a row of it takes: even, for the swizzle exchanges neighbours
+  int patch_bytes;
+  int bytes;        // of a slab: a multiple of 64
+  int table_bytes;  // where a patch's pixels are in x, beside all slabs (TensorDepthwise)
 
-  explicit TensorForwardParams(const ForwardParams& params)
-      : call(params), tiles(params.shape, params.tiling), layout(params.shape, tiles) {}
+  TensorSlabLayout(const ConvShape& shape, const TensorTiles<Traits>& tiles) {
+    slabs = (shape.K + Traits::kSlab - 1) / Traits::kSlab;
+    rows = (tiles.rows - 1) * tiles.vertical.inner_stride + shape.kernel_h;
+    width = (tiles.columns - 1) * tiles.horizontal.inner_stride + shape.kernel_w;
+    columns = (width + 1) / 2 * 2;
+    patch_bytes = rows * columns * Traits::kSlabBytes;
+    bytes = patch_bytes + (shape.kernel_h * shape.kernel_w + 1) * Traits::kSlabBytes;
+    table_bytes = rows * columns * static_cast<int>(sizeof(int64_t));
+  }
 };
 
 }  // namespace fused_sepconv

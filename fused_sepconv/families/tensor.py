@@ -6,7 +6,9 @@ knows what its threads then ask of memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 from ..devices import Device
@@ -25,26 +27,55 @@ from .depthwise import inner_stride
 L2_BANDWIDTH = 1.4  # assumed, until measured: what L2 gives, of the device memory's bandwidth
 ISSUE_FRACTION = 0.7  # assumed, until measured: instructions issued, of the peak
 OVERLAP = 0.75  # assumed, until measured: of the shorter of arithmetic and matrix work, what the longer one hides
-MOST_HALO = 1.3  # bytes of x that a slab of features may read, of x's own, where that still fills the device
+MOST_HALO = 1.3  # bytes of x that may be read for each 128 features, of x's own, where that still fills the device
 BLOCK_SECONDS = 3e-6  # assumed, until measured: a block's weights and first slabs, which nothing covers
 
-# `TensorForwardTraits` in csrc/kernels/tensor_forward.cuh.
+# `TensorTraits` in csrc/kernels/tensor_tiles.cuh, `TensorForwardTraits` in csrc/kernels/tensor_forward.cuh.
 WARPS = 8
-RUN = 4  # neighbouring output pixels of a lane
-RUNS = 64  # of a tile
-FEATURES = 128  # of a tile
-STAGES = 4
+THREADS = 32 * WARPS
 CHUNKS = 4  # of 16 bytes: the channels of a slab
 SLAB_BYTES = 16 * CHUNKS
-THREADS = 32 * WARPS
+CELLS = 16  # of a tile
+CELL_COLUMNS = 4
+STAGES = (4, 3, 2)  # the most that fit
 LARGEST_SHARED_BYTES = 227 << 10
 
-KINDS = ("3x3", "3x3_stride2", "5x5", "5x5_stride2", "7x7", "7x7_stride2", "any")
+
+@dataclass(frozen=True)
+class Shape:
+    """What a tile of the output has at most."""
+
+    pixels: int
+    features: int
+
+    def __str__(self) -> str:
+        return f"{self.pixels}x{self.features}"
+
+    @property
+    def cell_rows(self) -> int:
+        return self.pixels // CELLS // CELL_COLUMNS
+
+
+WIDE, NARROW = Shape(128, 256), Shape(256, 128)
+SHAPES = {
+    "3x3": (WIDE, NARROW),
+    "3x3_stride2": (WIDE, NARROW),
+    "5x5": (WIDE,),
+    "5x5_stride2": (WIDE,),
+    "7x7": (WIDE,),
+    "7x7_stride2": (WIDE,),
+    "any": (WIDE,),
+}
 _OPERANDS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "tf32"}
 
 INSTANCES = {
     name: Instance(name, THREADS, LARGEST_SHARED_BYTES, registers=255)
-    for name in (f"tensor_forward_{kind}_{operand}" for kind in KINDS for operand in _OPERANDS.values())
+    for name in (
+        f"tensor_forward_{kind}_{shape}_{operand}"
+        for kind, shapes in SHAPES.items()
+        for shape in shapes
+        for operand in _OPERANDS.values()
+    )
 }
 
 _INT32 = 2**31 - 1
@@ -54,17 +85,19 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
     """The fused forward in the tiling that is predicted to be the fastest; the family has no backward of its own."""
     if problem.direction != "forward":
         return []
-    name = f"tensor_forward_{_kind(problem)}_{_OPERANDS.get(problem.dtype, problem.dtype)}"
-    if refusal := _refusal(problem, name, kernels):
-        return [Candidate("tensor", name, refusal=refusal)]
-    cuts = [cut for cut in _cuts(problem, device) if cut.shared_bytes <= device.shared_bytes]
+    kind, operand = _kind(problem), _OPERANDS.get(problem.dtype, problem.dtype)
+    names = {shape: f"tensor_forward_{kind}_{shape}_{operand}" for shape in SHAPES[kind]}
+    if refusal := _refusal(problem, names.values(), kernels):
+        return [Candidate("tensor", f"tensor_forward_{kind}_{operand}", refusal=refusal)]
+    cuts = [cut for shape in names for cut in _cuts(problem, device, shape) if cut.stages]
     if not cuts:
         refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
-        return [Candidate("tensor", name, refusal=refusal)]
-    lean = [cut for cut in cuts if cut.halo <= MOST_HALO and cut.tiles >= device.sms]
+        return [Candidate("tensor", f"tensor_forward_{kind}_{operand}", refusal=refusal)]
+    lean = [cut for cut in cuts if cut.amplification <= MOST_HALO and cut.tiles >= device.sms]
     cut = min(lean or cuts, key=lambda cut: (cut.seconds, cut.requested_bytes))
-    if cut.tiles > _INT32:
-        return [Candidate("tensor", name, refusal=f"{cut.tiles} tiles are more than 32 bits number")]
+    name = names[cut.shape]
+    if (cut.tiles + device.sms) * (cut.slabs + 1) > _INT32:
+        return [Candidate("tensor", name, refusal=f"{cut.tiles} tiles of {cut.slabs} slabs: more than 32 bits number")]
     return [
         Candidate(
             family="tensor",
@@ -74,11 +107,11 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             flops=cut.flops,
             blocks=cut.blocks,
             waves=cut.tiles / device.sms,
-            shared_bytes=cut.shared_bytes,
+            shared_bytes=cut.shared_bytes(cut.stages),
             predicted_seconds=cut.seconds,
-            tiling=TensorTiling(cut.rows, cut.columns, cut.blocks),
-            note=f"{cut.feature_slabs} x {FEATURES} features, "
-            f"tiles of {cut.rows}x{cut.columns} pixels, halo {cut.halo:.2f}",
+            tiling=TensorTiling(cut.rows, cut.columns, cut.blocks, cut.stages),
+            note=f"{cut.feature_tiles} x {cut.shape.features} features, "
+            f"tiles of {cut.rows}x{cut.columns} pixels, halo {cut.halo:.2f}, {cut.stages} stages",
         )
     ]
 
@@ -91,7 +124,7 @@ def _kind(problem: Problem) -> str:
     return f"{kh}x{kw}" + ("_stride2" if sh == 2 else "")
 
 
-def _refusal(problem: Problem, name: str, kernels: Kernels) -> str:
+def _refusal(problem: Problem, names: Iterable[str], kernels: Kernels) -> str:
     """Why the family can't run a problem; empty if it can."""
     if not kernels.instances:
         return kernels.why_none
@@ -106,26 +139,27 @@ def _refusal(problem: Problem, name: str, kernels: Kernels) -> str:
             return f"the {channels} channels of {what} are no multiple of 16 bytes"
     if not problem.aligned:
         return "x is not aligned to 16 bytes, or its channels are not contiguous"
-    if name not in kernels.instances:
-        return f"the native module has no instance {name}"
+    for name in names:
+        if name not in kernels.instances:
+            return f"the native module has no instance {name}"
     top, bottom, left, right = problem.padding
     if max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.F, problem.taps) > _INT32 // 2:
         return "a dimension is too large for 32-bit coordinates"
     return ""
 
 
-def _cuts(problem: Problem, device: Device) -> list[Cut]:
-    """Every width of a tile in whole runs, each with a few heights: the tallest that it has threads for, and lower."""
+def _cuts(problem: Problem, device: Device, shape: Shape) -> list[Cut]:
+    """Every width of a tile in whole cells, each with a few heights: the tallest that it has cells for, and lower."""
     cuts = {}
     (dh, dw), (sh, sw) = problem.dilation, problem.stride
     inner_h, inner_w = inner_stride(problem)
-    height = ceil(problem.out_h / (dh * inner_h // sh))  # of the longest phase
-    width = ceil(problem.out_w / (dw * inner_w // sw))
-    for columns in range(RUN, min(RUN * RUNS, ceil(width / RUN) * RUN) + 1, RUN):
-        tallest = min(height, RUNS // (columns // RUN))
+    height = ceil(problem.out_h / (dh * inner_h // sh) / shape.cell_rows)  # of the longest phase, in cells
+    width = ceil(problem.out_w / (dw * inner_w // sw) / CELL_COLUMNS)
+    for columns in range(1, min(CELLS, width) + 1):
+        tallest = min(height, CELLS // columns)
         for limit in {tallest, -(-tallest // 2), -(-tallest // 4), 1}:
             rows = ceil(height / ceil(height / limit))
-            cuts[rows, columns] = Cut(problem, device, rows, columns)
+            cuts[rows, columns] = Cut(problem, device, shape, rows * shape.cell_rows, columns * CELL_COLUMNS)
     return list(cuts.values())
 
 
@@ -135,12 +169,13 @@ class Cut:
 
     problem: Problem
     device: Device
+    shape: Shape
     rows: int
     columns: int
 
     @property
-    def feature_slabs(self) -> int:
-        return ceil(self.problem.F / FEATURES)
+    def feature_tiles(self) -> int:
+        return ceil(self.problem.F / self.shape.features)
 
     @property
     def slab(self) -> int:
@@ -170,19 +205,27 @@ class Cut:
 
     @property
     def tiles(self) -> int:
-        return self.pixel_tiles * self.feature_slabs
+        return self.pixel_tiles * self.feature_tiles
 
     @property
     def blocks(self) -> int:
         return min(self.tiles, self.device.sms)
 
-    @property
-    def shared_bytes(self) -> int:
-        """`TensorForwardLayout`: taps and bias in float32, the patch's places, and the stages."""
-        pixels = self._patch(0) * self._patch(1)
-        resident = (self.problem.taps + 1) * self.slabs * self.slab * 4 + pixels * 4
-        stage = _aligned(pixels * SLAB_BYTES) + FEATURES * SLAB_BYTES
-        return _aligned(resident) + STAGES * stage
+    @cached_property
+    def _patch_pixels(self) -> int:
+        """What a patch takes: rows of an even number of pixels."""
+        return self._patch(0) * ceil(self._patch(1) / 2) * 2
+
+    def shared_bytes(self, stages: int) -> int:
+        """`TensorForwardLayout`: the places of the patch's pixels, two tiles of operand A, and the stages."""
+        slab = (self._patch_pixels + self.problem.taps + 1) * SLAB_BYTES
+        operands = 2 * self.shape.pixels * SLAB_BYTES
+        return _aligned(self._patch_pixels * 8) + operands + stages * (self.shape.features * SLAB_BYTES + _aligned(slab))
+
+    @cached_property
+    def stages(self) -> int:
+        """Of the ring in shared memory; 0 where it does not fit."""
+        return next((n for n in STAGES if self.shared_bytes(n) <= self.device.shared_bytes), 0)
 
     def _rows_read(self, axis: int) -> int:
         """Rows or columns of an image that all tiles of all phases read, those that they share once for each."""
@@ -197,10 +240,15 @@ class Cut:
                 total += max(0, end - begin)
         return total
 
-    @property
+    @cached_property
     def halo(self) -> float:
         """Pixels that all tiles read, of x's own."""
         return self._rows_read(0) * self._rows_read(1) / (self.problem.H * self.problem.W)
+
+    @property
+    def amplification(self) -> float:
+        """Bytes of x that are read, of x's own, for each 128 features."""
+        return self.halo * self.feature_tiles / ceil(self.problem.F / 128)
 
     @property
     def _bytes_of_pixel(self) -> int:
@@ -214,8 +262,8 @@ class Cut:
         """What the threads ask of memory, biases left out; halos and later slabs of features come from L2."""
         p = self.problem
         pixels = p.N * self._rows_read(0) * self._rows_read(1)
-        x = pixels * self.feature_slabs * self._bytes_of_pixel
-        weights = self.pixel_tiles * p.bytes_of(p.F * p.K) + self.blocks * p.bytes_of(p.K * p.taps)
+        x = pixels * self.feature_tiles * self._bytes_of_pixel
+        weights = self.pixel_tiles * p.bytes_of(p.F * p.K) + self.tiles * p.bytes_of(p.K * p.taps)
         return x + weights + p.y_bytes * (2 if p.residual else 1)
 
     @property
@@ -225,9 +273,9 @@ class Cut:
 
     @property
     def flops(self) -> int:
-        """Of whole tiles: the depthwise part is done again for each slab of features."""
-        pixels = RUN * RUNS
-        return 2 * self.tiles * self.slabs * self.slab * pixels * (self.problem.taps + FEATURES)
+        """Of whole tiles: the depthwise part is done again for each tile along F."""
+        shape = self.shape
+        return 2 * self.tiles * self.slabs * self.slab * shape.pixels * (self.problem.taps + shape.features)
 
     @property
     def seconds(self) -> float:
@@ -240,27 +288,42 @@ class Cut:
 
     @property
     def _slab_seconds(self) -> float:
-        """One slab of one tile on an SM: instructions and matrix work, which overlap but for a part."""
-        device, p = self.device, self.problem
+        """One slab of one tile on an SM: instructions, matrix work and shared memory, which overlap but for a part."""
+        device, p, shape = self.device, self.problem, self.shape
         clock = device.fma_float32 / (2 * 128 * device.sms)  # 128 multiply-adds a cycle
         issue = WARPS * self._instructions / 4 / ISSUE_FRACTION / clock
-        matrix = 2 * RUN * RUNS * FEATURES * self.slab / (device.matrix_sync(p.dtype) / device.sms)
-        return max(issue, matrix) + (1 - OVERLAP) * min(issue, matrix)
+        matrix = 2 * shape.pixels * shape.features * self.slab / (device.matrix_sync(p.dtype) / device.sms)
+        longest, second, _ = sorted((issue, matrix, self._shared_cycles / clock), reverse=True)
+        return longest + (1 - OVERLAP) * second
+
+    @property
+    def _window(self) -> int:
+        """Words of a patch that a thread reads for its cell."""
+        (kh, kw), (sh, sw) = self.problem.kernel, inner_stride(self.problem)
+        if _kind(self.problem) == "any":
+            return kh * kw * self.shape.cell_rows * CELL_COLUMNS
+        return ((self.shape.cell_rows - 1) * sh + kh) * ((CELL_COLUMNS - 1) * sw + kw)
+
+    @property
+    def _shared_cycles(self) -> float:
+        """Of a slab, at 128 bytes a cycle: what goes in, the windows and taps, operand A, both operands."""
+        copied = (self._patch_pixels + self.shape.features) * SLAB_BYTES / 128
+        cell = self.shape.cell_rows * CELL_COLUMNS
+        return copied + WARPS * (self._window + self.problem.taps + 1 + cell + 16 * 4)
 
     @property
     def _instructions(self) -> float:
-        """Of a warp a slab, about: as nvcc compiled 3x3 in 16 bits for sm_90a, where it takes 730 to convolve (207 for
-        a row of taps), 113 to multiply, and 33 for each copy of the patch."""
+        """Of a warp a slab, about."""
         p = self.problem
-        kh, kw = p.kernel
         narrow = ELEMENT_BYTES[p.dtype] == 2
-        channels = 8 if narrow else 4
-        columns = (RUN - 1) * inner_stride(p)[1] + kw if _kind(p) != "any" else RUN * kw
-        relu = 4 * columns if p.pre_activation == "relu" else 0
-        row = RUN * kw * channels + columns * (channels if narrow else 0) + 7 * columns + 2 * kw + relu + 10
-        multiply = 2 * FEATURES // 8 * 2 + FEATURES // 8 * (1 if narrow else 5) + 33
-        load = ceil(self._patch(0) * self._patch(1) * CHUNKS / THREADS) * 33 + FEATURES * CHUNKS // THREADS * 15 + 90
-        return kh * row + 2 * channels + 90 + multiply + load
+        channels = 2 if narrow else 1
+        cell = self.shape.cell_rows * CELL_COLUMNS
+        relu = self._window if p.pre_activation == "relu" else 0
+        unpack = channels if narrow else 0
+        convolve = cell * p.taps * channels + self._window * (1 + unpack) + p.taps * 2 + 2 * cell + relu + 20
+        multiply = 64 + 16 + 10 + (0 if narrow else 32)
+        load = ceil(self._patch_pixels * CHUNKS / THREADS) * 10 + self.shape.features * CHUNKS // THREADS * 8 + 60
+        return convolve + multiply + load
 
 
 def _aligned(value: int) -> int:

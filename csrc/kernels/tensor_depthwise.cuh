@@ -1,0 +1,361 @@
+// tensor_depthwise.cuh - the depthwise convolution of a tile, as an operand of a matrix product in shared memory.
+//
+// What the tensor-core kernels share. x is in NHWC.
+//
+//   x (N, H, W, C)            depthwise weight (K, taps), bias (K)
+//      | cp.async, 16 bytes a copy        | cp.async
+//      v                                  v
+//   patch[input pixel][64 bytes]       taps[channel][tap], bias[channel]         a slab, in shared memory
+//      |                                  |
+//      '--- a word of a 2x4 or 4x4 cell --'
+//              | float32, + bias, mid_act
+//              v
+//   t[kPixels rows][64 bytes]  as Scalar; float32 rounded to TF32                 in shared memory
+//
+// Who owns what. A tile is 16 cells of 2 (128 pixels) or 4 (256 pixels) rows by 4 columns. Thread 16b + w convolves
+// word w of the slab's channels (two of 16 bits, or one float32) of cell b: it reads each input pixel once, 3 words a
+// pixel of a 2x4 cell under 3x3, and keeps its taps in registers. A warp reads two neighbouring cells: 4 * stride
+// pixels apart, a multiple of the banks' 128 bytes. So every other 4 * stride columns of a patch are exchanged with
+// their neighbours, and the two read different banks.
+//
+// The rows of t. Pixel (r, c) of cell b is row (4r + c) * 16 + b, and chunk j of 16 bytes of a row lies at chunk
+// j ^ (row / 2 % 4) of it: then a warp's stores, 16-byte loads of 8 lanes that take two whole rows, and ldmatrix of 8
+// neighbouring rows, transposing or not, all meet every bank once. Cells that a tile has not, and pixels past the
+// image, hold finite or not finite nonsense; with kZeroOutside zeros, for sums over pixels.
+//
+// The calls, and who sees what: enter() a tile; load() each of its slabs, from the same thread that calls arrived()
+// once async_copy_wait has said that they are there; then a __syncthreads, and any thread may convolve().
+#pragma once
+
+#include "../primitives/async_copy.h"
+#include "../primitives/convert.h"
+#include "../primitives/vector.h"
+#include "activation.cuh"
+#include "tensor_tiles.cuh"
+
+namespace fused_sepconv {
+
+// What a kernel's launch adds to its call.
+template <class Traits>
+struct TensorDepthwiseParams {
+  ConvShape shape;
+  Image x;
+  const void* weight;  // (K, kernel_h, kernel_w), contiguous, aligned to 16 bytes
+  const void* bias;    // (K) or null, aligned to 16 bytes
+  TensorTiles<Traits> tiles;
+  TensorSlabLayout<Traits> layout;
+
+  // Call: ForwardParams, BackwardParams
+  template <class Call>
+  TensorDepthwiseParams(const Call& call, const TensorTiling& tiling)
+      : shape(call.shape),
+        x(call.x),
+        weight(call.depthwise_weight),
+        bias(call.depthwise_bias),
+        tiles(call.shape, tiling),
+        layout(call.shape, tiles) {}
+};
+
+template <class Traits>
+class TensorDepthwise {
+  using Scalar = typename Traits::Scalar;
+  using Tile = typename TensorTiles<Traits>::Tile;
+
+ public:
+  // `table`: layout.table_bytes of shared memory that nothing else touches. `params` is read where it lies.
+  FSC_DEVICE TensorDepthwise(const TensorDepthwiseParams<Traits>& params, unsigned char* table)
+      : params_(params), shape_(params.shape), tiles_(params.tiles), layout_(params.layout) {
+    table_ = reinterpret_cast<int64_t*>(table);
+    cell_ = threadIdx.x / Traits::kWords;
+    const int across = tiles_.columns / Traits::kCellColumns;
+    cell_row_ = cell_ / across * Traits::kCellRows;
+    cell_column_ = cell_ % across * Traits::kCellColumns;
+    // A cell past the tile's last repeats the first, so that it reads what is there.
+    if (cell_row_ >= tiles_.rows) cell_row_ = kNowhere, cell_column_ = 0;
+    const int word = threadIdx.x % Traits::kWords;
+    const int row = cell_row_ == kNowhere ? 0 : cell_row_ * stride_h();
+    window_ = (row * layout_.columns + cell_column_ * stride_w()) * Traits::kSlabBytes + word * 4;
+    out_ = t_offset(cell_, word / 4) + word % 4 * 4;
+  }
+
+  // Where chunk `chunk` of a row of t lies, in bytes.
+  FSC_DEVICE static int t_offset(int row, int chunk) {
+    return row * Traits::kSlabBytes + (chunk ^ row / 2 % Traits::kChunks) * 16;
+  }
+  static constexpr int kOperandBytes = Traits::kPixels * Traits::kSlabBytes;  // of t
+
+  // Where in a tile the pixel of a row of t lies; false: nowhere.
+  FSC_DEVICE bool place(int t_row, int& row, int& column) const {
+    const int cell = t_row % Traits::kCells, pixel = t_row / Traits::kCells;
+    const int across = tiles_.columns / Traits::kCellColumns;
+    row = cell / across * Traits::kCellRows + pixel / Traits::kCellColumns;
+    column = cell % across * Traits::kCellColumns + pixel % Traits::kCellColumns;
+    return row < tiles_.rows;
+  }
+
+  // The tile whose slabs are loaded from now on. All lanes of a warp together.
+  FSC_DEVICE void enter(const Tile& tile) {
+    const Image& x = params_.x;
+    image_ = static_cast<const unsigned char*>(x.data) + tile.n * x.stride_n * kScalarBytes;
+    const int h0 = tiles_.vertical.input(tile.phase_h, tile.row);
+    const int w0 = tiles_.horizontal.input(tile.phase_w, tile.column);
+    __syncwarp();  // the places of the tile before are read
+    // Each of the four threads that copy a pixel finds the places of every fourth of their pixels.
+    const int chunk = threadIdx.x % Traits::kChunks;
+    for (int pixel = threadIdx.x / Traits::kChunks + chunk * kPixelsAtOnce; pixel < pixels();
+         pixel += Traits::kChunks * kPixelsAtOnce) {
+      const int row = pixel / layout_.columns;
+      const int column = exchanged(pixel - row * layout_.columns);
+      const int h = h0 + row * tiles_.vertical.pitch;
+      const int w = w0 + column * tiles_.horizontal.pitch;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(shape_.H) &&
+                          static_cast<unsigned>(w) < static_cast<unsigned>(shape_.W) && column < layout_.width;
+      table_[pixel] = inside ? (h * x.stride_h + w * x.stride_w) * kScalarBytes : kOutside;
+    }
+    __syncwarp();
+  }
+
+  // Starts the copies of a slab of the tile; the caller closes their group.
+  FSC_DEVICE void load(int slab, unsigned char* stage) const {
+    const int chunk = threadIdx.x % Traits::kChunks;
+    const int channel = first_channel(slab) + chunk * Traits::kVector;
+    const bool real = channel < shape_.C;
+    const unsigned char* source = image_ + (real ? channel : 0) * kScalarBytes;
+    SharedAddress destination = shared_address(stage) + threadIdx.x * 16;
+    const int step = kPixelsAtOnce * Traits::kSlabBytes;
+    for (int pixel = threadIdx.x / Traits::kChunks; pixel < pixels(); pixel += kPixelsAtOnce, destination += step) {
+      const int64_t place = table_[pixel];
+      const bool inside = place != kOutside && real;
+      async_copy<16>(destination, source + (place & ~kOutside), inside);
+    }
+    const int taps = shape_.kernel_h * shape_.kernel_w;
+    const SharedAddress weights = shared_address(stage + layout_.patch_bytes);
+    for (int piece = threadIdx.x; piece < (taps + 1) * Traits::kChunks; piece += Traits::kThreads) {
+      const bool of_bias = piece >= taps * Traits::kChunks;
+      const void* base = of_bias && params_.bias != nullptr ? params_.bias : params_.weight;
+      // In pieces of 16 bytes: where the slab's begin, and how many there are.
+      const int64_t each = of_bias ? 1 : taps;
+      const int64_t index = slab * Traits::kChunks * each + (of_bias ? piece - taps * Traits::kChunks : piece);
+      const bool inside = index < shape_.K / Traits::kVector * each && (!of_bias || params_.bias != nullptr);
+      const unsigned char* from = static_cast<const unsigned char*>(base) + (inside ? index * 16 : 0);
+      async_copy<16>(weights + piece * 16, from, inside);
+    }
+  }
+
+  // To be called where this thread's copies of a slab are there, before the barrier that shows them to the others:
+  // repeats channels for a depth multiplier, and applies a pre-activation that is too long for an inner loop.
+  FSC_DEVICE void arrived(int slab, unsigned char* stage) const {
+    const bool activates = shape_.pre_activation != Activation::none && shape_.pre_activation != Activation::relu;
+    if (!activates && shape_.multiplier == 1) return;
+    const int chunk = threadIdx.x % Traits::kChunks;
+    FSC_ROLLED
+    for (int first = 0; first < pixels(); first += kPixelsAtOnce) {  // as often in all lanes
+      const int pixel = first + threadIdx.x / Traits::kChunks;
+      const bool is_one = pixel < pixels();
+      Scalar* channels = reinterpret_cast<Scalar*>(stage + pixel * Traits::kSlabBytes);
+      Values<Traits::kVector> values{};
+      __syncwarp();  // the other chunks of the pixel are there too
+      FSC_UNROLL
+      for (int i = 0; i < Traits::kVector; ++i) {
+        const int k = slab * Traits::kSlab + chunk * Traits::kVector + i;
+        const int c = k / shape_.multiplier - first_channel(slab);
+        if (is_one) values[i] = convert<float>(channels[c]);
+      }
+      __syncwarp();  // and read
+      if (activates) activate_all(shape_.pre_activation, values);
+      Vector<Scalar, Traits::kVector> vector;
+      FSC_UNROLL
+      for (int i = 0; i < Traits::kVector; ++i) vector[i] = convert<Scalar>(values[i]);
+      if (is_one) store(channels + chunk * Traits::kVector, vector);
+    }
+  }
+
+  // The depthwise results of a slab of the tile, to t.
+  template <bool kZeroOutside = false>
+  FSC_DEVICE void convolve(const unsigned char* stage, unsigned char* t, const Tile& tile = {}) const {
+    Sums sum[Traits::kCellPixels];
+    const unsigned char* taps = stage + layout_.patch_bytes;
+    const int word = threadIdx.x % Traits::kWords;
+    {
+      const unsigned char* biases = taps + shape_.kernel_h * shape_.kernel_w * Traits::kSlabBytes;
+      const Sums bias = floats(fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(biases) + word)[0]);
+      FSC_UNROLL
+      for (int p = 0; p < Traits::kCellPixels; ++p) sum[p] = bias;
+    }
+    if constexpr (Traits::kKernel != 0)
+      add_window(stage + window_, reinterpret_cast<const uint32_t*>(taps) + word * (Traits::kKernel * Traits::kKernel),
+                 sum);
+    else
+      add_any_window(
+          stage + window_,
+          reinterpret_cast<const Scalar*>(taps) + word * Traits::kPerWord * shape_.kernel_h * shape_.kernel_w, sum);
+    FSC_UNROLL
+    for (int r = 0; r < Traits::kCellRows; ++r) {
+      Values<Traits::kCellColumns * Traits::kPerWord> row;
+      FSC_UNROLL
+      for (int c = 0; c < Traits::kCellColumns; ++c) {
+        FSC_UNROLL
+        for (int e = 0; e < Traits::kPerWord; ++e) row[c * Traits::kPerWord + e] = sum[r * Traits::kCellColumns + c][e];
+      }
+      activate_all(shape_.mid_activation, row);
+      FSC_UNROLL
+      for (int c = 0; c < Traits::kCellColumns; ++c) {
+        Vector<uint32_t, 1> out;
+        out[0] = operand(&row[c * Traits::kPerWord]);
+        if constexpr (kZeroOutside) {
+          const bool inside = cell_row_ != kNowhere && tiles_.output_row(tile, cell_row_ + r) < shape_.out_h &&
+                              tiles_.output_column(tile, cell_column_ + c) < shape_.out_w;
+          if (!inside) out[0] = 0;
+        }
+        store(reinterpret_cast<uint32_t*>(t + out_ + (r * Traits::kCellColumns + c) * kRowsOfCells), out);
+      }
+    }
+  }
+
+ private:
+  using Sums = Values<Traits::kPerWord>;  // of a pixel
+
+  static constexpr int kScalarBytes = sizeof(Scalar);
+  static constexpr int kNowhere = -1;
+  static constexpr int64_t kOutside = 1;                                    // a place in x is a multiple of 16
+  static constexpr int kPixelsAtOnce = Traits::kThreads / Traits::kChunks;  // that the block copies
+  static constexpr int kRowsOfCells = Traits::kCells * Traits::kSlabBytes;  // in t, from a pixel of a cell to the next
+
+  FSC_DEVICE int stride_h() const { return Traits::kStride != 0 ? Traits::kStride : tiles_.vertical.inner_stride; }
+  FSC_DEVICE int stride_w() const { return Traits::kStride != 0 ? Traits::kStride : tiles_.horizontal.inner_stride; }
+  FSC_DEVICE int pixels() const { return layout_.rows * layout_.columns; }
+
+  // The first channel of x in a slab's patch: with a depth multiplier, the aligned one at or before its first.
+  FSC_DEVICE int first_channel(int slab) const {
+    return slab * Traits::kSlab / shape_.multiplier / Traits::kVector * Traits::kVector;
+  }
+
+  // Where a column of a patch lies, and which column lies there.
+  FSC_DEVICE static int exchanged(int column) {
+    if constexpr (Traits::kStride == 0)
+      return column;
+    else
+      return column ^ column / (Traits::kCellColumns * Traits::kStride) % 2;
+  }
+
+  // The windows of a cell, row after row, under a kernel whose size is known.
+  FSC_DEVICE void add_window(const unsigned char* window, const uint32_t* taps,
+                             Sums (&sum)[Traits::kCellPixels]) const {
+    constexpr int kSide = Traits::kKernel, kStep = Traits::kStride;
+    constexpr int kRows = (Traits::kCellRows - 1) * kStep + kSide;
+    constexpr int kColumns = (Traits::kCellColumns - 1) * kStep + kSide;
+    // A cell begins where columns are exchanged or where they are not: `even` is what to add to an even column's
+    // place where its neighbours of the same group of columns are as those of the first, and so on.
+    const int exchange = cell_column_ / Traits::kCellColumns % 2 * Traits::kSlabBytes;
+    const unsigned char* even = window + exchange;
+    const unsigned char* odd = window - exchange;
+    Sums weight[kSide * kSide];
+    FSC_UNROLL
+    for (int y = 0; y < kRows; ++y) {
+      if (y < kSide) {
+        FSC_UNROLL
+        for (int j = 0; j < kSide; ++j) weight[y * kSide + j] = tap(taps, y * kSide + j);
+      }
+      FSC_UNROLL
+      for (int column = 0; column < kColumns; ++column) {
+        const bool as_first = column / (Traits::kCellColumns * kStep) % 2 == 0;
+        const unsigned char* place = column % 2 == 0 ? (as_first ? even : odd + Traits::kSlabBytes)
+                                                     : (as_first ? odd : even - Traits::kSlabBytes);
+        const Sums x = input(place + column * Traits::kSlabBytes);
+        FSC_UNROLL
+        for (int r = 0; r < Traits::kCellRows; ++r) {
+          FSC_UNROLL
+          for (int c = 0; c < Traits::kCellColumns; ++c) {
+            const int i = y - r * kStep, j = column - c * kStep;
+            if (i < 0 || i >= kSide || j < 0 || j >= kSide) continue;
+            FSC_UNROLL
+            for (int e = 0; e < Traits::kPerWord; ++e)
+              sum[r * Traits::kCellColumns + c][e] += weight[i * kSide + j][e] * x[e];
+          }
+        }
+      }
+      even += layout_.columns * Traits::kSlabBytes;
+      odd += layout_.columns * Traits::kSlabBytes;
+    }
+  }
+
+  // Tap `index` of a word's channels, whose weights lie one channel after the other.
+  FSC_DEVICE static Sums tap(const uint32_t* taps, int index) {
+    constexpr int kTaps = Traits::kKernel * Traits::kKernel;
+    Sums weight;
+    FSC_UNROLL
+    for (int e = 0; e < Traits::kPerWord; ++e) {
+      const int scalar = e * kTaps + index;
+      weight[e] = floats(fused_sepconv::load<1>(taps + scalar / Traits::kPerWord)[0])[scalar % Traits::kPerWord];
+    }
+    return weight;
+  }
+
+  // The same for any kernel and stride, tap after tap.
+  FSC_DEVICE void add_any_window(const unsigned char* window, const Scalar* taps,
+                                 Sums (&sum)[Traits::kCellPixels]) const {
+    const int area = shape_.kernel_h * shape_.kernel_w;
+    FSC_ROLLED
+    for (int i = 0; i < shape_.kernel_h; ++i) {
+      FSC_ROLLED
+      for (int j = 0; j < shape_.kernel_w; ++j) {
+        Sums weight;
+        FSC_UNROLL
+        for (int e = 0; e < Traits::kPerWord; ++e)
+          weight[e] = convert<float>(fused_sepconv::load<1>(taps + e * area + i * shape_.kernel_w + j)[0]);
+        FSC_UNROLL
+        for (int r = 0; r < Traits::kCellRows; ++r) {
+          FSC_UNROLL
+          for (int c = 0; c < Traits::kCellColumns; ++c) {
+            const int pixel = (r * stride_h() + i) * layout_.columns + c * stride_w() + j;
+            const Sums x = input(window + pixel * Traits::kSlabBytes);
+            FSC_UNROLL
+            for (int e = 0; e < Traits::kPerWord; ++e) sum[r * Traits::kCellColumns + c][e] += weight[e] * x[e];
+          }
+        }
+      }
+    }
+  }
+
+  // The word of a pixel at `place`, with the pre-activation.
+  FSC_DEVICE Sums input(const unsigned char* place) const {
+    uint32_t word = fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(place))[0];
+    if (shape_.pre_activation == Activation::relu) word = relu_packed<Scalar>(word);
+    return floats(word);
+  }
+
+  FSC_DEVICE static Sums floats(uint32_t word) {
+    Sums values;
+    if constexpr (sizeof(Scalar) == 4) {
+      memcpy(&values[0], &word, sizeof word);
+    } else {
+      const float2 pair = unpack<Scalar>(word);
+      values[0] = pair.x;
+      values[1] = pair.y;
+    }
+    return values;
+  }
+
+  // A word of an operand: two 16-bit values, or one of TF32.
+  FSC_DEVICE static uint32_t operand(const float* values) {
+    if constexpr (sizeof(Scalar) == 4)
+      return to_tf32(values[0]);
+    else
+      return pack<Scalar>(values[0], values[1]);
+  }
+
+  // All in constant memory: none of it takes a register.
+  const TensorDepthwiseParams<Traits>& params_;
+  const ConvShape& shape_;
+  const TensorTiles<Traits>& tiles_;
+  const TensorSlabLayout<Traits>& layout_;
+
+  int64_t* table_;              // of each pixel of the patch: bytes from its image's first, or kOutside
+  const unsigned char* image_;  // of x: the tile's
+  int cell_;
+  int cell_row_, cell_column_;  // where in the tile it is; row kNowhere: nowhere
+  int window_;                  // the first word that it reads of a patch, in bytes
+  int out_;                     // the first that it writes of t
+};
+
+}  // namespace fused_sepconv
