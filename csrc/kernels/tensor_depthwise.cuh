@@ -65,7 +65,7 @@ class TensorDepthwise {
   // `table`: layout.table_bytes of shared memory that nothing else touches. `params` is read where it lies.
   FSC_DEVICE TensorDepthwise(const TensorDepthwiseParams<Traits>& params, unsigned char* table)
       : params_(params), shape_(params.shape), tiles_(params.tiles), layout_(params.layout) {
-    table_ = reinterpret_cast<int64_t*>(table);
+    table_ = reinterpret_cast<uint32_t*>(table);
     cell_ = threadIdx.x / Traits::kWords;
     const int across = tiles_.columns / Traits::kCellColumns;
     cell_row_ = cell_ / across * Traits::kCellRows;
@@ -110,7 +110,7 @@ class TensorDepthwise {
       const int w = w0 + column * tiles_.horizontal.pitch;
       const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(shape_.H) &&
                           static_cast<unsigned>(w) < static_cast<unsigned>(shape_.W) && column < layout_.width;
-      table_[pixel] = inside ? (h * x.stride_h + w * x.stride_w) * kScalarBytes : kOutside;
+      table_[pixel] = inside ? static_cast<uint32_t>((h * x.stride_h + w * x.stride_w) / Traits::kVector) : kOutside;
     }
     __syncwarp();
   }
@@ -122,23 +122,31 @@ class TensorDepthwise {
     const bool real = channel < shape_.C;
     const unsigned char* source = image_ + (real ? channel : 0) * kScalarBytes;
     SharedAddress destination = shared_address(stage) + threadIdx.x * 16;
-    const int step = kPixelsAtOnce * Traits::kSlabBytes;
-    for (int pixel = threadIdx.x / Traits::kChunks; pixel < pixels(); pixel += kPixelsAtOnce, destination += step) {
-      const int64_t place = table_[pixel];
-      const bool inside = place != kOutside && real;
-      async_copy<16>(destination, source + (place & ~kOutside), inside);
+    for (int pixel = threadIdx.x / Traits::kChunks; pixel < pixels(); pixel += kUnrolled * kPixelsAtOnce) {
+      uint32_t place[kUnrolled];
+      FSC_UNROLL
+      for (int i = 0; i < kUnrolled; ++i)
+        place[i] = pixel + i * kPixelsAtOnce < pixels() ? table_[pixel + i * kPixelsAtOnce] : kOutside;
+      FSC_UNROLL
+      for (int i = 0; i < kUnrolled; ++i) {
+        const bool inside = place[i] != kOutside && real;
+        const unsigned char* from = source + static_cast<uint64_t>(inside ? place[i] : 0u) * 16;
+        if (pixel + i * kPixelsAtOnce < pixels()) async_copy<16>(destination, from, inside);
+        destination += kPixelsAtOnce * Traits::kSlabBytes;
+      }
     }
+    // Weights and biases are numbered in pieces of 16 bytes.
     const int taps = shape_.kernel_h * shape_.kernel_w;
-    const SharedAddress weights = shared_address(stage + layout_.patch_bytes);
-    for (int piece = threadIdx.x; piece < (taps + 1) * Traits::kChunks; piece += Traits::kThreads) {
-      const bool of_bias = piece >= taps * Traits::kChunks;
-      const void* base = of_bias && params_.bias != nullptr ? params_.bias : params_.weight;
-      // In pieces of 16 bytes: where the slab's begin, and how many there are.
-      const int64_t each = of_bias ? 1 : taps;
-      const int64_t index = slab * Traits::kChunks * each + (of_bias ? piece - taps * Traits::kChunks : piece);
-      const bool inside = index < shape_.K / Traits::kVector * each && (!of_bias || params_.bias != nullptr);
-      const unsigned char* from = static_cast<const unsigned char*>(base) + (inside ? index * 16 : 0);
-      async_copy<16>(weights + piece * 16, from, inside);
+    const int weights = taps * Traits::kChunks;  // of the slab
+    const SharedAddress behind = shared_address(stage + layout_.patch_bytes);
+    FSC_ROLLED
+    for (int piece = threadIdx.x; piece < weights + Traits::kChunks; piece += Traits::kThreads) {
+      const bool of_bias = piece >= weights;
+      const int index = of_bias ? slab * Traits::kChunks + piece - weights : slab * weights + piece;
+      const void* base = of_bias ? params_.bias : params_.weight;
+      const bool inside = base != nullptr && index < layout_.chunks * (of_bias ? 1 : taps);
+      const unsigned char* source = static_cast<const unsigned char*>(inside ? base : params_.weight);
+      async_copy<16>(behind + piece * 16, source + (inside ? static_cast<int64_t>(index) * 16 : 0), inside);
     }
   }
 
@@ -217,7 +225,8 @@ class TensorDepthwise {
 
   static constexpr int kScalarBytes = sizeof(Scalar);
   static constexpr int kNowhere = -1;
-  static constexpr int64_t kOutside = 1;                                    // a place in x is a multiple of 16
+  static constexpr uint32_t kOutside = 0xffffffffu;  // no place in x
+  static constexpr int kUnrolled = 4;
   static constexpr int kPixelsAtOnce = Traits::kThreads / Traits::kChunks;  // that the block copies
   static constexpr int kRowsOfCells = Traits::kCells * Traits::kSlabBytes;  // in t, from a pixel of a cell to the next
 
@@ -227,6 +236,7 @@ class TensorDepthwise {
 
   // The first channel of x in a slab's patch: with a depth multiplier, the aligned one at or before its first.
   FSC_DEVICE int first_channel(int slab) const {
+    if (shape_.multiplier == 1) return slab * Traits::kSlab;  // without the division
     return slab * Traits::kSlab / shape_.multiplier / Traits::kVector * Traits::kVector;
   }
 
@@ -350,7 +360,7 @@ class TensorDepthwise {
   const TensorTiles<Traits>& tiles_;
   const TensorSlabLayout<Traits>& layout_;
 
-  int64_t* table_;              // of each pixel of the patch: bytes from its image's first, or kOutside
+  uint32_t* table_;             // of each pixel of the patch: 16 bytes from its image's first, or kOutside
   const unsigned char* image_;  // of x: the tile's
   int cell_;
   int cell_row_, cell_column_;  // where in the tile it is; row kNowhere: nowhere

@@ -92,7 +92,6 @@ struct TensorForwardParams {
 template <class Traits>
 class TensorForward {
   using Scalar = typename Traits::Scalar;
-  using Words = Vector<uint32_t, 4>;
   using Depthwise = TensorDepthwise<Traits>;
 
  public:
@@ -121,21 +120,18 @@ class TensorForward {
     begin(tile);
     for (int item = 0; item <= items; ++item) {
       wait_for_oldest();
-      depthwise_.arrived(convolved_slab, stage + Traits::kFeaturesBytes);
+      unsigned char* const brought = stage + Traits::kFeaturesBytes;
+      if (item < items) depthwise_.arrived(convolved_slab, brought);
       // Slab `item` is there for all, the one before is convolved, and nobody reads what is overwritten from here on.
       __syncthreads();
       loader.load();
-      FSC_ROLLED
-      for (int half = 0; half < 2; ++half) {
-        if ((half == 0) != lags) {
-          if (item < items) depthwise_.convolve(stage + Traits::kFeaturesBytes, operand(item));
-        } else if (item > 0) {
-          multiply(operand(item - 1), stage);
-          if (++slab < slabs) continue;
-          slab = 0;
-          finish(tile);
-          begin(tile += gridDim.x);
-        }
+      if (lags && item > 0) multiply(operand(item - 1), stage);
+      if (item < items) depthwise_.convolve(brought, operand(item));
+      if (!lags && item > 0) multiply(operand(item - 1), stage);
+      if (item > 0 && ++slab == slabs) {
+        slab = 0;
+        finish(tile);
+        begin(tile += gridDim.x);
       }
       if (++convolved_slab == slabs) convolved_slab = 0;
       stage = next(stage);
@@ -195,48 +191,72 @@ class TensorForward {
 
    private:
     FSC_DEVICE void enter_features(int tile) {
+      chunk_ = threadIdx.x % Traits::kChunks;
       first_feature_ = tile % k_.params_.feature_tiles * Traits::kFeatures + threadIdx.x / Traits::kChunks;
-    }
-
-    FSC_DEVICE void load_features(SharedAddress destination) const {
-      constexpr int kAtOnce = Traits::kThreads / Traits::kChunks;
-      const int chunk = threadIdx.x % Traits::kChunks;
-      const int channel = features_slab_ * Traits::kSlab + chunk * Traits::kVector;
-      const Scalar* weight = static_cast<const Scalar*>(k_.call_.pointwise_weight);
-      const Scalar* source = weight + static_cast<int64_t>(first_feature_) * k_.shape_.K + channel;
       FSC_UNROLL
-      for (int i = 0; i < Traits::kFeatures / kAtOnce; ++i) {
-        const bool inside = first_feature_ + i * kAtOnce < k_.shape_.F && channel < k_.shape_.K;
-        async_copy<16>(destination + (threadIdx.x + i * Traits::kThreads) * 16, inside ? source : weight, inside);
-        source += static_cast<int64_t>(kAtOnce) * k_.shape_.K;
+      for (int i = 0; i < kFeaturesOfThread; ++i) {
+        const int feature = first_feature_ + i * kFeaturesAtOnce;
+        place_[i] = feature < k_.shape_.F ? static_cast<unsigned>(feature) * chunks() : 0;
       }
     }
+
+    FSC_DEVICE int chunks() const { return k_.params_.depthwise.layout.chunks; }
+
+    FSC_DEVICE void load_features(SharedAddress destination) {
+      destination += features_offset(threadIdx.x / Traits::kChunks, threadIdx.x % Traits::kChunks);
+      const bool real = chunk_ < chunks();
+      const unsigned char* weight = static_cast<const unsigned char*>(k_.call_.pointwise_weight);
+      weight += (real ? chunk_ : 0) * 16;
+      FSC_UNROLL
+      for (int i = 0; i < kFeaturesOfThread; ++i) {
+        const bool inside = real && first_feature_ + i * kFeaturesAtOnce < k_.shape_.F;
+        async_copy<16>(destination + i * kFeaturesAtOnce * Traits::kSlabBytes,
+                       weight + static_cast<uint64_t>(place_[i]) * 16, inside);
+      }
+      chunk_ += Traits::kChunks;
+    }
+
+    static constexpr int kFeaturesAtOnce = Traits::kThreads / Traits::kChunks;
+    static constexpr int kFeaturesOfThread = Traits::kFeatures / kFeaturesAtOnce;
 
     TensorForward& k_;
     const int items_;
     int item_;
-    unsigned char* stage_;  // that it comes to
-    int tile_, slab_;       // whose patch comes next
-    int features_slab_;     // whose features
-    int first_feature_;     // that this thread brings of the tile's
+    unsigned char* stage_;               // that it comes to
+    int tile_, slab_;                    // whose patch comes next
+    int features_slab_;                  // whose features
+    int first_feature_;                  // that this thread brings of the tile's
+    int chunk_;                          // of their weights
+    unsigned place_[kFeaturesOfThread];  // where those begin, in chunks; the plan refuses more than 32 bits number
   };
+
+  // Where a chunk of a feature's weights lies, so that ldmatrix finds the eight features of a tile in different banks.
+  FSC_DEVICE static int features_offset(int row, int chunk) {
+    return row * Traits::kSlabBytes + (chunk ^ row / Traits::kVector % Traits::kChunks) * 16;
+  }
 
   // acc += t * b.
   FSC_DEVICE void multiply(const unsigned char* t, const unsigned char* features) {
-    const int row = lane() / 4, chunk = lane() % 4;
-    t += Depthwise::t_offset(warp_row() * kWarpPixels + row, chunk);
-    Words a[kRowTiles][2];
+    // Lane 8m + r of an ldmatrix points at row r of matrix m. Operand A's four are 16 pixels by two chunks, a step in
+    // depth; operand B's are eight features by four chunks, two steps.
+    const SharedAddress rows = shared_address(t + warp_row() * kWarpPixels * Traits::kSlabBytes);
+    uint32_t a[2][kRowTiles][4];
     FSC_UNROLL
-    for (int tile = 0; tile < kRowTiles; ++tile) {
+    for (int step = 0; step < 2; ++step) {
+      const int offset = Depthwise::t_offset(lane() % 16, 2 * step + lane() / 16);
       FSC_UNROLL
-      for (int half = 0; half < 2; ++half)
-        a[tile][half] = load<4>(reinterpret_cast<const uint32_t*>(t + (tile * 16 + half * 8) * Traits::kSlabBytes));
+      for (int tile = 0; tile < kRowTiles; ++tile)
+        ldmatrix_x4(a[step][tile], rows + offset + tile * 16 * Traits::kSlabBytes);
     }
-    features += (warp_column() * kWarpFeatures + row / 2 * Traits::kVector + row % 2) * Traits::kSlabBytes + chunk * 16;
+    const int column = lane() % 8;
+    const int feature = warp_column() * kWarpFeatures + column / 2 * Traits::kVector + column % 2;
+    // That of a tile's two or four neighbours has the same exchange of chunks.
+    const SharedAddress columns = shared_address(features + features_offset(feature, lane() / 8));
     FSC_UNROLL
     for (int tile = 0; tile < kColumnTiles; ++tile) {
-      const int feature = tile / kTilesOfVectors * kGroup + tile % kTilesOfVectors * 2;
-      Words b = load<4>(reinterpret_cast<const uint32_t*>(features + feature * Traits::kSlabBytes));
+      const int first = tile / kTilesOfVectors * kGroup + tile % kTilesOfVectors * 2;
+      uint32_t b[4];
+      ldmatrix_x4(b, columns + first * Traits::kSlabBytes);
       if constexpr (sizeof(Scalar) == 4) {
         FSC_UNROLL
         for (int word = 0; word < 4; ++word) {
@@ -248,11 +268,8 @@ class TensorForward {
       FSC_UNROLL
       for (int step = 0; step < 2; ++step) {
         FSC_UNROLL
-        for (int rows = 0; rows < kRowTiles; ++rows) {
-          const uint32_t operand[4] = {a[rows][0][2 * step], a[rows][1][2 * step], a[rows][0][2 * step + 1],
-                                       a[rows][1][2 * step + 1]};
-          mma<Scalar>(acc_[rows][tile], operand, b[2 * step], b[2 * step + 1]);
-        }
+        for (int row_tile = 0; row_tile < kRowTiles; ++row_tile)
+          mma<Scalar>(acc_[row_tile][tile], a[step][row_tile], b[2 * step], b[2 * step + 1]);
       }
     }
   }

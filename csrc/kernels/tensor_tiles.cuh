@@ -84,6 +84,7 @@ struct TensorTiles {
 template <class Traits>
 struct TensorSlabLayout {
   int slabs;        // of depthwise channels, the last of which may be partly empty
+  int chunks;       // of 16 bytes, of all channels
   int rows, width;  // of a patch
   int columns;      // what a row of it takes: even, for the swizzle exchanges neighbours
   int patch_bytes;
@@ -92,12 +93,13 @@ struct TensorSlabLayout {
 
   TensorSlabLayout(const ConvShape& shape, const TensorTiles<Traits>& tiles) {
     slabs = (shape.K + Traits::kSlab - 1) / Traits::kSlab;
+    chunks = shape.K / Traits::kVector;
     rows = (tiles.rows - 1) * tiles.vertical.inner_stride + shape.kernel_h;
     width = (tiles.columns - 1) * tiles.horizontal.inner_stride + shape.kernel_w;
     columns = (width + 1) / 2 * 2;
     patch_bytes = rows * columns * Traits::kSlabBytes;
     bytes = patch_bytes + (shape.kernel_h * shape.kernel_w + 1) * Traits::kSlabBytes;
-    table_bytes = rows * columns * static_cast<int>(sizeof(int64_t));
+    table_bytes = rows * columns * static_cast<int>(sizeof(uint32_t));
   }
 };
 

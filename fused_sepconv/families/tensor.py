@@ -145,6 +145,8 @@ def _refusal(problem: Problem, names: Iterable[str], kernels: Kernels) -> str:
     top, bottom, left, right = problem.padding
     if max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.F, problem.taps) > _INT32 // 2:
         return "a dimension is too large for 32-bit coordinates"
+    if max(problem.bytes_of(problem.H * problem.W * problem.C), problem.bytes_of(problem.F * problem.K)) > 16 * _INT32:
+        return "an image, or the pointwise weight, has more vectors of 16 bytes than 32 bits number"
     return ""
 
 
@@ -220,7 +222,9 @@ class Cut:
         """`TensorForwardLayout`: the places of the patch's pixels, two tiles of operand A, and the stages."""
         slab = (self._patch_pixels + self.problem.taps + 1) * SLAB_BYTES
         operands = 2 * self.shape.pixels * SLAB_BYTES
-        return _aligned(self._patch_pixels * 8) + operands + stages * (self.shape.features * SLAB_BYTES + _aligned(slab))
+        return (
+            _aligned(self._patch_pixels * 4) + operands + stages * (self.shape.features * SLAB_BYTES + _aligned(slab))
+        )
 
     @cached_property
     def stages(self) -> int:
