@@ -30,6 +30,7 @@
 #include "../primitives/async_copy.h"
 #include "../primitives/convert.h"
 #include "../primitives/vector.h"
+#include "../primitives/warp.h"
 #include "activation.cuh"
 #include "tensor_tiles.cuh"
 
@@ -74,8 +75,8 @@ class TensorDepthwise {
     if (cell_row_ >= tiles_.rows) cell_row_ = kNowhere, cell_column_ = 0;
     const int word = threadIdx.x % Traits::kWords;
     const int row = cell_row_ == kNowhere ? 0 : cell_row_ * stride_h();
-    window_ = (row * layout_.columns + cell_column_ * stride_w()) * Traits::kSlabBytes + word * 4;
-    out_ = t_offset(cell_, word / 4) + word % 4 * 4;
+    window_ = kept((row * layout_.columns + cell_column_ * stride_w()) * Traits::kSlabBytes + word * 4);
+    out_ = kept(t_offset(cell_, word / 4) + word % 4 * 4);
   }
 
   // Where chunk `chunk` of a row of t lies, in bytes.
@@ -102,15 +103,17 @@ class TensorDepthwise {
     __syncwarp();  // the places of the tile before are read
     // Each of the four threads that copy a pixel finds the places of every fourth of their pixels.
     const int chunk = threadIdx.x % Traits::kChunks;
-    for (int pixel = threadIdx.x / Traits::kChunks + chunk * kPixelsAtOnce; pixel < pixels();
+    for (int pixel = threadIdx.x / Traits::kChunks + chunk * kPixelsAtOnce; pixel < layout_.copied_pixels;
          pixel += Traits::kChunks * kPixelsAtOnce) {
       const int row = pixel / layout_.columns;
       const int column = exchanged(pixel - row * layout_.columns);
       const int h = h0 + row * tiles_.vertical.pitch;
       const int w = w0 + column * tiles_.horizontal.pitch;
       const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(shape_.H) &&
-                          static_cast<unsigned>(w) < static_cast<unsigned>(shape_.W) && column < layout_.width;
-      table_[pixel] = inside ? static_cast<uint32_t>((h * x.stride_h + w * x.stride_w) / Traits::kVector) : kOutside;
+                          static_cast<unsigned>(w) < static_cast<unsigned>(shape_.W) && column < layout_.width &&
+                          row < layout_.rows;
+      const int64_t place = (h * x.stride_h + w * x.stride_w) / Traits::kVector;
+      table_[pixel] = inside ? static_cast<uint32_t>(place) | kInside : 0;
     }
     __syncwarp();
   }
@@ -121,32 +124,40 @@ class TensorDepthwise {
     const int channel = first_channel(slab) + chunk * Traits::kVector;
     const bool real = channel < shape_.C;
     const unsigned char* source = image_ + (real ? channel : 0) * kScalarBytes;
+    const uint32_t* table = table_ + threadIdx.x / Traits::kChunks;
     SharedAddress destination = shared_address(stage) + threadIdx.x * 16;
-    for (int pixel = threadIdx.x / Traits::kChunks; pixel < pixels(); pixel += kUnrolled * kPixelsAtOnce) {
+    // The places are read before the copies begin: a copy orders all memory accesses for the compiler.
+    FSC_ROLLED
+    for (int left = layout_.copied_pixels; left > 0; left -= kUnrolled * kPixelsAtOnce) {
       uint32_t place[kUnrolled];
       FSC_UNROLL
-      for (int i = 0; i < kUnrolled; ++i)
-        place[i] = pixel + i * kPixelsAtOnce < pixels() ? table_[pixel + i * kPixelsAtOnce] : kOutside;
+      for (int i = 0; i < kUnrolled; ++i) {
+        if (left > i * kPixelsAtOnce) place[i] = table[i * kPixelsAtOnce];
+      }
       FSC_UNROLL
       for (int i = 0; i < kUnrolled; ++i) {
-        const bool inside = place[i] != kOutside && real;
-        const unsigned char* from = source + static_cast<uint64_t>(inside ? place[i] : 0u) * 16;
-        if (pixel + i * kPixelsAtOnce < pixels()) async_copy<16>(destination, from, inside);
-        destination += kPixelsAtOnce * Traits::kSlabBytes;
+        if (left > i * kPixelsAtOnce)
+          async_copy<16>(destination + i * kPixelsAtOnce * Traits::kSlabBytes, vector_at(source, place[i] & ~kInside),
+                         (place[i] & kInside) != 0 && real);
       }
+      table += kUnrolled * kPixelsAtOnce;
+      destination += kUnrolled * kPixelsAtOnce * Traits::kSlabBytes;
     }
     // Weights and biases are numbered in pieces of 16 bytes.
     const int taps = shape_.kernel_h * shape_.kernel_w;
     const int weights = taps * Traits::kChunks;  // of the slab
     const SharedAddress behind = shared_address(stage + layout_.patch_bytes);
     FSC_ROLLED
-    for (int piece = threadIdx.x; piece < weights + Traits::kChunks; piece += Traits::kThreads) {
-      const bool of_bias = piece >= weights;
-      const int index = of_bias ? slab * Traits::kChunks + piece - weights : slab * weights + piece;
-      const void* base = of_bias ? params_.bias : params_.weight;
-      const bool inside = base != nullptr && index < layout_.chunks * (of_bias ? 1 : taps);
-      const unsigned char* source = static_cast<const unsigned char*>(inside ? base : params_.weight);
-      async_copy<16>(behind + piece * 16, source + (inside ? static_cast<int64_t>(index) * 16 : 0), inside);
+    for (int piece = threadIdx.x; piece < weights; piece += Traits::kThreads) {
+      const int index = slab * weights + piece;
+      const bool inside = index < layout_.chunks * taps;
+      async_copy<16>(behind + piece * 16, vector_at(params_.weight, inside ? index : 0), inside);
+    }
+    const int piece = Traits::kThreads - 1 - threadIdx.x;  // by the threads that have had the fewest copies
+    if (params_.bias != nullptr && piece < Traits::kChunks) {
+      const int index = slab * Traits::kChunks + piece;
+      const bool inside = index < layout_.chunks;
+      async_copy<16>(behind + (weights + piece) * 16, vector_at(params_.bias, inside ? index : 0), inside);
     }
   }
 
@@ -186,7 +197,9 @@ class TensorDepthwise {
     const int word = threadIdx.x % Traits::kWords;
     {
       const unsigned char* biases = taps + shape_.kernel_h * shape_.kernel_w * Traits::kSlabBytes;
-      const Sums bias = floats(fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(biases) + word)[0]);
+      Sums bias{};
+      if (params_.bias != nullptr)
+        bias = floats(fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(biases) + word)[0]);
       FSC_UNROLL
       for (int p = 0; p < Traits::kCellPixels; ++p) sum[p] = bias;
     }
@@ -225,9 +238,9 @@ class TensorDepthwise {
 
   static constexpr int kScalarBytes = sizeof(Scalar);
   static constexpr int kNowhere = -1;
-  static constexpr uint32_t kOutside = 0xffffffffu;  // no place in x
+  static constexpr uint32_t kInside = 0x80000000u;  // of a place in x
   static constexpr int kUnrolled = 4;
-  static constexpr int kPixelsAtOnce = Traits::kThreads / Traits::kChunks;  // that the block copies
+  static constexpr int kPixelsAtOnce = Traits::kPixelsAtOnce;               // that the block copies
   static constexpr int kRowsOfCells = Traits::kCells * Traits::kSlabBytes;  // in t, from a pixel of a cell to the next
 
   FSC_DEVICE int stride_h() const { return Traits::kStride != 0 ? Traits::kStride : tiles_.vertical.inner_stride; }
@@ -360,7 +373,7 @@ class TensorDepthwise {
   const TensorTiles<Traits>& tiles_;
   const TensorSlabLayout<Traits>& layout_;
 
-  uint32_t* table_;             // of each pixel of the patch: 16 bytes from its image's first, or kOutside
+  uint32_t* table_;  // of each pixel of the patch: 16 bytes from its image's first, or 0; kInside if it is in the image
   const unsigned char* image_;  // of x: the tile's
   int cell_;
   int cell_row_, cell_column_;  // where in the tile it is; row kNowhere: nowhere

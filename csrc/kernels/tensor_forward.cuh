@@ -101,7 +101,16 @@ class TensorForward {
         shape_(params.call.shape),
         layout_(params.layout),
         shared_(shared),
-        depthwise_(params.depthwise, shared) {}
+        depthwise_(params.depthwise, shared) {
+    // Lane 8m + r of an ldmatrix points at row r of matrix m. Operand A's four are 16 pixels by two chunks, a step in
+    // depth; operand B's are eight features by four chunks, two steps.
+    FSC_UNROLL
+    for (int step = 0; step < 2; ++step)
+      row_of_[step] = kept(Depthwise::t_offset(warp_row() * kWarpPixels + lane() % 16, 2 * step + lane() / 16));
+    const int column = lane() % 8;
+    const int feature = warp_column() * kWarpFeatures + column / 2 * Traits::kVector + column % 2;
+    column_of_ = kept(features_offset(feature, lane() / 8));
+  }
 
   FSC_DEVICE void run() {
     // Tiles blockIdx.x, blockIdx.x + gridDim.x, ...
@@ -117,6 +126,7 @@ class TensorForward {
     unsigned char* stage = shared_ + layout_.stages;  // of slab `item`, and of the features of the one before
     int tile = blockIdx.x;                            // whose slabs are multiplied
     int slab = 0, convolved_slab = 0;                 // of a tile: the next to be multiplied and convolved
+    int t = layout_.operands, t_before = t + Depthwise::kOperandBytes;  // what they convolve to, and multiply from
     begin(tile);
     for (int item = 0; item <= items; ++item) {
       wait_for_oldest();
@@ -125,9 +135,9 @@ class TensorForward {
       // Slab `item` is there for all, the one before is convolved, and nobody reads what is overwritten from here on.
       __syncthreads();
       loader.load();
-      if (lags && item > 0) multiply(operand(item - 1), stage);
-      if (item < items) depthwise_.convolve(brought, operand(item));
-      if (!lags && item > 0) multiply(operand(item - 1), stage);
+      if (lags && item > 0) multiply(shared_ + t_before, stage);
+      if (item < items) depthwise_.convolve(brought, shared_ + t);
+      if (!lags && item > 0) multiply(shared_ + t_before, stage);
       if (item > 0 && ++slab == slabs) {
         slab = 0;
         finish(tile);
@@ -135,13 +145,12 @@ class TensorForward {
       }
       if (++convolved_slab == slabs) convolved_slab = 0;
       stage = next(stage);
+      const int swapped = t;
+      t = t_before, t_before = swapped;
     }
   }
 
  private:
-  FSC_DEVICE unsigned char* operand(int item) const {
-    return shared_ + layout_.operands + item % 2 * Depthwise::kOperandBytes;
-  }
   FSC_DEVICE unsigned char* next(unsigned char* stage) const {
     stage += layout_.stage_bytes;
     return stage == shared_ + layout_.bytes ? shared_ + layout_.stages : stage;
@@ -210,8 +219,7 @@ class TensorForward {
       FSC_UNROLL
       for (int i = 0; i < kFeaturesOfThread; ++i) {
         const bool inside = real && first_feature_ + i * kFeaturesAtOnce < k_.shape_.F;
-        async_copy<16>(destination + i * kFeaturesAtOnce * Traits::kSlabBytes,
-                       weight + static_cast<uint64_t>(place_[i]) * 16, inside);
+        async_copy<16>(destination + i * kFeaturesAtOnce * Traits::kSlabBytes, vector_at(weight, place_[i]), inside);
       }
       chunk_ += Traits::kChunks;
     }
@@ -237,21 +245,16 @@ class TensorForward {
 
   // acc += t * b.
   FSC_DEVICE void multiply(const unsigned char* t, const unsigned char* features) {
-    // Lane 8m + r of an ldmatrix points at row r of matrix m. Operand A's four are 16 pixels by two chunks, a step in
-    // depth; operand B's are eight features by four chunks, two steps.
-    const SharedAddress rows = shared_address(t + warp_row() * kWarpPixels * Traits::kSlabBytes);
+    const SharedAddress rows = shared_address(t);
     uint32_t a[2][kRowTiles][4];
     FSC_UNROLL
     for (int step = 0; step < 2; ++step) {
-      const int offset = Depthwise::t_offset(lane() % 16, 2 * step + lane() / 16);
       FSC_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile)
-        ldmatrix_x4(a[step][tile], rows + offset + tile * 16 * Traits::kSlabBytes);
+        ldmatrix_x4(a[step][tile], rows + row_of_[step] + tile * 16 * Traits::kSlabBytes);
     }
-    const int column = lane() % 8;
-    const int feature = warp_column() * kWarpFeatures + column / 2 * Traits::kVector + column % 2;
-    // That of a tile's two or four neighbours has the same exchange of chunks.
-    const SharedAddress columns = shared_address(features + features_offset(feature, lane() / 8));
+    // Of a tile's features, that of its two or four neighbours have the same exchange of chunks.
+    const SharedAddress columns = shared_address(features) + column_of_;
     FSC_UNROLL
     for (int tile = 0; tile < kColumnTiles; ++tile) {
       const int first = tile / kTilesOfVectors * kGroup + tile % kTilesOfVectors * 2;
@@ -359,6 +362,7 @@ class TensorForward {
 
   unsigned char* const shared_;
   Depthwise depthwise_;
+  int row_of_[2], column_of_;  // what the lane points ldmatrix at, of t and of the features
   float acc_[kRowTiles][kColumnTiles][4];
 };
 

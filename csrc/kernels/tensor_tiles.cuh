@@ -27,6 +27,8 @@ struct TensorTraits {
   static constexpr int kVector = 16 / sizeof(Scalar);  // channels of a chunk
   static constexpr int kSlab = kChunks * kVector;      // channels
 
+  static constexpr int kPixelsAtOnce = kThreads / kChunks;  // that the block copies
+
   // A thread convolves one word of channels of a cell: neighbouring pixels, so that it reads each input pixel once for
   // all outputs that need it.
   static constexpr int kCells = kThreads / kWords;  // of a tile
@@ -83,10 +85,11 @@ struct TensorTiles {
 //                its depthwise biases, 64 bytes
 template <class Traits>
 struct TensorSlabLayout {
-  int slabs;        // of depthwise channels, the last of which may be partly empty
-  int chunks;       // of 16 bytes, of all channels
-  int rows, width;  // of a patch
-  int columns;      // what a row of it takes: even, for the swizzle exchanges neighbours
+  int slabs;          // of depthwise channels, the last of which may be partly empty
+  int chunks;         // of 16 bytes, of all channels
+  int rows, width;    // of a patch
+  int columns;        // what a row of it takes: even, for the swizzle exchanges neighbours
+  int copied_pixels;  // as all threads copy as many: a multiple of kPixelsAtOnce
   int patch_bytes;
   int bytes;        // of a slab: a multiple of 64
   int table_bytes;  // where a patch's pixels are in x, beside all slabs (TensorDepthwise)
@@ -97,9 +100,10 @@ struct TensorSlabLayout {
     rows = (tiles.rows - 1) * tiles.vertical.inner_stride + shape.kernel_h;
     width = (tiles.columns - 1) * tiles.horizontal.inner_stride + shape.kernel_w;
     columns = (width + 1) / 2 * 2;
-    patch_bytes = rows * columns * Traits::kSlabBytes;
+    copied_pixels = (rows * columns + Traits::kPixelsAtOnce - 1) / Traits::kPixelsAtOnce * Traits::kPixelsAtOnce;
+    patch_bytes = copied_pixels * Traits::kSlabBytes;
     bytes = patch_bytes + (shape.kernel_h * shape.kernel_w + 1) * Traits::kSlabBytes;
-    table_bytes = rows * columns * static_cast<int>(sizeof(uint32_t));
+    table_bytes = copied_pixels * static_cast<int>(sizeof(uint32_t));
   }
 };
 

@@ -84,4 +84,15 @@ FSC_DEVICE void store_global(T* destination, const Vector<T, N>& vector, Site si
 #endif
 }
 
+// The 16 bytes with that number from `base` on. One multiply-add, where nvcc 13.0 makes four instructions of it.
+FSC_DEVICE const void* vector_at(const void* base, uint32_t index) {
+#ifdef FSC_EMULATED
+  return static_cast<const unsigned char*>(base) + static_cast<uint64_t>(index) * 16;
+#else
+  const void* address;
+  asm("mad.wide.u32 %0, %1, 16, %2;\n" : "=l"(address) : "r"(index), "l"(base));
+  return address;
+#endif
+}
+
 }  // namespace fused_sepconv

@@ -18,6 +18,13 @@ FSC_DEVICE T warp_shuffle(T value, int lane, Site site = Site::here()) {
 #endif
 }
 
+// The value itself, but kept in a register: the compiler can't see that it is the same, and so won't calculate it again
+// wherever it is used, as ptxas does with addresses that depend on the thread alone.
+template <class T>
+FSC_DEVICE T kept(T value, Site site = Site::here()) {
+  return warp_shuffle(value, static_cast<int>(threadIdx.x % kWarpSize), site);
+}
+
 // The value of the lane whose number differs in `bits`.
 template <class T>
 FSC_DEVICE T warp_shuffle_xor(T value, int bits, Site site = Site::here()) {

@@ -35,6 +35,7 @@ WARPS = 8
 THREADS = 32 * WARPS
 CHUNKS = 4  # of 16 bytes: the channels of a slab
 SLAB_BYTES = 16 * CHUNKS
+PIXELS_AT_ONCE = THREADS // CHUNKS  # that a block copies
 CELLS = 16  # of a tile
 CELL_COLUMNS = 4
 STAGES = (4, 3, 2)  # the most that fit
@@ -145,8 +146,8 @@ def _refusal(problem: Problem, names: Iterable[str], kernels: Kernels) -> str:
     top, bottom, left, right = problem.padding
     if max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.F, problem.taps) > _INT32 // 2:
         return "a dimension is too large for 32-bit coordinates"
-    if max(problem.bytes_of(problem.H * problem.W * problem.C), problem.bytes_of(problem.F * problem.K)) > 16 * _INT32:
-        return "an image, or the pointwise weight, has more vectors of 16 bytes than 32 bits number"
+    if max(problem.bytes_of(problem.H * problem.W * problem.C), problem.bytes_of(problem.F * problem.K)) > 8 * _INT32:
+        return "an image, or the pointwise weight, has more vectors of 16 bytes than 31 bits number"
     return ""
 
 
@@ -215,8 +216,8 @@ class Cut:
 
     @cached_property
     def _patch_pixels(self) -> int:
-        """What a patch takes: rows of an even number of pixels."""
-        return self._patch(0) * ceil(self._patch(1) / 2) * 2
+        """What a patch takes: rows of an even number of pixels, and as many pixels as all threads copy."""
+        return ceil(self._patch(0) * ceil(self._patch(1) / 2) * 2 / PIXELS_AT_ONCE) * PIXELS_AT_ONCE
 
     def shared_bytes(self, stages: int) -> int:
         """`TensorForwardLayout`: the places of the patch's pixels, two tiles of operand A, and the stages."""
