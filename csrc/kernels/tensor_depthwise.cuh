@@ -67,21 +67,26 @@ class TensorDepthwise {
   FSC_DEVICE TensorDepthwise(const TensorDepthwiseParams<Traits>& params, unsigned char* table)
       : params_(params), shape_(params.shape), tiles_(params.tiles), layout_(params.layout) {
     table_ = reinterpret_cast<uint32_t*>(table);
-    cell_ = threadIdx.x / Traits::kWords;
-    const int across = tiles_.columns / Traits::kCellColumns;
-    cell_row_ = cell_ / across * Traits::kCellRows;
-    cell_column_ = cell_ % across * Traits::kCellColumns;
-    // A cell past the tile's last repeats the first, so that it reads what is there.
-    if (cell_row_ >= tiles_.rows) cell_row_ = kNowhere, cell_column_ = 0;
     const int word = threadIdx.x % Traits::kWords;
-    const int row = cell_row_ == kNowhere ? 0 : cell_row_ * stride_h();
-    window_ = kept((row * layout_.columns + cell_column_ * stride_w()) * Traits::kSlabBytes + word * 4);
-    out_ = kept(t_offset(cell_, word / 4) + word % 4 * 4);
+    const int across = tiles_.columns / Traits::kCellColumns;
+    FSC_UNROLL
+    for (int pass = 0; pass < Traits::kPasses; ++pass) {
+      const int cell = threadIdx.x / Traits::kWords + pass * Traits::kCellsAtOnce;
+      Cell& own = cells_[pass];
+      own.row = cell / across * Traits::kCellRows;
+      own.column = cell % across * Traits::kCellColumns;
+      // A cell past the tile's last repeats the first, so that it reads what is there.
+      if (own.row >= tiles_.rows) own.row = kNowhere, own.column = 0;
+      const int row = own.row == kNowhere ? 0 : own.row * stride_h();
+      own.window = kept((row * layout_.columns + own.column * stride_w()) * Traits::kSlabBytes + word * 4);
+    }
+    out_ = kept(t_offset(threadIdx.x / Traits::kWords, word / 4) + word % 4 * 4);
   }
 
-  // Where chunk `chunk` of a row of t lies, in bytes.
+  // Where chunk `chunk` of a row of t lies, in bytes. The exchange of chunks is the same for rows 8 apart.
   FSC_DEVICE static int t_offset(int row, int chunk) {
-    return row * Traits::kSlabBytes + (chunk ^ row / 2 % Traits::kChunks) * 16;
+    constexpr int kRows = 128 / Traits::kSlabBytes;  // that have all banks
+    return row * Traits::kSlabBytes + (chunk ^ row / kRows % Traits::kChunks) * 16;
   }
   static constexpr int kOperandBytes = Traits::kPixels * Traits::kSlabBytes;  // of t
 
@@ -101,7 +106,7 @@ class TensorDepthwise {
     const int h0 = tiles_.vertical.input(tile.phase_h, tile.row);
     const int w0 = tiles_.horizontal.input(tile.phase_w, tile.column);
     __syncwarp();  // the places of the tile before are read
-    // Each of the four threads that copy a pixel finds the places of every fourth of their pixels.
+    // The threads that copy a pixel share the work of finding their pixels' places.
     const int chunk = threadIdx.x % Traits::kChunks;
     for (int pixel = threadIdx.x / Traits::kChunks + chunk * kPixelsAtOnce; pixel < layout_.copied_pixels;
          pixel += Traits::kChunks * kPixelsAtOnce) {
@@ -192,43 +197,53 @@ class TensorDepthwise {
   // The depthwise results of a slab of the tile, to t.
   template <bool kZeroOutside = false>
   FSC_DEVICE void convolve(const unsigned char* stage, unsigned char* t, const Tile& tile = {}) const {
-    Sums sum[Traits::kCellPixels];
-    const unsigned char* taps = stage + layout_.patch_bytes;
+    const int taps = shape_.kernel_h * shape_.kernel_w;
     const int word = threadIdx.x % Traits::kWords;
-    {
-      const unsigned char* biases = taps + shape_.kernel_h * shape_.kernel_w * Traits::kSlabBytes;
-      Sums bias{};
-      if (params_.bias != nullptr)
-        bias = floats(fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(biases) + word)[0]);
+    const unsigned char* const weights = stage + layout_.patch_bytes;
+    const uint32_t* const biases = reinterpret_cast<const uint32_t*>(weights + taps * Traits::kSlabBytes);
+    Sums bias{};
+    if (params_.bias != nullptr) bias = floats(fused_sepconv::load<1>(biases + word)[0]);
+    [[maybe_unused]] Sums weight[kTaps];
+    if constexpr (kHoldsTaps) {
+      FSC_UNROLL
+      for (int i = 0; i < kTaps; ++i) weight[i] = tap(reinterpret_cast<const uint32_t*>(weights) + word * kTaps, i);
+    }
+    FSC_UNROLL
+    for (int pass = 0; pass < Traits::kPasses; ++pass) {
+      const Cell& own = cells_[pass];
+      Sums sum[Traits::kCellPixels];
       FSC_UNROLL
       for (int p = 0; p < Traits::kCellPixels; ++p) sum[p] = bias;
-    }
-    if constexpr (Traits::kKernel != 0)
-      add_window(stage + window_, reinterpret_cast<const uint32_t*>(taps) + word * (Traits::kKernel * Traits::kKernel),
-                 sum);
-    else
-      add_any_window(
-          stage + window_,
-          reinterpret_cast<const Scalar*>(taps) + word * Traits::kPerWord * shape_.kernel_h * shape_.kernel_w, sum);
-    FSC_UNROLL
-    for (int r = 0; r < Traits::kCellRows; ++r) {
-      Values<Traits::kCellColumns * Traits::kPerWord> row;
+      if constexpr (kHoldsTaps)
+        add_window(stage, own, sum, [&](int index) { return weight[index]; });
+      else if constexpr (Traits::kKernel != 0)
+        add_window(stage, own, sum,
+                   [&](int index) { return tap(reinterpret_cast<const uint32_t*>(weights) + word * kTaps, index); });
+      else
+        add_any_window(stage, own, reinterpret_cast<const Scalar*>(weights) + word * Traits::kPerWord * taps, sum);
+      unsigned char* const out = t + out_ + pass * Traits::kCellsAtOnce * Traits::kSlabBytes;
       FSC_UNROLL
-      for (int c = 0; c < Traits::kCellColumns; ++c) {
+      for (int r = 0; r < Traits::kCellRows; ++r) {
+        Values<Traits::kCellColumns * Traits::kPerWord> row;
         FSC_UNROLL
-        for (int e = 0; e < Traits::kPerWord; ++e) row[c * Traits::kPerWord + e] = sum[r * Traits::kCellColumns + c][e];
-      }
-      activate_all(shape_.mid_activation, row);
-      FSC_UNROLL
-      for (int c = 0; c < Traits::kCellColumns; ++c) {
-        Vector<uint32_t, 1> out;
-        out[0] = operand(&row[c * Traits::kPerWord]);
-        if constexpr (kZeroOutside) {
-          const bool inside = cell_row_ != kNowhere && tiles_.output_row(tile, cell_row_ + r) < shape_.out_h &&
-                              tiles_.output_column(tile, cell_column_ + c) < shape_.out_w;
-          if (!inside) out[0] = 0;
+        for (int c = 0; c < Traits::kCellColumns; ++c) {
+          FSC_UNROLL
+          for (int e = 0; e < Traits::kPerWord; ++e)
+            row[c * Traits::kPerWord + e] = sum[r * Traits::kCellColumns + c][e];
         }
-        store(reinterpret_cast<uint32_t*>(t + out_ + (r * Traits::kCellColumns + c) * kRowsOfCells), out);
+        activate_all(shape_.mid_activation, row);
+        FSC_UNROLL
+        for (int c = 0; c < Traits::kCellColumns; ++c) {
+          Vector<uint32_t, 1> value;
+          value[0] = operand(&row[c * Traits::kPerWord]);
+          if constexpr (kZeroOutside) {
+            const bool inside = own.row != kNowhere && tiles_.output_row(tile, own.row + r) < shape_.out_h &&
+                                tiles_.output_column(tile, own.column + c) < shape_.out_w;
+            if (!inside) value[0] = 0;
+          }
+          constexpr int kPixelBytes = Traits::kCells * Traits::kSlabBytes;  // from a pixel of a cell to the next
+          store(reinterpret_cast<uint32_t*>(out + (r * Traits::kCellColumns + c) * kPixelBytes), value);
+        }
       }
     }
   }
@@ -240,8 +255,17 @@ class TensorDepthwise {
   static constexpr int kNowhere = -1;
   static constexpr uint32_t kInside = 0x80000000u;  // of a place in x
   static constexpr int kUnrolled = 4;
-  static constexpr int kPixelsAtOnce = Traits::kPixelsAtOnce;               // that the block copies
-  static constexpr int kRowsOfCells = Traits::kCells * Traits::kSlabBytes;  // in t, from a pixel of a cell to the next
+  static constexpr int kPixelsAtOnce = Traits::kPixelsAtOnce;  // that the block copies
+  static constexpr int kTaps = Traits::kKernel == 0 ? 1 : Traits::kKernel * Traits::kKernel;
+  static constexpr bool kHoldsTaps = Traits::kPasses > 1;  // in registers, from one cell to the next
+
+  // Two cells that a warp reads at once are 4 * stride pixels apart: they would read the same banks.
+  static constexpr bool kExchanges = Traits::kStride != 0 && Traits::kSlabBytes < 128;
+
+  struct Cell {
+    int row, column;  // where in the tile it is; row kNowhere: nowhere
+    int window;       // the first word that the thread reads of a patch for it, in bytes
+  };
 
   FSC_DEVICE int stride_h() const { return Traits::kStride != 0 ? Traits::kStride : tiles_.vertical.inner_stride; }
   FSC_DEVICE int stride_w() const { return Traits::kStride != 0 ? Traits::kStride : tiles_.horizontal.inner_stride; }
@@ -255,33 +279,34 @@ class TensorDepthwise {
 
   // Where a column of a patch lies, and which column lies there.
   FSC_DEVICE static int exchanged(int column) {
-    if constexpr (Traits::kStride == 0)
+    if constexpr (!kExchanges)
       return column;
     else
       return column ^ column / (Traits::kCellColumns * Traits::kStride) % 2;
   }
 
-  // The windows of a cell, row after row, under a kernel whose size is known.
-  FSC_DEVICE void add_window(const unsigned char* window, const uint32_t* taps,
-                             Sums (&sum)[Traits::kCellPixels]) const {
+  // The window of a cell, row after row, under a kernel whose size is known. Weight: a tap's from its number.
+  template <class Weight>
+  FSC_DEVICE void add_window(const unsigned char* patch, const Cell& own, Sums (&sum)[Traits::kCellPixels],
+                             const Weight& weight_of) const {
     constexpr int kSide = Traits::kKernel, kStep = Traits::kStride;
     constexpr int kRows = (Traits::kCellRows - 1) * kStep + kSide;
     constexpr int kColumns = (Traits::kCellColumns - 1) * kStep + kSide;
-    // A cell begins where columns are exchanged or where they are not: `even` is what to add to an even column's
-    // place where its neighbours of the same group of columns are as those of the first, and so on.
-    const int exchange = cell_column_ / Traits::kCellColumns % 2 * Traits::kSlabBytes;
-    const unsigned char* even = window + exchange;
-    const unsigned char* odd = window - exchange;
-    Sums weight[kSide * kSide];
+    // What is added to the place of an even and an odd column where columns are exchanged as the cell's first are;
+    // where they are not, it is as for the other parity.
+    const int exchange = kExchanges ? own.column / Traits::kCellColumns % 2 * Traits::kSlabBytes : 0;
+    const unsigned char* even = patch + own.window + exchange;
+    const unsigned char* odd = patch + own.window - exchange;
+    Sums weight[kTaps];
     FSC_UNROLL
     for (int y = 0; y < kRows; ++y) {
       if (y < kSide) {
         FSC_UNROLL
-        for (int j = 0; j < kSide; ++j) weight[y * kSide + j] = tap(taps, y * kSide + j);
+        for (int j = 0; j < kSide; ++j) weight[y * kSide + j] = weight_of(y * kSide + j);
       }
       FSC_UNROLL
       for (int column = 0; column < kColumns; ++column) {
-        const bool as_first = column / (Traits::kCellColumns * kStep) % 2 == 0;
+        const bool as_first = !kExchanges || column / (Traits::kCellColumns * kStep) % 2 == 0;
         const unsigned char* place = column % 2 == 0 ? (as_first ? even : odd + Traits::kSlabBytes)
                                                      : (as_first ? odd : even - Traits::kSlabBytes);
         const Sums x = input(place + column * Traits::kSlabBytes);
@@ -304,7 +329,6 @@ class TensorDepthwise {
 
   // Tap `index` of a word's channels, whose weights lie one channel after the other.
   FSC_DEVICE static Sums tap(const uint32_t* taps, int index) {
-    constexpr int kTaps = Traits::kKernel * Traits::kKernel;
     Sums weight;
     FSC_UNROLL
     for (int e = 0; e < Traits::kPerWord; ++e) {
@@ -315,7 +339,7 @@ class TensorDepthwise {
   }
 
   // The same for any kernel and stride, tap after tap.
-  FSC_DEVICE void add_any_window(const unsigned char* window, const Scalar* taps,
+  FSC_DEVICE void add_any_window(const unsigned char* patch, const Cell& own, const Scalar* taps,
                                  Sums (&sum)[Traits::kCellPixels]) const {
     const int area = shape_.kernel_h * shape_.kernel_w;
     FSC_ROLLED
@@ -331,7 +355,7 @@ class TensorDepthwise {
           FSC_UNROLL
           for (int c = 0; c < Traits::kCellColumns; ++c) {
             const int pixel = (r * stride_h() + i) * layout_.columns + c * stride_w() + j;
-            const Sums x = input(window + pixel * Traits::kSlabBytes);
+            const Sums x = input(patch + own.window + pixel * Traits::kSlabBytes);
             FSC_UNROLL
             for (int e = 0; e < Traits::kPerWord; ++e) sum[r * Traits::kCellColumns + c][e] += weight[e] * x[e];
           }
@@ -375,10 +399,8 @@ class TensorDepthwise {
 
   uint32_t* table_;  // of each pixel of the patch: 16 bytes from its image's first, or 0; kInside if it is in the image
   const unsigned char* image_;  // of x: the tile's
-  int cell_;
-  int cell_row_, cell_column_;  // where in the tile it is; row kNowhere: nowhere
-  int window_;                  // the first word that it reads of a patch, in bytes
-  int out_;                     // the first that it writes of t
+  Cell cells_[Traits::kPasses];
+  int out_;  // the first word that the thread writes of t, in bytes
 };
 
 }  // namespace fused_sepconv

@@ -47,8 +47,8 @@
 namespace fused_sepconv {
 
 // Tiles of 32,768 sums: `pixels` by as many features.
-template <class Scalar, int kernel, int inner_stride, int pixels>
-struct TensorForwardTraits : TensorTraits<Scalar, kernel, inner_stride, pixels> {
+template <class Scalar, int kernel, int inner_stride, int pixels, int slab_bytes>
+struct TensorForwardTraits : TensorTraits<Scalar, kernel, inner_stride, pixels, slab_bytes> {
   static constexpr int kFeatures = 128 * 256 / pixels;
   static constexpr int kFeaturesBytes = kFeatures * TensorForwardTraits::kSlabBytes;  // of a slab
   static constexpr int kMostStages = 4;
@@ -104,9 +104,7 @@ class TensorForward {
         depthwise_(params.depthwise, shared) {
     // Lane 8m + r of an ldmatrix points at row r of matrix m. Operand A's four are 16 pixels by two chunks, a step in
     // depth; operand B's are eight features by four chunks, two steps.
-    FSC_UNROLL
-    for (int step = 0; step < 2; ++step)
-      row_of_[step] = kept(Depthwise::t_offset(warp_row() * kWarpPixels + lane() % 16, 2 * step + lane() / 16));
+    row_of_ = kept(Depthwise::t_offset(warp_row() * kWarpPixels + lane() % 16, lane() / 16));
     const int column = lane() % 8;
     const int feature = warp_column() * kWarpFeatures + column / 2 * Traits::kVector + column % 2;
     column_of_ = kept(features_offset(feature, lane() / 8));
@@ -135,9 +133,9 @@ class TensorForward {
       // Slab `item` is there for all, the one before is convolved, and nobody reads what is overwritten from here on.
       __syncthreads();
       loader.load();
-      if (lags && item > 0) multiply(shared_ + t_before, stage);
+      if (lags && item > 0) multiply(shared_ + t_before, stage, slab);
       if (item < items) depthwise_.convolve(brought, shared_ + t);
-      if (!lags && item > 0) multiply(shared_ + t_before, stage);
+      if (!lags && item > 0) multiply(shared_ + t_before, stage, slab);
       if (item > 0 && ++slab == slabs) {
         slab = 0;
         finish(tile);
@@ -240,39 +238,43 @@ class TensorForward {
 
   // Where a chunk of a feature's weights lies, so that ldmatrix finds the eight features of a tile in different banks.
   FSC_DEVICE static int features_offset(int row, int chunk) {
-    return row * Traits::kSlabBytes + (chunk ^ row / Traits::kVector % Traits::kChunks) * 16;
+    const int exchange = row / Traits::kVector % 4;
+    return row * Traits::kSlabBytes + (chunk ^ (Traits::kSlabBytes == 64 ? exchange : exchange * 2 + row % 2)) * 16;
   }
 
-  // acc += t * b.
-  FSC_DEVICE void multiply(const unsigned char* t, const unsigned char* features) {
-    const SharedAddress rows = shared_address(t);
-    uint32_t a[2][kRowTiles][4];
+  // acc += t * b, 64 bytes of channels at a time, as far as there are any.
+  FSC_DEVICE void multiply(const unsigned char* t, const unsigned char* features, int slab) {
+    const SharedAddress rows = shared_address(t), columns = shared_address(features);
     FSC_UNROLL
-    for (int step = 0; step < 2; ++step) {
-      FSC_UNROLL
-      for (int tile = 0; tile < kRowTiles; ++tile)
-        ldmatrix_x4(a[step][tile], rows + row_of_[step] + tile * 16 * Traits::kSlabBytes);
-    }
-    // Of a tile's features, that of its two or four neighbours have the same exchange of chunks.
-    const SharedAddress columns = shared_address(features) + column_of_;
-    FSC_UNROLL
-    for (int tile = 0; tile < kColumnTiles; ++tile) {
-      const int first = tile / kTilesOfVectors * kGroup + tile % kTilesOfVectors * 2;
-      uint32_t b[4];
-      ldmatrix_x4(b, columns + first * Traits::kSlabBytes);
-      if constexpr (sizeof(Scalar) == 4) {
-        FSC_UNROLL
-        for (int word = 0; word < 4; ++word) {
-          float value;
-          memcpy(&value, &b[word], sizeof value);
-          b[word] = to_tf32(value);
-        }
-      }
+    for (int part = 0; part < Traits::kSlabBytes / 64; ++part) {
+      if (part > 0 && slab * Traits::kSlab + part * kPartChannels >= shape_.K) break;
+      uint32_t a[2][kRowTiles][4];
       FSC_UNROLL
       for (int step = 0; step < 2; ++step) {
         FSC_UNROLL
-        for (int row_tile = 0; row_tile < kRowTiles; ++row_tile)
-          mma<Scalar>(acc_[row_tile][tile], a[step][row_tile], b[2 * step], b[2 * step + 1]);
+        for (int tile = 0; tile < kRowTiles; ++tile)
+          ldmatrix_x4(a[step][tile], rows + (row_of_ ^ (part * 64 + step * 32)) + tile * 16 * Traits::kSlabBytes);
+      }
+      // Of a tile's features, that of its two or four neighbours have the same exchange of chunks.
+      FSC_UNROLL
+      for (int tile = 0; tile < kColumnTiles; ++tile) {
+        const int first = tile / kTilesOfVectors * kGroup + tile % kTilesOfVectors * 2;
+        uint32_t b[4];
+        ldmatrix_x4(b, columns + (column_of_ ^ (part * 64)) + first * Traits::kSlabBytes);
+        if constexpr (sizeof(Scalar) == 4) {
+          FSC_UNROLL
+          for (int word = 0; word < 4; ++word) {
+            float value;
+            memcpy(&value, &b[word], sizeof value);
+            b[word] = to_tf32(value);
+          }
+        }
+        FSC_UNROLL
+        for (int step = 0; step < 2; ++step) {
+          FSC_UNROLL
+          for (int row_tile = 0; row_tile < kRowTiles; ++row_tile)
+            mma<Scalar>(acc_[row_tile][tile], a[step][row_tile], b[2 * step], b[2 * step + 1]);
+        }
       }
     }
   }
@@ -344,6 +346,7 @@ class TensorForward {
 
   static constexpr int kWarpPixels = 64, kWarpFeatures = 64;
   static constexpr int kWarpColumns = Traits::kFeatures / kWarpFeatures;
+  static constexpr int kPartChannels = 64 / sizeof(Scalar);
   static constexpr int kRowTiles = kWarpPixels / 16;           // of mma.sync, 16 pixels high
   static constexpr int kColumnTiles = kWarpFeatures / 8;       // and 8 features wide
   static constexpr int kTilesOfVectors = Traits::kVector / 2;  // column tiles that share 4 vectors of features
@@ -362,7 +365,7 @@ class TensorForward {
 
   unsigned char* const shared_;
   Depthwise depthwise_;
-  int row_of_[2], column_of_;  // what the lane points ldmatrix at, of t and of the features
+  int row_of_, column_of_;  // what the lane points ldmatrix at, of t and of the features
   float acc_[kRowTiles][kColumnTiles][4];
 };
 

@@ -10,7 +10,8 @@
 namespace fused_sepconv {
 
 // kernel: taps a side, inner_stride: of a phase (phases.cuh); 0 for any, read from the shape. pixels: of a tile.
-template <class Scalar_, int kernel, int inner_stride, int pixels>
+// slab_bytes: of a pixel's channels that are convolved and multiplied at a time.
+template <class Scalar_, int kernel, int inner_stride, int pixels, int slab_bytes = 64>
 struct TensorTraits {
   using Scalar = Scalar_;
   static constexpr int kKernel = kernel;
@@ -19,8 +20,7 @@ struct TensorTraits {
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * 32;
 
-  // A slab of channels: 64 bytes of a pixel.
-  static constexpr int kSlabBytes = 64;
+  static constexpr int kSlabBytes = slab_bytes;
   static constexpr int kWords = kSlabBytes / 4;
   static constexpr int kChunks = kSlabBytes / 16;
   static constexpr int kPerWord = 4 / sizeof(Scalar);  // channels
@@ -30,14 +30,18 @@ struct TensorTraits {
   static constexpr int kPixelsAtOnce = kThreads / kChunks;  // that the block copies
 
   // A thread convolves one word of channels of a cell: neighbouring pixels, so that it reads each input pixel once for
-  // all outputs that need it.
-  static constexpr int kCells = kThreads / kWords;  // of a tile
+  // all outputs that need it. Then it does the same for the other cells that are its own.
+  static constexpr int kCells = 16;  // of a tile
   static constexpr int kCellPixels = kPixels / kCells;
   static constexpr int kCellColumns = 4;
   static constexpr int kCellRows = kCellPixels / kCellColumns;
+  static constexpr int kCellsAtOnce = kThreads / kWords;
+  static constexpr int kPasses = kCells / kCellsAtOnce;
 
   static_assert(sizeof(Scalar) == 2 || sizeof(Scalar) == 4, "float16, bfloat16, or float32 as TF32");
   static_assert((kernel == 0) == (inner_stride == 0), "either both are known or neither");
+  static_assert(kSlabBytes == 64 || kSlabBytes == 128, "half of the banks, or all of them");
+  static_assert(kPasses * kCellsAtOnce == kCells, "as many cells for every thread");
   static_assert(kCellRows > 0 && kCells * kCellRows * kCellColumns == kPixels, "whole cells");
 };
 
@@ -80,9 +84,9 @@ struct TensorTiles {
 
 // What a slab of a tile brings to shared memory, in bytes:
 //
-//   0            the patch: the tile's input pixels, halo included, 64 bytes each
+//   0            the patch: the tile's input pixels, halo included, kSlabBytes each
 //   patch_bytes  the slab's depthwise weights, (channels, taps) as they lie in global memory
-//                its depthwise biases, 64 bytes
+//                its depthwise biases, kSlabBytes
 template <class Traits>
 struct TensorSlabLayout {
   int slabs;          // of depthwise channels, the last of which may be partly empty

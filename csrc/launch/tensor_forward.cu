@@ -13,9 +13,9 @@ void run(const Instance& instance, const ForwardParams& params, Stream stream) {
          stream, own);
 }
 
-template <class Scalar, int kernel, int inner_stride, int pixels>
+template <class Scalar, int kernel, int inner_stride, int pixels, int slab_bytes>
 ForwardInstance make(const std::string& dtype, const std::string& kind) {
-  using Traits = TensorForwardTraits<Scalar, kernel, inner_stride, pixels>;
+  using Traits = TensorForwardTraits<Scalar, kernel, inner_stride, pixels, slab_bytes>;
   const std::string shape = std::to_string(pixels) + "x" + std::to_string(Traits::kFeatures);
   auto made = make_instance<ForwardInstance, Scalar, float, tensor_forward<Traits>>(
       "tensor_forward_" + kind + "_" + shape + "_" + dtype, Traits::kThreads, kLargestSharedBytes);
@@ -27,15 +27,15 @@ ForwardInstance make(const std::string& dtype, const std::string& kind) {
 // does not matter that half of the features of the other shape are none.
 template <class Scalar>
 void add_kinds(std::vector<ForwardInstance>& instances, const std::string& dtype) {
-  instances.push_back(make<Scalar, 3, 1, 128>(dtype, "3x3"));
-  instances.push_back(make<Scalar, 3, 1, 256>(dtype, "3x3"));
-  instances.push_back(make<Scalar, 3, 2, 128>(dtype, "3x3_stride2"));
-  instances.push_back(make<Scalar, 3, 2, 256>(dtype, "3x3_stride2"));
-  instances.push_back(make<Scalar, 5, 1, 128>(dtype, "5x5"));
-  instances.push_back(make<Scalar, 5, 2, 128>(dtype, "5x5_stride2"));
-  instances.push_back(make<Scalar, 7, 1, 128>(dtype, "7x7"));
-  instances.push_back(make<Scalar, 7, 2, 128>(dtype, "7x7_stride2"));
-  instances.push_back(make<Scalar, 0, 0, 128>(dtype, "any"));
+  instances.push_back(make<Scalar, 3, 1, 128, 128>(dtype, "3x3"));
+  instances.push_back(make<Scalar, 3, 1, 256, 128>(dtype, "3x3"));
+  instances.push_back(make<Scalar, 3, 2, 128, 64>(dtype, "3x3_stride2"));
+  instances.push_back(make<Scalar, 3, 2, 256, 64>(dtype, "3x3_stride2"));
+  instances.push_back(make<Scalar, 5, 1, 128, 64>(dtype, "5x5"));
+  instances.push_back(make<Scalar, 5, 2, 128, 64>(dtype, "5x5_stride2"));
+  instances.push_back(make<Scalar, 7, 1, 128, 64>(dtype, "7x7"));
+  instances.push_back(make<Scalar, 7, 2, 128, 64>(dtype, "7x7_stride2"));
+  instances.push_back(make<Scalar, 0, 0, 128, 64>(dtype, "any"));
 }
 
 }  // namespace

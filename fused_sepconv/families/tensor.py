@@ -33,9 +33,6 @@ BLOCK_SECONDS = 3e-6  # assumed, until measured: a block's weights and first sla
 # `TensorTraits` in csrc/kernels/tensor_tiles.cuh, `TensorForwardTraits` in csrc/kernels/tensor_forward.cuh.
 WARPS = 8
 THREADS = 32 * WARPS
-CHUNKS = 4  # of 16 bytes: the channels of a slab
-SLAB_BYTES = 16 * CHUNKS
-PIXELS_AT_ONCE = THREADS // CHUNKS  # that a block copies
 CELLS = 16  # of a tile
 CELL_COLUMNS = 4
 STAGES = (4, 3, 2)  # the most that fit
@@ -67,6 +64,10 @@ SHAPES = {
     "7x7_stride2": (WIDE,),
     "any": (WIDE,),
 }
+# Of a pixel's channels that are convolved and multiplied at a time. 128 take fewer instructions, but shared memory has
+# room for two or three stages of them only where the patch is small.
+SLAB_BYTES = {kind: 128 if kind == "3x3" else 64 for kind in SHAPES}
+
 _OPERANDS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "tf32"}
 
 INSTANCES = {
@@ -181,9 +182,19 @@ class Cut:
         return ceil(self.problem.F / self.shape.features)
 
     @property
+    def slab_bytes(self) -> int:
+        """Of a pixel."""
+        return SLAB_BYTES[_kind(self.problem)]
+
+    @property
+    def chunks(self) -> int:
+        """The same in 16 bytes."""
+        return self.slab_bytes // 16
+
+    @property
     def slab(self) -> int:
         """Channels."""
-        return SLAB_BYTES // ELEMENT_BYTES[self.problem.dtype]
+        return self.slab_bytes // ELEMENT_BYTES[self.problem.dtype]
 
     @property
     def slabs(self) -> int:
@@ -217,15 +228,15 @@ class Cut:
     @cached_property
     def _patch_pixels(self) -> int:
         """What a patch takes: rows of an even number of pixels, and as many pixels as all threads copy."""
-        return ceil(self._patch(0) * ceil(self._patch(1) / 2) * 2 / PIXELS_AT_ONCE) * PIXELS_AT_ONCE
+        at_once = THREADS // self.chunks
+        return ceil(self._patch(0) * ceil(self._patch(1) / 2) * 2 / at_once) * at_once
 
     def shared_bytes(self, stages: int) -> int:
         """`TensorForwardLayout`: the places of the patch's pixels, two tiles of operand A, and the stages."""
-        slab = (self._patch_pixels + self.problem.taps + 1) * SLAB_BYTES
-        operands = 2 * self.shape.pixels * SLAB_BYTES
-        return (
-            _aligned(self._patch_pixels * 4) + operands + stages * (self.shape.features * SLAB_BYTES + _aligned(slab))
-        )
+        operands = 2 * self.shape.pixels * self.slab_bytes
+        slab = (self._patch_pixels + self.problem.taps + 1) * self.slab_bytes
+        stage = self.shape.features * self.slab_bytes + _aligned(slab)
+        return _aligned(self._patch_pixels * 4) + operands + stages * stage
 
     @cached_property
     def stages(self) -> int:
@@ -258,9 +269,9 @@ class Cut:
     @property
     def _bytes_of_pixel(self) -> int:
         """What all slabs read of a pixel of x: with a depth multiplier, some chunks more than once."""
-        vector = self.slab // CHUNKS
+        vector = self.slab // self.chunks
         firsts = (slab * self.slab // self.problem.multiplier // vector * vector for slab in range(self.slabs))
-        return sum(16 * min(CHUNKS, (self.problem.C - first) // vector) for first in firsts)
+        return sum(16 * min(self.chunks, (self.problem.C - first) // vector) for first in firsts)
 
     @property
     def requested_bytes(self) -> int:
@@ -312,23 +323,30 @@ class Cut:
     @property
     def _shared_cycles(self) -> float:
         """Of a slab, at 128 bytes a cycle: what goes in, the windows and taps, operand A, both operands."""
-        copied = (self._patch_pixels + self.shape.features) * SLAB_BYTES / 128
+        copied = (self._patch_pixels + self.shape.features) * self.slab_bytes / 128
+        passes, parts = self._passes_and_parts
         cell = self.shape.cell_rows * CELL_COLUMNS
-        return copied + WARPS * (self._window + self.problem.taps + 1 + cell + 16 * 4)
+        return copied + WARPS * (passes * (self._window + cell) + self.problem.taps + 1 + parts * 16 * 4)
+
+    @property
+    def _passes_and_parts(self) -> tuple[int, int]:
+        """Cells of a thread, and 64 bytes of channels: what a slab's depthwise and matrix work consist of."""
+        return CELLS * self.slab_bytes // 4 // THREADS, self.slab_bytes // 64
 
     @property
     def _instructions(self) -> float:
         """Of a warp a slab, about."""
         p = self.problem
+        passes, parts = self._passes_and_parts
         narrow = ELEMENT_BYTES[p.dtype] == 2
         channels = 2 if narrow else 1
         cell = self.shape.cell_rows * CELL_COLUMNS
         relu = self._window if p.pre_activation == "relu" else 0
         unpack = channels if narrow else 0
-        convolve = cell * p.taps * channels + self._window * (1 + unpack) + p.taps * 2 + 2 * cell + relu + 20
-        multiply = 64 + 16 + 10 + (0 if narrow else 32)
-        load = ceil(self._patch_pixels * CHUNKS / THREADS) * 10 + self.shape.features * CHUNKS // THREADS * 8 + 60
-        return convolve + multiply + load
+        convolve = passes * (cell * p.taps * channels + self._window * (1 + unpack) + 2 * cell + relu + 15) + p.taps * 3
+        multiply = parts * (64 + 16 + 6 + (0 if narrow else 32)) + 10
+        copies = (self._patch_pixels * 7 + self.shape.features * 5) * self.chunks / THREADS
+        return convolve + multiply + copies + 120
 
 
 def _aligned(value: int) -> int:
