@@ -253,8 +253,8 @@ class TensorDepthwise {
 
   static constexpr int kScalarBytes = sizeof(Scalar);
   static constexpr int kNowhere = -1;
-  static constexpr uint32_t kInside = 0x80000000u;  // of a place in x
-  static constexpr int kUnrolled = 4;
+  static constexpr uint32_t kInside = 0x80000000u;             // of a place in x
+  static constexpr int kUnrolled = 3;                          // copies: a 3x3 patch takes one or two times as many
   static constexpr int kPixelsAtOnce = Traits::kPixelsAtOnce;  // that the block copies
   static constexpr int kTaps = Traits::kKernel == 0 ? 1 : Traits::kKernel * Traits::kKernel;
   static constexpr bool kHoldsTaps = Traits::kPasses > 1;  // in registers, from one cell to the next

@@ -304,36 +304,56 @@ class TensorForward {
     }
   }
 
-  // y of the lane's pixels: kVector neighbouring features at a time.
-  FSC_DEVICE void finish(int index) const {
+  FSC_DEVICE void finish(int tile) const {
+    if (call_.residual.data == nullptr && shape_.activation == Activation::none)
+      finish_as<true>(tile);
+    else
+      finish_as<false>(tile);
+  }
+
+  // y of the lane's pixels, a row of two cells, kVector neighbouring features at a time. kPlain: no residual and no
+  // activation, a third of the instructions.
+  template <bool kPlain>
+  FSC_DEVICE void finish_as(int index) const {
+    static_assert(kWarpPixels == Traits::kCells * Traits::kCellColumns, "a warp has one row of every cell");
     const TensorTiles<Traits>& tiles = params_.depthwise.tiles;
     const auto tile = tiles.tile(index / params_.feature_tiles);
     const int first = first_feature(index);
+    const Image &y = call_.y, &residual = call_.residual;
+    const int64_t step = tiles.horizontal.count * y.stride_w;
+    const int64_t residual_step = tiles.horizontal.count * residual.stride_w;
     FSC_UNROLL
     for (int half = 0; half < 2; ++half) {
+      int row, column;
+      if (!depthwise_.place(warp_row() * kWarpPixels + half * 8 + lane() / 4, row, column)) continue;
+      const Place place{tile.n, tiles.output_row(tile, row), tiles.output_column(tile, column)};
+      if (place.oh >= shape_.out_h) continue;
+      Scalar* to = static_cast<Scalar*>(y.data) + offset(y, place, first);
+      const Scalar* from = nullptr;
+      if (!kPlain && residual.data != nullptr)
+        from = static_cast<const Scalar*>(residual.data) + offset(residual, place, first);
       FSC_UNROLL
       for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-        int row, column;
-        if (!depthwise_.place(warp_row() * kWarpPixels + row_tile * 16 + half * 8 + lane() / 4, row, column)) continue;
-        const Place place{tile.n, tiles.output_row(tile, row), tiles.output_column(tile, column)};
-        if (place.oh >= shape_.out_h || place.ow >= shape_.out_w) continue;
-        const Scalar* residual = static_cast<const Scalar*>(call_.residual.data);
-        if (residual != nullptr) residual += offset(call_.residual, place, first);
-        Scalar* y = static_cast<Scalar*>(call_.y.data) + offset(call_.y, place, first);
-        FSC_UNROLL
-        for (int group = 0; group < kWarpFeatures / kGroup; ++group) {
-          if (first + group * kGroup >= shape_.F) continue;
-          Values<Traits::kVector> z;
+        if (place.ow + row_tile * tiles.horizontal.count < shape_.out_w) {
           FSC_UNROLL
-          for (int i = 0; i < Traits::kVector; ++i)
-            z[i] = acc_[row_tile][group * kTilesOfVectors + i / 2][half * 2 + i % 2];
-          if (residual != nullptr) add(z, residual + group * kGroup);
-          activate_all(shape_.activation, z);
-          Vector<Scalar, Traits::kVector> vector;
-          FSC_UNROLL
-          for (int i = 0; i < Traits::kVector; ++i) vector[i] = convert<Scalar>(z[i]);
-          store(y + group * kGroup, vector);
+          for (int group = 0; group < kWarpFeatures / kGroup; ++group) {
+            if (first + group * kGroup >= shape_.F) continue;
+            Values<Traits::kVector> z;
+            FSC_UNROLL
+            for (int i = 0; i < Traits::kVector; ++i)
+              z[i] = acc_[row_tile][group * kTilesOfVectors + i / 2][half * 2 + i % 2];
+            if constexpr (!kPlain) {
+              if (from != nullptr) add(z, from + group * kGroup);
+              activate_all(shape_.activation, z);
+            }
+            Vector<Scalar, Traits::kVector> vector;
+            FSC_UNROLL
+            for (int i = 0; i < Traits::kVector; ++i) vector[i] = convert<Scalar>(z[i]);
+            store_global(to + group * kGroup, vector);
+          }
         }
+        to += step;
+        if (!kPlain && from != nullptr) from += residual_step;
       }
     }
   }
