@@ -29,6 +29,12 @@ class Device:
     matrix_tf32: float
     source: str
     sync_fraction: float = 1.0  # of the matrix peak that mma.sync reaches
+    fma_lanes: int = 128  # float32 multiply-adds that an SM starts in a cycle
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second."""
+        return self.fma_float32 / (2 * self.fma_lanes * self.sms)
 
     def blocks_per_sm(self, threads: int, registers: int, shared_bytes: int) -> int:
         """Blocks that an SM holds at once, if each takes so much.
@@ -66,7 +72,7 @@ _DATASHEET = "NVIDIA's datasheet; 90 % of its bandwidth, as a copy reaches"
 DEVICES = {
     device.name: device
     for device in (
-        Device("A100", 108, 163 << 10, 0.9 * 2.04e12, 19.5e12, 9.7e12, 312e12, 156e12, _DATASHEET),
+        Device("A100", 108, 163 << 10, 0.9 * 2.04e12, 19.5e12, 9.7e12, 312e12, 156e12, _DATASHEET, fma_lanes=64),
         Device("H100", 132, 227 << 10, 0.9 * 3.35e12, 67e12, 33.5e12, 790e12, 400e12, _DATASHEET, HOPPER_SYNC_FRACTION),
         Device(
             *("H200", 132, 227 << 10, 4.3e12, 67e12, 33.5e12, 790e12, 400e12, "copy and bf16 GEMM measured"),

@@ -68,13 +68,12 @@ class TensorDepthwise {
       : params_(params), shape_(params.shape), tiles_(params.tiles), layout_(params.layout) {
     table_ = reinterpret_cast<uint32_t*>(table);
     const int word = threadIdx.x % Traits::kWords;
-    const int across = tiles_.columns / Traits::kCellColumns;
     FSC_UNROLL
     for (int pass = 0; pass < Traits::kPasses; ++pass) {
-      const int cell = threadIdx.x / Traits::kWords + pass * Traits::kCellsAtOnce;
+      int cell = threadIdx.x / Traits::kWords + pass * Traits::kCellsAtOnce;
       Cell& own = cells_[pass];
-      own.row = cell / across * Traits::kCellRows;
-      own.column = cell % across * Traits::kCellColumns;
+      own.column = tiles_.by_cells.split(cell) * Traits::kCellColumns;
+      own.row = cell * Traits::kCellRows;
       // A cell past the tile's last repeats the first, so that it reads what is there.
       if (own.row >= tiles_.rows) own.row = kNowhere, own.column = 0;
       const int row = own.row == kNowhere ? 0 : own.row * stride_h();
@@ -92,10 +91,10 @@ class TensorDepthwise {
 
   // Where in a tile the pixel of a row of t lies; false: nowhere.
   FSC_DEVICE bool place(int t_row, int& row, int& column) const {
-    const int cell = t_row % Traits::kCells, pixel = t_row / Traits::kCells;
-    const int across = tiles_.columns / Traits::kCellColumns;
-    row = cell / across * Traits::kCellRows + pixel / Traits::kCellColumns;
-    column = cell % across * Traits::kCellColumns + pixel % Traits::kCellColumns;
+    const int pixel = t_row / Traits::kCells;
+    int cell = t_row % Traits::kCells;
+    column = tiles_.by_cells.split(cell) * Traits::kCellColumns + pixel % Traits::kCellColumns;
+    row = cell * Traits::kCellRows + pixel / Traits::kCellColumns;
     return row < tiles_.rows;
   }
 
@@ -110,8 +109,8 @@ class TensorDepthwise {
     const int chunk = threadIdx.x % Traits::kChunks;
     for (int pixel = threadIdx.x / Traits::kChunks + chunk * kPixelsAtOnce; pixel < layout_.copied_pixels;
          pixel += Traits::kChunks * kPixelsAtOnce) {
-      const int row = pixel / layout_.columns;
-      const int column = exchanged(pixel - row * layout_.columns);
+      int row = pixel;
+      const int column = exchanged(layout_.by_columns.split(row));
       const int h = h0 + row * tiles_.vertical.pitch;
       const int w = w0 + column * tiles_.horizontal.pitch;
       const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(shape_.H) &&

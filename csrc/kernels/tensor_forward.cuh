@@ -78,15 +78,15 @@ struct TensorForwardParams {
   ForwardParams call;
   TensorDepthwiseParams<Traits> depthwise;
   TensorForwardLayout<Traits> layout;
-  int feature_tiles;  // along F: the fastest index of a tile, so that neighbouring blocks share x in L2
-  int tiles;          // in all; the plan refuses more than an int holds
+  Divisor feature_tiles;  // along F: the fastest index of a tile, so that neighbouring blocks share x in L2
+  int tiles;              // in all; the plan refuses more than an int holds
 
   explicit TensorForwardParams(const ForwardParams& params)
       : call(params),
         depthwise(params, params.tiling),
         layout(depthwise.layout, params.tiling),
         feature_tiles((params.shape.F + Traits::kFeatures - 1) / Traits::kFeatures),
-        tiles(depthwise.tiles.count * feature_tiles) {}
+        tiles(depthwise.tiles.count * ((params.shape.F + Traits::kFeatures - 1) / Traits::kFeatures)) {}
 };
 
 template <class Traits>
@@ -184,7 +184,7 @@ class TensorForward {
         }
       }
       if (item_ < items_) {
-        if (slab_ == 0) k_.depthwise_.enter(k_.params_.depthwise.tiles.tile(tile_ / k_.params_.feature_tiles));
+        if (slab_ == 0) k_.depthwise_.enter(k_.params_.depthwise.tiles.tile(k_.params_.feature_tiles.quotient(tile_)));
         k_.depthwise_.load(slab_, stage_ + Traits::kFeaturesBytes);
         if (++slab_ == k_.params_.depthwise.layout.slabs) {
           slab_ = 0;
@@ -199,7 +199,7 @@ class TensorForward {
    private:
     FSC_DEVICE void enter_features(int tile) {
       chunk_ = threadIdx.x % Traits::kChunks;
-      first_feature_ = tile % k_.params_.feature_tiles * Traits::kFeatures + threadIdx.x / Traits::kChunks;
+      first_feature_ = k_.params_.feature_tiles.split(tile) * Traits::kFeatures + threadIdx.x / Traits::kChunks;
       FSC_UNROLL
       for (int i = 0; i < kFeaturesOfThread; ++i) {
         const int feature = first_feature_ + i * kFeaturesAtOnce;
@@ -281,7 +281,7 @@ class TensorForward {
 
   // The lane's first feature of a tile's; the others of its 16 bytes follow, and further groups kGroup apart.
   FSC_DEVICE int first_feature(int tile) const {
-    return tile % params_.feature_tiles * Traits::kFeatures + warp_column() * kWarpFeatures +
+    return params_.feature_tiles.split(tile) * Traits::kFeatures + warp_column() * kWarpFeatures +
            lane() % 4 * Traits::kVector;
   }
 
@@ -317,7 +317,7 @@ class TensorForward {
   FSC_DEVICE void finish_as(int index) const {
     static_assert(kWarpPixels == Traits::kCells * Traits::kCellColumns, "a warp has one row of every cell");
     const TensorTiles<Traits>& tiles = params_.depthwise.tiles;
-    const auto tile = tiles.tile(index / params_.feature_tiles);
+    const auto tile = tiles.tile(params_.feature_tiles.quotient(index));
     const int first = first_feature(index);
     const Image &y = call_.y, &residual = call_.residual;
     const int64_t step = tiles.horizontal.count * y.stride_w;

@@ -5,6 +5,7 @@
 
 #include "../params.h"
 #include "../primitives/platform.h"
+#include "divisor.cuh"
 #include "phases.cuh"
 
 namespace fused_sepconv {
@@ -52,6 +53,8 @@ struct TensorTiles {
   int rows, columns;  // outputs of a tile: whole cells, at most kCells of them
   int down, across;   // tiles along a phase's rows and columns
   int count;          // in all; the plan refuses more than an int holds
+  Divisor by_across, by_phases_w, by_down, by_phases_h;
+  Divisor by_cells;  // of a tile's row
 
   TensorTiles(const ConvShape& shape, const TensorTiling& tiling)
       : vertical(shape.stride_h, shape.dilation_h, shape.pad_top),
@@ -60,7 +63,12 @@ struct TensorTiles {
         columns(tiling.columns),
         down((vertical.longest(shape.out_h) + rows - 1) / rows),
         across((horizontal.longest(shape.out_w) + columns - 1) / columns),
-        count(static_cast<int>(shape.N) * vertical.count * down * horizontal.count * across) {}
+        count(static_cast<int>(shape.N) * vertical.count * down * horizontal.count * across),
+        by_across(across),
+        by_phases_w(horizontal.count),
+        by_down(down),
+        by_phases_h(vertical.count),
+        by_cells(columns / Traits::kCellColumns) {}
 
   struct Tile {
     int n;
@@ -69,10 +77,10 @@ struct TensorTiles {
   };
   FSC_DEVICE Tile tile(int index) const {
     Tile tile;
-    tile.column = index % across * columns, index /= across;
-    tile.phase_w = index % horizontal.count, index /= horizontal.count;
-    tile.row = index % down * rows, index /= down;
-    tile.phase_h = index % vertical.count, index /= vertical.count;
+    tile.column = by_across.split(index) * columns;
+    tile.phase_w = by_phases_w.split(index);
+    tile.row = by_down.split(index) * rows;
+    tile.phase_h = by_phases_h.split(index);
     tile.n = index;
     return tile;
   }
@@ -97,6 +105,7 @@ struct TensorSlabLayout {
   int patch_bytes;
   int bytes;        // of a slab: a multiple of 64
   int table_bytes;  // where a patch's pixels are in x, beside all slabs (TensorDepthwise)
+  Divisor by_columns{1};
 
   TensorSlabLayout(const ConvShape& shape, const TensorTiles<Traits>& tiles) {
     slabs = (shape.K + Traits::kSlab - 1) / Traits::kSlab;
@@ -107,6 +116,7 @@ struct TensorSlabLayout {
     copied_pixels = (rows * columns + Traits::kPixelsAtOnce - 1) / Traits::kPixelsAtOnce * Traits::kPixelsAtOnce;
     patch_bytes = copied_pixels * Traits::kSlabBytes;
     bytes = patch_bytes + (shape.kernel_h * shape.kernel_w + 1) * Traits::kSlabBytes;
+    by_columns = Divisor(columns);
     table_bytes = copied_pixels * static_cast<int>(sizeof(uint32_t));
   }
 };
