@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ _IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
     """The output: the depthwise result through device memory, then the 1x1, residual and activation."""
-    x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
+    x, _, pointwise_weight, bias, _, residual = tensors
     (depthwise,) = candidate.steps
-    t = depthwise_execution.forward(depthwise, problem.depthwise("forward"), x, depthwise_weight, depthwise_bias)
+    t = _intermediate(depthwise, problem, tensors)
     if candidate.pointwise == "matmul" and problem.activation == "relu" and residual is None:
         return as_output(x, _matmul(t, pointwise_weight, bias, relu=True))
     z = _pointwise(candidate, t, pointwise_weight, bias)
@@ -48,43 +48,66 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The six gradients, None where not asked for; the depthwise result is computed again at most once."""
     want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
-    x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
-    again, *through_mid, one_pass = candidate.steps
-    activation = ACTIVATIONS[problem.activation]
-    read_from_output = problem.activation is None or (output is not None and activation.from_output is not None)
-
-    t = None
-    if want_pointwise or not read_from_output:
-        t = depthwise_execution.forward(again, problem.depthwise("forward"), x, depthwise_weight, depthwise_bias)
-    if problem.activation is None:
-        grad_z = grad_output
-    elif read_from_output:
-        grad_z = activation.from_output(grad_output, output)
-    else:
-        z = _pointwise(candidate, t, pointwise_weight, bias)
-        grad_z = activation.backward(grad_output, z if residual is None else z.add_(residual))
-
+    x, _, pointwise_weight, *_ = tensors
+    again, *steps = candidate.steps
+    grad_z, t = gradient_of_argument(candidate, again, problem, grad_output, tensors, output)
+    if want_pointwise and t is None:
+        t = _intermediate(again, problem, tensors)
     want_t = want_x or want_depthwise or want_depthwise_bias
-    grad_t, grad_pointwise, grad_bias = _pointwise_backward(
+    grad_t, grad_pointwise, grad_bias = pointwise_backward(
         candidate, grad_z, t, pointwise_weight, (want_t, want_pointwise, want_bias), x
     )
     grad_x = grad_depthwise = grad_depthwise_bias = None
     if want_t:
-        if problem.mid_activation:
-            (step,) = through_mid
-            grad_t = depthwise_execution.forward(
-                step, problem.depthwise("forward"), x, depthwise_weight, depthwise_bias, grad_t
-            )
-        grad_x, grad_depthwise, grad_depthwise_bias = depthwise_execution.backward(
-            one_pass,
-            problem.depthwise("backward"),
-            x,
-            depthwise_weight,
-            depthwise_bias,
-            grad_t,
-            (want_x, want_depthwise, want_depthwise_bias),
+        grad_x, grad_depthwise, grad_depthwise_bias = depthwise_backward(
+            steps, problem, grad_t, tensors, (want_x, want_depthwise, want_depthwise_bias)
         )
     return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
+
+
+def gradient_of_argument(
+    candidate: Candidate,
+    again: Candidate,
+    problem: Problem,
+    grad_output: Tensor,
+    tensors: Tensors,
+    output: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the last activation's argument z, and the depthwise result where z was computed again for it.
+
+    `again` is the kernel of the depthwise result.
+    """
+    if problem.activation is None:
+        return grad_output, None
+    activation = ACTIVATIONS[problem.activation]
+    if output is not None and activation.from_output is not None:
+        return activation.from_output(grad_output, output), None
+    _, _, pointwise_weight, bias, _, residual = tensors
+    t = _intermediate(again, problem, tensors)
+    z = _pointwise(candidate, t, pointwise_weight, bias)
+    return activation.backward(grad_output, z if residual is None else z.add_(residual)), t
+
+
+def depthwise_backward(
+    steps: Sequence[Candidate], problem: Problem, grad_t: Tensor, tensors: Tensors, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, the depthwise weight and its bias from that of the 1x1's input: one pass, and before it the
+    way through the mid-activation where there is one."""
+    x, depthwise_weight, _, _, depthwise_bias, _ = tensors
+    *through_mid, one_pass = steps
+    for step in through_mid:
+        grad_t = depthwise_execution.forward(
+            step, problem.depthwise("forward"), x, depthwise_weight, depthwise_bias, grad_t
+        )
+    return depthwise_execution.backward(
+        one_pass, problem.depthwise("backward"), x, depthwise_weight, depthwise_bias, grad_t, mask
+    )
+
+
+def _intermediate(step: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
+    """The depthwise result."""
+    x, depthwise_weight, _, _, depthwise_bias, _ = tensors
+    return depthwise_execution.forward(step, problem.depthwise("forward"), x, depthwise_weight, depthwise_bias)
 
 
 def _pointwise(candidate: Candidate, t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,7 +126,7 @@ def _matmul(t: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) 
     return _image(z, t.shape)
 
 
-def _pointwise_backward(
+def pointwise_backward(
     candidate: Candidate, grad_z: Tensor, t: Tensor | None, weight: Tensor, mask: tuple[bool, bool, bool], x: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the 1x1's input, weight and bias, None where the mask does not ask."""

@@ -13,6 +13,8 @@ from ..problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Pro
 from . import depthwise
 from .library import LIBRARY_MATRIX
 
+WEIGHT_PASS = "of the pointwise weight"
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -29,14 +31,14 @@ class Pass:
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
     """The fastest depthwise kernels that can run the problem, with the 1x1 as PyTorch runs it fastest."""
-    directions = ("forward",) if problem.direction == "forward" else ("forward", "backward")
-    steps = [depthwise.best(problem.depthwise(direction), device, kernels) for direction in directions]
+    if problem.direction == "forward":
+        steps = [depthwise.best(problem.depthwise("forward"), device, kernels)]
+    else:
+        steps = backward_steps(problem, device, kernels)
     name = f"split: {steps[-1].name}"
     for step in steps:
         if step.refusal:
             return [Candidate("split", name, refusal=step.refusal)]
-    if problem.direction == "backward" and problem.mid_activation:
-        steps.insert(1, steps[0])  # once more, as the gradient's way through the mid-activation
     how, passes = pointwise(problem)
     return [
         Candidate(
@@ -54,6 +56,13 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             note=f"1x1 by {how}",
         )
     ]
+
+
+def backward_steps(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
+    """The depthwise kernels of a backward: of the depthwise result, of the gradient's way through the mid-activation
+    where there is one, and of all depthwise gradients."""
+    again, one_pass = (depthwise.best(problem.depthwise(d), device, kernels) for d in ("forward", "backward"))
+    return [again, again, one_pass] if problem.mid_activation else [again, one_pass]
 
 
 def pointwise(problem: Problem) -> tuple[str, list[Pass]]:
@@ -76,5 +85,5 @@ def pointwise(problem: Problem) -> tuple[str, list[Pass]]:
         return how, passes
     passes = [Pass("activation", 3 * y)] if problem.activation else []
     passes.append(Pass("of the depthwise result", product, problem.pointwise_flops))
-    passes.append(Pass("of the pointwise weight", product, problem.pointwise_flops))
+    passes.append(Pass(WEIGHT_PASS, product, problem.pointwise_flops))
     return how, passes
