@@ -51,7 +51,8 @@ const auto& forward_instances() {
 const auto& backward_instances() {
   static const auto all =
       by_name({simt_backward_intermediate_instances(), simt_backward_input_instances(),
-               simt_backward_depthwise_weight_instances(), simt_backward_pointwise_weight_instances()});
+               simt_backward_depthwise_weight_instances(), simt_backward_pointwise_weight_instances(),
+               tensor_backward_pointwise_weight_instances()});
   return all;
 }
 
@@ -102,7 +103,7 @@ void forward(const std::string& instance, const ConvShape& shape, const ImageArg
 void backward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
               Address pointwise_weight, Address depthwise_bias, const ImageArgument& grad_z,
               const ImageArgument& grad_t, const ImageArgument& grad_x, Address partial_weight, Address partial_bias,
-              int64_t pixels_per_split, int splits, Stream stream) {
+              int64_t pixels_per_split, int splits, const std::array<int32_t, 5>& tensor_weight, Stream stream) {
   BackwardParams params;
   params.shape = shape;
   params.x = image(x);
@@ -116,6 +117,7 @@ void backward(const std::string& instance, const ConvShape& shape, const ImageAr
   params.partial_bias = pointer(partial_bias);
   params.pixels_per_split = pixels_per_split;
   params.splits = splits;
+  params.tensor_weight = {tensor_weight[0], tensor_weight[1], tensor_weight[2], tensor_weight[3], tensor_weight[4]};
   run(backward_instances().at(instance), params, stream);
 }
 
@@ -292,7 +294,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("backward", &backward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("grad_z"),
         py::arg("grad_t"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
-        py::arg("pixels_per_split"), py::arg("splits"), py::arg("stream"));
+        py::arg("pixels_per_split"), py::arg("splits"), py::arg("tensor_weight"), py::arg("stream"));
   m.def("depthwise_forward", &depthwise_forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("tiling"),
         py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("grad_output"),
         py::arg("y"), py::arg("stream"));

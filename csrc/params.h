@@ -44,6 +44,14 @@ struct TensorTiling {
   int32_t stages;         // of a block's ring in shared memory
 };
 
+// How the plan cuts a problem for the tensor-core gradient of the pointwise weight (kernels/tensor_weight_tiles.cuh).
+struct TensorWeightTiling {
+  int32_t columns;                       // output columns of a strip, in its phase of the image; whole runs of 4
+  int32_t runs;                          // of 4 output pixels, of a tile; a power of two
+  int32_t feature_warps, channel_warps;  // of a block, side by side, 64 of each a warp; the others share the pixels
+  int32_t stages;                        // tiles in shared memory
+};
+
 // One forward call: z = pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual, y = act(z). With
 // grad_output it is the backward's look at the same z: y = grad_output * act'(z), where act' can't be read from the
 // output that the forward gave.
@@ -82,6 +90,7 @@ struct BackwardParams {
   void* partial_bias;            // (splits, K) or (splits, F), or null
   int64_t pixels_per_split;      // output pixels that one part sums over; the last has what is left
   int32_t splits;                // parts
+  TensorWeightTiling tensor_weight;  // of the tensor-core step, which cuts its sum into parts of about as many tiles
 };
 
 // How the depthwise kernels cut a problem (fused_sepconv/families/depthwise.py decides; the kernels only follow).

@@ -77,6 +77,8 @@ def _backward(
     with on_device(tensors[0].device):
         if candidate.family == "split":
             return split_execution.backward(candidate, problem, grad_output, tensors, output, output_mask)
+        if candidate.family == "tensor":
+            return tensor_execution.backward(candidate, problem, grad_output, tensors, output, output_mask)
         return simt_execution.backward(candidate, problem, grad_output, tensors, output, output_mask)
 
 

@@ -225,6 +225,18 @@ class TensorTiling:
 
 
 @dataclass(frozen=True)
+class TensorWeightTiling:
+    """How the tensor-core gradient of the pointwise weight cuts a problem: `TensorWeightTiling` in csrc/params.h."""
+
+    columns: int
+    runs: int
+    feature_warps: int
+    channel_warps: int
+    stages: int
+    parts: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Something that could run a problem, with its predicted cost on the plan's device, or why it can't."""
 
@@ -241,7 +253,7 @@ class Candidate:
     refusal: str = ""  # why it can't run; empty if it can
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
     pointwise_splits: Splits | None = None
-    tiling: Tiling | PlaneTiling | TensorTiling | None = None  # of the depthwise and the tensor-core kernels
-    steps: tuple[Candidate, ...] = ()  # of the split family: the depthwise kernels that it runs, in order
-    pointwise: str = ""  # of the split family: how PyTorch runs the 1x1
+    tiling: Tiling | PlaneTiling | TensorTiling | TensorWeightTiling | None = None  # depthwise and tensor-core kernels
+    steps: tuple[Candidate, ...] = ()  # the kernels that a call runs, in order, where it runs several
+    pointwise: str = ""  # how PyTorch runs the 1x1, where it does
     note: str = ""  # what else is worth telling

@@ -126,6 +126,7 @@ class Steps:
             address(partial_bias),
             splits.pixels_per_part if splits else 0,
             splits.parts if splits else 0,
+            (0, 0, 0, 0, 0),
             stream_of(self._x.device),
         )
 

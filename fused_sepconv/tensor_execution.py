@@ -1,14 +1,15 @@
-"""Launches the tensor-core family: the fused forward."""
+"""Launches the tensor-core family: the fused forward, and a backward whose pointwise weight's gradient is fused."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _native
-from .launching import Tensors, address, aligned, conv_shape, image_of, stream_of
+from . import _native, split_execution
+from .launching import Tensors, address, aligned, contiguous, conv_shape, image_of, stream_of
 from .memory_format import empty_output
 from .problem import Candidate, Problem
+from .simt_execution import reduced
 
 
 def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
@@ -17,8 +18,8 @@ def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
     y = empty_output(x, (problem.N, problem.F, problem.out_h, problem.out_w))
     if problem.N == 0:
         return y
-    if residual is not None and not (_is_nhwc(residual) and aligned(residual)):
-        residual = empty_output(x, y.shape).copy_(residual)
+    if residual is not None:
+        residual = _readable(residual)
     depthwise_weight, depthwise_bias = _vectors(depthwise_weight), _vectors(depthwise_bias)
     pointwise_weight, bias = _vectors(pointwise_weight), _vectors(bias)
     tiling = candidate.tiling
@@ -39,8 +40,74 @@ def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
     return y
 
 
-def _is_nhwc(image: Tensor) -> bool:
-    return image.is_contiguous(memory_format=torch.channels_last)
+def backward(
+    candidate: Candidate,
+    problem: Problem,
+    grad_output: Tensor,
+    tensors: Tensors,
+    output: Tensor | None,
+    output_mask: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The six gradients, None where not asked for."""
+    want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
+    x, _, pointwise_weight, *_ = tensors
+    weight_step, again, *steps = candidate.steps
+    grad_z, _ = split_execution.gradient_of_argument(candidate, again, problem, grad_output, tensors, output)
+    grad_pointwise = grad_bias = grad_x = grad_depthwise = grad_depthwise_bias = None
+    if want_pointwise:
+        grad_pointwise, grad_bias = pointwise_weight_gradient(weight_step, problem, grad_z, tensors, want_bias)
+    elif want_bias:
+        grad_bias = grad_z.sum((0, 2, 3))
+    if want_x or want_depthwise or want_depthwise_bias:
+        grad_t, _, _ = split_execution.pointwise_backward(
+            candidate, grad_z, None, pointwise_weight, (True, False, False), x
+        )
+        grad_x, grad_depthwise, grad_depthwise_bias = split_execution.depthwise_backward(
+            steps, problem, grad_t, tensors, (want_x, want_depthwise, want_depthwise_bias)
+        )
+    return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
+
+
+def pointwise_weight_gradient(
+    candidate: Candidate, problem: Problem, grad_z: Tensor, tensors: Tensors, want_bias: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the pointwise weight, (F, K, 1, 1), and if wanted of the last bias, (F).
+
+    From grad_z, that of the last activation's argument: (N, F, out_h, out_w), copied where it is not NHWC.
+    """
+    x, depthwise_weight, pointwise_weight, bias, depthwise_bias, _ = tensors
+    if problem.N == 0:
+        return torch.zeros_like(pointwise_weight), torch.zeros_like(bias) if want_bias else None
+    grad_z = _readable(grad_z)
+    depthwise_weight, depthwise_bias = contiguous(depthwise_weight, depthwise_bias)
+    tiling = candidate.tiling
+    partial_weight = x.new_empty((tiling.parts, problem.F * problem.K), dtype=torch.float32)
+    partial_bias = x.new_empty((tiling.parts, problem.F), dtype=torch.float32) if want_bias else None
+    _native.load().backward(
+        candidate.name,
+        conv_shape(problem),
+        image_of(x),
+        address(depthwise_weight),
+        0,
+        address(depthwise_bias),
+        image_of(grad_z),
+        image_of(None),
+        image_of(None),
+        address(partial_weight),
+        address(partial_bias),
+        0,
+        tiling.parts,
+        (tiling.columns, tiling.runs, tiling.feature_warps, tiling.channel_warps, tiling.stages),
+        stream_of(x.device),
+    )
+    return reduced(partial_weight, pointwise_weight), reduced(partial_bias, bias) if want_bias else None
+
+
+def _readable(image: Tensor) -> Tensor:
+    """An image as the kernels can read it, NHWC and aligned to 16 bytes: copied if it is not."""
+    if image.is_contiguous(memory_format=torch.channels_last) and aligned(image):
+        return image
+    return torch.empty_like(image, memory_format=torch.channels_last).copy_(image)
 
 
 def _vectors(weight: Tensor | None) -> Tensor | None:

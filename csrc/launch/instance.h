@@ -55,6 +55,7 @@ std::vector<DepthwiseForwardInstance> depthwise_planes_forward_instances();
 std::vector<DepthwiseBackwardInstance> depthwise_backward_instances();
 std::vector<DepthwiseBackwardInstance> depthwise_planes_backward_instances();
 std::vector<ForwardInstance> tensor_forward_instances();
+std::vector<BackwardInstance> tensor_backward_pointwise_weight_instances();
 std::vector<ReduceInstance> reduce_splits_instances();
 
 }  // namespace fused_sepconv

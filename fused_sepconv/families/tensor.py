@@ -84,12 +84,12 @@ _INT32 = 2**31 - 1
 
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
-    """The fused forward in the tiling that is predicted to be the fastest; the family has no backward of its own."""
+    """The fused forward in the tiling that is predicted to be the fastest; the backward is tensor_backward.py's."""
     if problem.direction != "forward":
         return []
-    kind, operand = _kind(problem), _OPERANDS.get(problem.dtype, problem.dtype)
+    kind, operand = _kind(problem), operand_of(problem.dtype)
     names = {shape: f"tensor_forward_{kind}_{shape}_{operand}" for shape in SHAPES[kind]}
-    if refusal := _refusal(problem, names.values(), kernels):
+    if refusal := why_not(problem, names.values(), kernels):
         return [Candidate("tensor", f"tensor_forward_{kind}_{operand}", refusal=refusal)]
     cuts = [cut for shape in names for cut in _cuts(problem, device, shape) if cut.stages]
     if not cuts:
@@ -126,8 +126,13 @@ def _kind(problem: Problem) -> str:
     return f"{kh}x{kw}" + ("_stride2" if sh == 2 else "")
 
 
-def _refusal(problem: Problem, names: Iterable[str], kernels: Kernels) -> str:
-    """Why the family can't run a problem; empty if it can."""
+def operand_of(dtype: str) -> str:
+    """What instances call the operands of mma.sync."""
+    return _OPERANDS.get(dtype, dtype)
+
+
+def why_not(problem: Problem, names: Iterable[str], kernels: Kernels) -> str:
+    """Why tensor-core kernels can't run a problem; empty if they can."""
     if not kernels.instances:
         return kernels.why_none
     if problem.dtype not in _OPERANDS:
