@@ -46,8 +46,8 @@ struct TensorTiling {
 
 // How the plan cuts a problem for the tensor-core gradient of the pointwise weight (kernels/tensor_weight_tiles.cuh).
 struct TensorWeightTiling {
-  int32_t columns;                       // output columns of a strip, in its phase of the image; whole runs of 4
-  int32_t runs;                          // of 4 output pixels, of a tile; a power of two
+  int32_t columns;                       // output columns of a strip, in its phase of the image; whole cells of 4
+  int32_t cells;                         // of a tile; a power of two
   int32_t feature_warps, channel_warps;  // of a block, side by side, 64 of each a warp; the others share the pixels
   int32_t stages;                        // tiles in shared memory
 };

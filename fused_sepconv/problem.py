@@ -229,7 +229,7 @@ class TensorWeightTiling:
     """How the tensor-core gradient of the pointwise weight cuts a problem: `TensorWeightTiling` in csrc/params.h."""
 
     columns: int
-    runs: int
+    cells: int
     feature_warps: int
     channel_warps: int
     stages: int

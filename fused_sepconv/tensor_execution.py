@@ -97,7 +97,7 @@ def pointwise_weight_gradient(
         address(partial_bias),
         0,
         tiling.parts,
-        (tiling.columns, tiling.runs, tiling.feature_warps, tiling.channel_warps, tiling.stages),
+        (tiling.columns, tiling.cells, tiling.feature_warps, tiling.channel_warps, tiling.stages),
         stream_of(x.device),
     )
     return reduced(partial_weight, pointwise_weight), reduced(partial_bias, bias) if want_bias else None

@@ -80,11 +80,16 @@ class TensorBackwardPointwiseWeight {
     const int items = end - begin;
     const int ahead = tiles_.stages - 1;
     const bool lags = threadIdx.x / 32 / 4 % 2 == 1;  // warps w and w + 4 share a scheduler
-    prepare(begin, ahead);
+    prepare(begin);
 
-    // Group i of copies: the patch of tile i + ahead, and grad_z of the tile before it.
+    // Group i of copies: the patch of tile i + ahead, and grad_z of the tile before it. What they need to know of a
+    // tile is found one iteration earlier.
     int loaded = 0;  // the stage of the next patch
-    for (int i = -ahead; i < 0; ++i) loaded = load(i + ahead, items, loaded);
+    for (int i = -ahead; i < 0; ++i) {
+      loaded = load(i + ahead, items, loaded);
+      describe(i + ahead + 1);
+      __syncthreads();
+    }
 
     clear();
     float bias_sum[Traits::kPerWord] = {};
@@ -94,12 +99,12 @@ class TensorBackwardPointwiseWeight {
       if (i < items && shape_.pre_activation != Activation::none && shape_.pre_activation != Activation::relu)
         activate_arrived(convolved);
       __syncthreads();  // tile i is there for all, t of the tile before too, and nobody reads what is written next
-      if (threadIdx.x == 0) item(i + ahead + 1) = tiles_.next(item(i + ahead));
       loaded = load(i + ahead, items, loaded);
+      describe(i + ahead + 1);
       FSC_ROLLED
       for (int half = 0; half < 2; ++half) {
         if ((half == 0) != lags) {
-          if (i < items) convolve(stage(convolved), intermediate(i), item(i));
+          if (i < items) convolve(stage(convolved), intermediate(i), windows(i));
         } else if (i > 0) {
           const unsigned char* z = stage(multiplied) + layout_.slabs * layout_.patch_slab_bytes;
           multiply(z, intermediate(i - 1));
@@ -128,19 +133,29 @@ class TensorBackwardPointwiseWeight {
   FSC_DEVICE Item& item(int i) const {
     return reinterpret_cast<Item*>(shared_ + layout_.items)[i % TensorWeightLayout<Traits>::kItems];
   }
-  // A run counted from the first of the row in which a tile begins: its row there, and its first column in the strip.
-  FSC_DEVICE uint32_t run_place(int run) const {
-    return reinterpret_cast<const uint32_t*>(shared_ + layout_.runs)[run];
+  // Of each pixel of a tile's patch: where it is in its image of x, in units of 16 bytes, or kOutside.
+  FSC_DEVICE int32_t* sources(int i) const {
+    constexpr int kSources = TensorWeightLayout<Traits>::kSources;
+    return reinterpret_cast<int32_t*>(shared_ + layout_.sources) + i % kSources * layout_.rows * layout_.columns;
   }
-
-  // Which 16 bytes of a pixel's line hold its chunk `chunk`.
-  FSC_DEVICE static int swizzled(int pixel, int chunk) {
-    return sizeof(Scalar) == 2 ? chunk ^ pixel % 8 : chunk ^ pixel % 4 * 2;
+  // Of each run of a tile: the first pixel of its patch that it reads, and how many of its pixels the image has.
+  FSC_DEVICE uint32_t* windows(int i) const {
+    return reinterpret_cast<uint32_t*>(shared_ + layout_.windows) +
+           i % TensorWeightLayout<Traits>::kItems * tiles_.runs;
   }
+  // Of each run of a tile: where it is in its image of grad_z, in units of 16 bytes.
+  FSC_DEVICE int32_t* grads(int i) const {
+    return reinterpret_cast<int32_t*>(shared_ + layout_.grads) + i % TensorWeightLayout<Traits>::kItems * tiles_.runs;
+  }
+  static constexpr int kOutside = -1;
+  static constexpr int kScalarBytes = sizeof(Scalar);
+  static constexpr unsigned kInsideBits = 3;  // of a window: 0 to 4 pixels
 
-  // What is the same for all tiles: the depthwise weights and biases as float32, the places of runs and of a patch's
-  // pixels; and the first tiles.
-  FSC_DEVICE void prepare(int begin, int ahead) {
+  // A place in a pixel's line is exchanged with another one's.
+  FSC_DEVICE static unsigned swizzle(unsigned pixel) { return sizeof(Scalar) == 2 ? pixel % 8 * 16 : pixel % 4 * 32; }
+
+  // What is the same for all tiles: the depthwise weights and biases as float32; and the first tile.
+  FSC_DEVICE void prepare(int begin) {
     const Scalar* weight = static_cast<const Scalar*>(params_.depthwise_weight);
     const Scalar* bias = static_cast<const Scalar*>(params_.depthwise_bias);
     const int taps = kernel_h() * kernel_w();
@@ -152,18 +167,48 @@ class TensorBackwardPointwiseWeight {
             k < shape_.K ? convert<float>(weight[static_cast<int64_t>(k) * taps + tap]) : 0.0f;
       resident[taps * layout_.channels + channel] = bias != nullptr && k < shape_.K ? convert<float>(bias[k]) : 0.0f;
     }
-    uint32_t* runs = reinterpret_cast<uint32_t*>(shared_ + layout_.runs);
-    for (int run = threadIdx.x; run < tiles_.runs_across + tiles_.runs; run += Traits::kThreads)
-      runs[run] = static_cast<uint32_t>(run / tiles_.runs_across) << 16 | run % tiles_.runs_across * Traits::kRun;
-    uint32_t* places = reinterpret_cast<uint32_t*>(shared_ + layout_.places);
-    for (int pixel = threadIdx.x; pixel < layout_.rows * layout_.columns; pixel += Traits::kThreads)
-      places[pixel] = static_cast<uint32_t>(pixel / layout_.columns) << 16 | pixel % layout_.columns;
-    if (threadIdx.x == 0) {
-      item(0) = tiles_.item(begin);
-      for (int i = 0; i < ahead; ++i) item(i + 1) = tiles_.next(item(i));
-    }
+    if (threadIdx.x == 0) item(0) = tiles_.item(begin);
+    __syncthreads();
+    describe(0);
     __syncthreads();
   }
+
+  // Finds what copies and windows need to know of tile i, and which tile is the next.
+  FSC_DEVICE void describe(int i) const {
+    const Item tile = item(i);
+    if (threadIdx.x == 0) item(i + 1) = tiles_.next(tile);
+    const int h0 = tiles_.vertical.input(tile.phase_h, tile.row);
+    const int w0 = tiles_.horizontal.input(tile.phase_w, tile.column);
+    for (int pixel = threadIdx.x; pixel < layout_.rows * layout_.columns; pixel += Traits::kThreads) {
+      const int row = static_cast<unsigned>(pixel) / static_cast<unsigned>(layout_.columns);
+      const int h = h0 + row * tiles_.vertical.pitch;
+      const int w = w0 + (pixel - row * layout_.columns) * tiles_.horizontal.pitch;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(shape_.H) &&
+                          static_cast<unsigned>(w) < static_cast<unsigned>(shape_.W);
+      sources(i)[pixel] = inside ? units(h * params_.x.stride_h + w * params_.x.stride_w) : kOutside;
+    }
+    const int run = static_cast<int>(threadIdx.x) - (Traits::kThreads - 32);  // the last warp has no pixel, or few
+    if (run >= 0 && run < tiles_.runs) {
+      const int cell = tile.skipped + run / Traits::kCellRows;
+      const int row_of_cells = static_cast<unsigned>(cell) / static_cast<unsigned>(tiles_.across);
+      const int row = row_of_cells * Traits::kCellRows + run % Traits::kCellRows;
+      const int column = (cell - row_of_cells * tiles_.across) * Traits::kRun;
+      const int oh = tiles_.vertical.output(tile.phase_h, tile.row + row);
+      const int ow = tiles_.horizontal.output(tile.phase_w, tile.column + column);
+      int inside = 0;
+      if (oh < shape_.out_h) {
+        FSC_UNROLL
+        for (int p = 0; p < Traits::kRun; ++p) inside += ow + p * tiles_.horizontal.count < shape_.out_w;
+      }
+      // A cell past the image's end reads what the first one reads, which is there.
+      const int window = inside > 0 ? row * stride_h() * layout_.columns + column * stride_w() : 0;
+      windows(i)[run] = static_cast<uint32_t>(window) << kInsideBits | inside;
+      grads(i)[run] = inside > 0 ? units(oh * params_.grad_z.stride_h + ow * params_.grad_z.stride_w) : 0;
+    }
+  }
+
+  // A distance in x or grad_z, whose pixels are aligned, in units of 16 bytes.
+  FSC_DEVICE static int32_t units(int64_t elements) { return static_cast<int32_t>(elements / Traits::kVector); }
 
   FSC_DEVICE static void wait(int ahead) {
     if (ahead == 1)
@@ -177,9 +222,9 @@ class TensorBackwardPointwiseWeight {
   // Starts the copies of the patch of tile i, to stage `patch`, and of grad_z of the tile before, and closes their
   // group. Returns the next stage.
   FSC_DEVICE int load(int i, int items, int patch) const {
-    if (i < items) load_patch(item(i), stage(patch));
+    if (i < items) load_patch(i, stage(patch));
     const int before = (patch == 0 ? tiles_.stages : patch) - 1;
-    if (i > 0 && i <= items) load_grad(item(i - 1), stage(before) + layout_.slabs * layout_.patch_slab_bytes);
+    if (i > 0 && i <= items) load_grad(i - 1, stage(before) + layout_.slabs * layout_.patch_slab_bytes);
     async_copy_commit();
     return after(patch);
   }
@@ -190,67 +235,49 @@ class TensorBackwardPointwiseWeight {
     return shape_.multiplier == 1 ? channel : channel / shape_.multiplier / Traits::kVector * Traits::kVector;
   }
 
-  FSC_DEVICE void load_patch(const Item& item, unsigned char* stage) const {
-    const Image& x = params_.x;
+  FSC_DEVICE void load_patch(int i, unsigned char* stage) const {
+    const int pixels = layout_.rows * layout_.columns;
     const int chunk = threadIdx.x % Traits::kChunks;
-    const int pitch_h = tiles_.vertical.pitch, pitch_w = tiles_.horizontal.pitch;
-    const int h0 = tiles_.vertical.input(item.phase_h, item.row);
-    const int w0 = tiles_.horizontal.input(item.phase_w, item.column);
-    const Scalar* image = static_cast<const Scalar*>(x.data) + item.n * x.stride_n;
-    const uint32_t* places = reinterpret_cast<const uint32_t*>(shared_ + layout_.places);
-    SharedAddress line = shared_address(stage) + threadIdx.x * 16;
-    for (int pixel = threadIdx.x / Traits::kChunks; pixel < layout_.rows * layout_.columns;
-         pixel += Traits::kThreads / Traits::kChunks, line += Traits::kThreads * 16) {
-      const int h = h0 + static_cast<int>(places[pixel] >> 16) * pitch_h;
-      const int w = w0 + static_cast<int>(places[pixel] & 0xffff) * pitch_w;
-      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(shape_.H) &&
-                          static_cast<unsigned>(w) < static_cast<unsigned>(shape_.W);
-      const Scalar* source = image + h * x.stride_h + w * x.stride_w;
-      SharedAddress destination = line;
-      FSC_ROLLED
-      for (int slab = 0; slab < layout_.slabs; ++slab, destination += layout_.patch_slab_bytes) {
-        const int c = first_of_slab(slab) + chunk * Traits::kVector;
-        const bool real = inside && c < shape_.C;
-        async_copy<16>(destination, real ? source + c : static_cast<const Scalar*>(x.data), real);
+    const int32_t* places = sources(i);
+    const Scalar* image = static_cast<const Scalar*>(params_.x.data) + item(i).n * params_.x.stride_n;
+    SharedAddress slab_line = shared_address(stage) + threadIdx.x * 16;
+    FSC_ROLLED
+    for (int slab = 0; slab < layout_.slabs; ++slab, slab_line += layout_.patch_slab_bytes) {
+      const int c = first_of_slab(slab) + chunk * Traits::kVector;
+      const bool real = c < shape_.C;
+      const unsigned char* source = reinterpret_cast<const unsigned char*>(image + (real ? c : 0));
+      SharedAddress line = slab_line;
+      for (int pixel = threadIdx.x / Traits::kChunks; pixel < pixels;
+           pixel += Traits::kThreads / Traits::kChunks, line += Traits::kThreads * 16) {
+        const int32_t place = places[pixel];
+        const bool inside = real && place != kOutside;
+        async_copy<16>(line, source + static_cast<int64_t>(inside ? place : 0) * 16, inside);
       }
     }
   }
 
   // grad_z at a tile's pixels, zeros where the image has none.
-  FSC_DEVICE void load_grad(const Item& item, unsigned char* z) const {
+  FSC_DEVICE void load_grad(int i, unsigned char* z) const {
     const Image& grad_z = params_.grad_z;
-    const int chunk = threadIdx.x % Traits::kChunks;
-    const Scalar* image = static_cast<const Scalar*>(grad_z.data) + item.n * grad_z.stride_n;
-    const int64_t across = tiles_.horizontal.count * grad_z.stride_w;
+    const unsigned chunk = threadIdx.x % Traits::kChunks;
+    const Scalar* image = static_cast<const Scalar*>(grad_z.data) + item(i).n * grad_z.stride_n;
+    const int64_t across = tiles_.horizontal.count * grad_z.stride_w * kScalarBytes;
     for (int unit = threadIdx.x / Traits::kChunks; unit < layout_.feature_slabs << tiles_.log_runs;
          unit += Traits::kThreads / Traits::kChunks) {
-      const int run = unit & (tiles_.runs - 1);
+      const unsigned run = unit & (tiles_.runs - 1);
       const int f = first_feature_ + (unit >> tiles_.log_runs) * Traits::kSlab + chunk * Traits::kVector;
-      const int there = f < shape_.F ? columns_inside(item, run) : 0;
-      const uint32_t place = run_place(item.skipped + run);
-      const int oh = tiles_.vertical.output(item.phase_h, item.row + static_cast<int>(place >> 16));
-      const int ow = tiles_.horizontal.output(item.phase_w, item.column + static_cast<int>(place & 0xffff));
-      const Scalar* source = image + oh * grad_z.stride_h + ow * grad_z.stride_w + f;
+      const bool real = f < shape_.F;
+      const int inside = real ? windows(i)[run] & ((1u << kInsideBits) - 1) : 0;
+      const unsigned char* first = reinterpret_cast<const unsigned char*>(image + (real ? f : 0));
+      const unsigned char* source = first + static_cast<int64_t>(grads(i)[run]) * 16;
       const SharedAddress line = shared_address(z) + unit * Traits::kRun * Traits::kLine;
+      const unsigned place = chunk * 16 ^ swizzle(run * Traits::kRun);
       FSC_UNROLL
-      for (int p = 0; p < Traits::kRun; ++p, source += across) {
-        const bool inside = p < there;
-        async_copy<16>(line + p * Traits::kLine + swizzled(run * Traits::kRun + p, chunk) * 16,
-                       inside ? source : static_cast<const Scalar*>(grad_z.data), inside);
+      for (unsigned p = 0; p < Traits::kRun; ++p, source += across) {
+        const bool there = static_cast<int>(p) < inside;
+        async_copy<16>(line + p * Traits::kLine + (place ^ swizzle(p)), there ? source : first, there);
       }
     }
-  }
-
-  // How many pixels of a tile's run the image has; the others are past its end.
-  FSC_DEVICE int columns_inside(const Item& item, int run) const {
-    const uint32_t place = run_place(item.skipped + run);
-    const int row = item.row + static_cast<int>(place >> 16);
-    const int column = item.column + static_cast<int>(place & 0xffff);
-    if (tiles_.vertical.output(item.phase_h, row) >= shape_.out_h) return 0;
-    int inside = 0;
-    FSC_UNROLL
-    for (int p = 0; p < Traits::kRun; ++p) inside += tiles_.horizontal.output(item.phase_w, column + p) < shape_.out_w;
-    return inside;
   }
 
   // Applies a pre-activation that is too long for the convolution's inner loop to what this thread's copies brought.
@@ -267,19 +294,24 @@ class TensorBackwardPointwiseWeight {
   }
 
   // The depthwise results of a tile, to t. A warp takes some of the runs of one slab, then some of another.
-  FSC_DEVICE void convolve(const unsigned char* stage, unsigned char* t, const Item& item) const {
+  FSC_DEVICE void convolve(const unsigned char* stage, unsigned char* t, const uint32_t* windows) const {
     const int groups = tiles_.runs / Traits::kRunsAtOnce;
     FSC_ROLLED
     for (int unit = threadIdx.x / 32; unit < layout_.slabs * groups; unit += Traits::kWarps) {
-      const int slab = unit / groups;
-      convolve_runs(stage + slab * layout_.patch_slab_bytes, t + slab * layout_.intermediate_slab_bytes, item, slab,
-                    unit % groups * Traits::kRunsAtOnce);
+      const int slab = unit * Traits::kRunsAtOnce >> tiles_.log_runs;
+      const int run = unit * Traits::kRunsAtOnce & (tiles_.runs - 1);
+      const unsigned char* patch = stage + slab * layout_.patch_slab_bytes;
+      unsigned char* line = t + slab * layout_.intermediate_slab_bytes + run * Traits::kRun * Traits::kLine;
+      if (shape_.pre_activation == Activation::relu)
+        convolve_runs<true>(patch, line, windows + run, slab);
+      else
+        convolve_runs<false>(patch, line, windows + run, slab);
     }
   }
 
-  FSC_DEVICE void convolve_runs(const unsigned char* patch, unsigned char* t, const Item& item, int slab,
-                                int first_run) const {
-    const int word = threadIdx.x % 32;
+  template <bool kRelu>
+  FSC_DEVICE void convolve_runs(const unsigned char* patch, unsigned char* t, const uint32_t* windows, int slab) const {
+    const unsigned word = threadIdx.x % 32;
     const float* taps = reinterpret_cast<const float*>(shared_) + slab * Traits::kSlab + word * Traits::kPerWord;
     constexpr int kResident = Traits::kKernel * Traits::kKernel;
     PerWord weight[kResident == 0 ? 1 : kResident];
@@ -287,85 +319,103 @@ class TensorBackwardPointwiseWeight {
     for (int tap = 0; tap < kResident; ++tap) weight[tap] = read(taps + tap * layout_.channels);
     const PerWord bias = read(taps + layout_.bias / 4);
     FSC_ROLLED
-    for (int run = first_run; run < first_run + Traits::kRunsAtOnce; ++run) {
-      const uint32_t place = run_place(item.skipped + run);
-      const int row = static_cast<int>(place >> 16), column = static_cast<int>(place & 0xffff);
-      const int there = columns_inside(item, run);
-      // A run past the image's end reads the first one's patch, which is there.
-      const int pixel = there > 0 ? row * stride_h() * layout_.columns + column * stride_w() : 0;
-      PerWord sum[Traits::kRun];
+    for (unsigned run = 0; run < Traits::kRunsAtOnce; run += Traits::kCellRows) {
+      const unsigned char* window = patch + (windows[run] >> kInsideBits) * Traits::kLine;
+      PerWord sum[Traits::kCellRows][Traits::kRun];
       FSC_UNROLL
-      for (int p = 0; p < Traits::kRun; ++p) sum[p] = bias;
-      if constexpr (Traits::kKernel != 0)
-        add_window(patch, pixel, word, weight, sum);
-      else
-        add_any_window(patch, pixel, slab, word, taps, sum);
-      Values<Traits::kRun * Traits::kPerWord> results;
-      FSC_UNROLL
-      for (int p = 0; p < Traits::kRun; ++p) {
+      for (int r = 0; r < Traits::kCellRows; ++r) {
         FSC_UNROLL
-        for (int e = 0; e < Traits::kPerWord; ++e) results[p * Traits::kPerWord + e] = sum[p][e];
+        for (int p = 0; p < Traits::kRun; ++p) sum[r][p] = bias;
       }
-      activate_all(shape_.mid_activation, results);
+      if constexpr (Traits::kKernel != 0)
+        add_window<kRelu>(window + word * 4, weight, sum);
+      else
+        add_any_window<kRelu>(window, slab, word, taps, sum);
       FSC_UNROLL
-      for (int p = 0; p < Traits::kRun; ++p) {
-        const int t_pixel = run * Traits::kRun + p;
-        Vector<uint32_t, 1> out;
-        out[0] = p < there ? operand(&results[p * Traits::kPerWord]) : 0;
-        store(reinterpret_cast<uint32_t*>(t + t_pixel * Traits::kLine + swizzled(t_pixel, word / 4) * 16) + word % 4,
-              out);
+      for (unsigned r = 0; r < Traits::kCellRows; ++r) {
+        Values<Traits::kRun * Traits::kPerWord> results;
+        FSC_UNROLL
+        for (int i = 0; i < Traits::kRun * Traits::kPerWord; ++i)
+          results[i] = sum[r][i / Traits::kPerWord][i % Traits::kPerWord];
+        activate_all(shape_.mid_activation, results);
+        const int inside = windows[run + r] & ((1u << kInsideBits) - 1);
+        if (inside < Traits::kRun) {
+          FSC_UNROLL
+          for (int i = 0; i < Traits::kRun * Traits::kPerWord; ++i)
+            if (i / Traits::kPerWord >= inside) results[i] = 0.0f;
+        }
+        const unsigned place = word * 4 ^ swizzle((run + r) * Traits::kRun);
+        FSC_UNROLL
+        for (unsigned p = 0; p < Traits::kRun; ++p) {
+          Vector<uint32_t, 1> out;
+          out[0] = operand(&results[p * Traits::kPerWord]);
+          store(reinterpret_cast<uint32_t*>(t + (place ^ swizzle(p)) + (r * Traits::kRun + p) * Traits::kLine), out);
+        }
       }
+      t += Traits::kCellRows * Traits::kRun * Traits::kLine;
     }
   }
 
   using PerWord = Values<Traits::kPerWord>;  // of each channel of a word
 
-  // The taps of a kernel whose size is known, on a run's window.
-  FSC_DEVICE void add_window(const unsigned char* patch, int pixel, int word, const PerWord* weight,
-                             PerWord (&sum)[Traits::kRun]) const {
+  using Sums = PerWord[Traits::kCellRows][Traits::kRun];  // of a cell
+
+  // The taps of a kernel whose size is known, on a cell's window: each word is read once.
+  template <bool kRelu>
+  FSC_DEVICE void add_window(const unsigned char* window, const PerWord* weight, Sums& sum) const {
+    constexpr int kRows = (Traits::kCellRows - 1) * Traits::kStride + Traits::kKernel;
     constexpr int kColumns = (Traits::kRun - 1) * Traits::kStride + Traits::kKernel;
-    const unsigned char* row = patch + pixel * Traits::kLine + word * 4;
     FSC_UNROLL
-    for (int i = 0; i < Traits::kKernel; ++i, row += layout_.columns * Traits::kLine) {
+    for (int row = 0; row < kRows; ++row, window += layout_.columns * Traits::kLine) {
       FSC_UNROLL
       for (int column = 0; column < kColumns; ++column) {
-        const PerWord x = as_float(load_word(row + column * Traits::kLine));
+        const PerWord x = as_float(load_word<kRelu>(window + column * Traits::kLine));
         FSC_UNROLL
-        for (int p = 0; p < Traits::kRun; ++p) {
-          const int j = column - p * Traits::kStride;
-          if (j < 0 || j >= Traits::kKernel) continue;
+        for (int r = 0; r < Traits::kCellRows; ++r) {
           FSC_UNROLL
-          for (int e = 0; e < Traits::kPerWord; ++e) sum[p][e] += weight[i * Traits::kKernel + j][e] * x[e];
+          for (int p = 0; p < Traits::kRun; ++p) {
+            const int i = row - r * Traits::kStride, j = column - p * Traits::kStride;
+            if (i < 0 || i >= Traits::kKernel || j < 0 || j >= Traits::kKernel) continue;
+            FSC_UNROLL
+            for (int e = 0; e < Traits::kPerWord; ++e) sum[r][p][e] += weight[i * Traits::kKernel + j][e] * x[e];
+          }
         }
       }
     }
   }
 
   // The same for any kernel, stride and depth multiplier, tap after tap.
-  FSC_DEVICE void add_any_window(const unsigned char* patch, int pixel, int slab, int word, const float* taps,
-                                 PerWord (&sum)[Traits::kRun]) const {
+  template <bool kRelu>
+  FSC_DEVICE void add_any_window(const unsigned char* window, int slab, int word, const float* taps, Sums& sum) const {
     FSC_ROLLED
     for (int i = 0; i < kernel_h(); ++i) {
       FSC_ROLLED
       for (int j = 0; j < kernel_w(); ++j) {
         const PerWord weight = read(taps + (i * kernel_w() + j) * layout_.channels);
         FSC_UNROLL
-        for (int p = 0; p < Traits::kRun; ++p) {
-          const unsigned char* line = patch + (pixel + i * layout_.columns + j + p * stride_w()) * Traits::kLine;
-          const PerWord x = as_float(shape_.multiplier == 1 ? load_word(line + word * 4) : repeated(line, slab, word));
+        for (int r = 0; r < Traits::kCellRows; ++r) {
           FSC_UNROLL
-          for (int e = 0; e < Traits::kPerWord; ++e) sum[p][e] += weight[e] * x[e];
+          for (int p = 0; p < Traits::kRun; ++p) {
+            const int pixel = (i + r * stride_h()) * layout_.columns + j + p * stride_w();
+            const unsigned char* line = window + pixel * Traits::kLine;
+            const PerWord x = as_float(shape_.multiplier == 1 ? load_word<kRelu>(line + word * 4)
+                                                              : repeated<kRelu>(line, slab, word));
+            FSC_UNROLL
+            for (int e = 0; e < Traits::kPerWord; ++e) sum[r][p][e] += weight[e] * x[e];
+          }
         }
       }
     }
   }
 
-  FSC_DEVICE uint32_t load_word(const unsigned char* place) const {
+  template <bool kRelu>
+  FSC_DEVICE static uint32_t load_word(const unsigned char* place) {
     const uint32_t word = fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(place))[0];
-    return shape_.pre_activation == Activation::relu ? relu_packed<Scalar>(word) : word;
+    return kRelu ? relu_packed<Scalar>(word) : word;
   }
 
   // The inputs of a word of depthwise channels, with a depth multiplier.
+  template <bool kRelu>
   FSC_DEVICE uint32_t repeated(const unsigned char* line, int slab, int word) const {
     Scalar scalars[Traits::kPerWord];
     FSC_UNROLL
@@ -375,7 +425,7 @@ class TensorBackwardPointwiseWeight {
     }
     uint32_t bits;
     memcpy(&bits, scalars, sizeof bits);
-    return shape_.pre_activation == Activation::relu ? relu_packed<Scalar>(bits) : bits;
+    return kRelu ? relu_packed<Scalar>(bits) : bits;
   }
 
   // acc += z^T * t over the pixels of a tile, or the warp's share of them.
@@ -395,17 +445,17 @@ class TensorBackwardPointwiseWeight {
 
   // 16 pixels in 16 bits.
   FSC_DEVICE void multiply_halves(SharedAddress z, SharedAddress t) {
-    const int matrix = threadIdx.x % 32 / 8, row = threadIdx.x % 8;
+    const unsigned matrix = threadIdx.x % 32 / 8, row = threadIdx.x % 8;
     uint32_t a[kRowTiles][4];
     const SharedAddress z_line = z + (matrix / 2 * 8 + row) * Traits::kLine;
     FSC_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile)
-      ldmatrix_x4_trans(a[tile], z_line + swizzled(row, tile * 2 + matrix % 2) * 16);
+      ldmatrix_x4_trans(a[tile], z_line + ((tile * 2 + matrix % 2) * 16 ^ swizzle(row)));
     const SharedAddress t_line = t + (matrix % 2 * 8 + row) * Traits::kLine;
     FSC_UNROLL
     for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, t_line + swizzled(row, pair * 2 + matrix / 2) * 16);
+      ldmatrix_x4_trans(b, t_line + ((pair * 2 + matrix / 2) * 16 ^ swizzle(row)));
       FSC_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
         mma<Scalar>(acc_[tile][2 * pair], a[tile], b[0], b[1]);
@@ -416,8 +466,8 @@ class TensorBackwardPointwiseWeight {
 
   // 8 pixels in TF32: lane (g, t) reads 4 features, or channels, 4g to 4g + 3 of a slab at pixels t and t + 4.
   FSC_DEVICE void multiply_tf32(const unsigned char* z, const unsigned char* t, int slab_bytes) {
-    const int column = threadIdx.x % 32 / 4, pixel = threadIdx.x % 4;
-    const int place = pixel * Traits::kLine + swizzled(pixel, column) * 16;
+    const unsigned column = threadIdx.x % 32 / 4, pixel = threadIdx.x % 4;
+    const unsigned place = pixel * Traits::kLine + (column * 16 ^ swizzle(pixel));
     uint32_t a[kRowTiles][4];
     FSC_UNROLL
     for (int slab = 0; slab < Traits::kSlabsOfWarp; ++slab) {
@@ -519,11 +569,11 @@ class TensorBackwardPointwiseWeight {
 
   // A tile is summed by itself first: of very many pixels, the running sum would else lose the small ones.
   FSC_DEVICE void add_to_bias(const unsigned char* z, float (&sum)[Traits::kPerWord]) const {
-    const int word = threadIdx.x & (words() - 1), of_line = word % 32;
+    const unsigned word = threadIdx.x & (words() - 1), of_line = word % 32;
     z += word / 32 * layout_.intermediate_slab_bytes;
     PerWord tile = {};
     for (int pixel = threadIdx.x / words(); pixel < layout_.pixels; pixel += Traits::kThreads / words()) {
-      const unsigned char* place = z + pixel * Traits::kLine + swizzled(pixel, of_line / 4) * 16 + of_line % 4 * 4;
+      const unsigned char* place = z + pixel * Traits::kLine + (of_line * 4 ^ swizzle(pixel));
       const PerWord values = as_float(fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(place))[0]);
       FSC_UNROLL
       for (int e = 0; e < Traits::kPerWord; ++e) tile[e] += values[e];

@@ -3,15 +3,14 @@
 // kernel from constant memory, so that it takes no register.
 //
 // Tiles of the output. The pixels are the sum's depth here, so that empty places of a tile cost as much as full ones. A
-// phase of an image (phases.cuh) is cut into strips of `columns`; the runs of 4 pixels of a strip are numbered row
-// after row, and a tile takes the next `runs` of them, wherever in a row it begins. 19 columns are 5 runs, and all 19
-// rows of them fill 6 tiles of 16 runs but for one run, where rectangles would need 7.
+// phase of an image (phases.cuh) is cut into strips of `columns`, and a strip into cells of kCellRows x 4 pixels, which
+// are what a lane convolves at a time. The cells of a strip are numbered row after row, and a tile takes the next
+// `cells` of them, wherever in a row it begins: 19 x 19 pixels are 50 cells of 2 rows, or 13 tiles of 4 cells, of which
+// 2 stay empty, where rectangles of 1 x 4 cells would need 20.
 //
-//     columns 20:    | 0 0 0 0 0 |     a tile spans at most 4 rows, and reads their patch: 4 + 2 rows of 20 + 2 columns
-//                    | 0 0 0 0 0 |
-//                    | 0 0 0 0 0 |
-//                    | 0 1 1 1 1 |
-//                    | 1 1 ...
+//     columns 20:    | 0 0 0 0 1 |     a tile spans at most 2 rows of cells, and reads their patch: 4 + 2 rows of
+//                    | 1 1 1 2 2 |     20 + 2 columns
+//                    | 2 2 ...
 #pragma once
 
 #include "../params.h"
@@ -21,14 +20,15 @@
 namespace fused_sepconv {
 
 // kernel: taps a side, inner_stride: of a phase (phases.cuh); 0 for any, read from the shape.
-template <class Scalar_, int kernel, int inner_stride>
+template <class Scalar_, int kernel, int inner_stride, int cell_rows>
 struct TensorWeightTraits {
   using Scalar = Scalar_;
   static constexpr int kKernel = kernel;
   static constexpr int kStride = inner_stride;
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kRun = 4;         // neighbouring output pixels of a lane
+  static constexpr int kRun = 4;  // neighbouring output pixels of a row: the columns of a cell
+  static constexpr int kCellRows = cell_rows;
   static constexpr int kWarpTile = 64;   // features and channels of a warp
   static constexpr int kMostStages = 4;  // tiles in shared memory
 
@@ -44,22 +44,24 @@ struct TensorWeightTraits {
 
   static_assert(sizeof(Scalar) == 2 || sizeof(Scalar) == 4, "float16, bfloat16, or float32 as TF32");
   static_assert((kernel == 0) == (inner_stride == 0), "either both are known or neither");
+  static_assert(kRunsAtOnce % cell_rows == 0, "whole cells");
 };
 
-// One tile of the output: where its first row of runs begins, in its strip and phase, and how many runs of that row
+// One tile of the output: where its first row of cells begins, in its strip and phase, and how many cells of that row
 // are another tile's.
 struct alignas(16) TensorWeightItem {
   int n;
   int row, column;  // of the output, in its phase
-  int skipped;      // runs of the row
+  int skipped;      // cells
   int phase_h, phase_w;
 };
 
 template <class Traits>
 struct TensorWeightTiles {
   Phases vertical, horizontal;
-  int columns;                       // output columns of a strip, in whole runs
-  int runs_across, runs, log_runs;   // of a strip's row; of a tile, a power of two
+  int columns;                       // output columns of a strip, in whole cells
+  int across, cells;                 // cells of a strip's row, and of a tile
+  int runs, log_runs;                // rows of all cells of a tile: a power of two
   int feature_warps, channel_warps;  // a block's warps side by side
   int pixel_warps;                   // its warps that share the pixels of a tile
   int stages;                        // tiles in shared memory
@@ -72,8 +74,9 @@ struct TensorWeightTiles {
       : vertical(shape.stride_h, shape.dilation_h, shape.pad_top),
         horizontal(shape.stride_w, shape.dilation_w, shape.pad_left),
         columns(tiling.columns),
-        runs_across(columns / Traits::kRun),
-        runs(tiling.runs),
+        across(columns / Traits::kRun),
+        cells(tiling.cells),
+        runs(cells * Traits::kCellRows),
         log_runs(0),
         feature_warps(tiling.feature_warps),
         channel_warps(tiling.channel_warps),
@@ -83,7 +86,7 @@ struct TensorWeightTiles {
         channel_tiles(divide_up(shape.K, Traits::kWarpTile * channel_warps)),
         phase_rows(vertical.longest(shape.out_h)),
         phase_columns(horizontal.longest(shape.out_w)),
-        down(divide_up(phase_rows * runs_across, runs)),
+        down(divide_up(divide_up(phase_rows, Traits::kCellRows) * across, cells)),
         strips(divide_up(phase_columns, columns)),
         count(static_cast<int>(shape.N) * vertical.count * horizontal.count * strips * down) {
     while (1 << log_runs < runs) ++log_runs;
@@ -94,9 +97,9 @@ struct TensorWeightTiles {
   // Tile `index`: those of a strip follow one another, then those of the next strip, phase and image.
   FSC_DEVICE TensorWeightItem item(int index) const {
     TensorWeightItem item;
-    const int first = index % down * runs;
+    const int first = index % down * cells;
     index /= down;
-    item.row = first / runs_across, item.skipped = first % runs_across;
+    item.row = first / across * Traits::kCellRows, item.skipped = first % across;
     item.column = index % strips * columns, index /= strips;
     item.phase_w = index % horizontal.count, index /= horizontal.count;
     item.phase_h = index % vertical.count;
@@ -106,9 +109,9 @@ struct TensorWeightTiles {
 
   // The tile after it.
   FSC_DEVICE TensorWeightItem next(TensorWeightItem item) const {
-    item.row += runs / runs_across;
-    item.skipped += runs % runs_across;
-    if (item.skipped >= runs_across) item.skipped -= runs_across, ++item.row;
+    item.row += cells / across * Traits::kCellRows;
+    item.skipped += cells % across;
+    if (item.skipped >= across) item.skipped -= across, item.row += Traits::kCellRows;
     if (item.row < phase_rows) return item;
     item.row = item.skipped = 0;
     if ((item.column += columns) < phase_columns) return item;
@@ -129,29 +132,32 @@ struct TensorWeightLayout {
   int slabs, feature_slabs;                   // 128 bytes of a pixel's channels each: of x and of grad_z
   int pixels;                                 // of a tile
   int rows, columns;                          // of a patch: the input pixels of a tile, halo included
-  int bias, items, runs, places;              // the taps lie at 0
+  int bias, items;                            // the taps lie at 0
+  int sources, windows, grads;                // where a tile's copies come from, and where its runs read their patch
   int intermediate, intermediate_slab_bytes;  // two tiles of the depthwise result
   int stages, stage_bytes;                    // each the slabs of a patch, then those of grad_z
   int patch_slab_bytes;
 
-  static constexpr int kItems = 8;  // a ring: fewer are alive at once
+  static constexpr int kItems = 8;    // a ring: fewer tiles are known at once
+  static constexpr int kSources = 2;  // of them, those whose patch is still to be copied
 
   explicit TensorWeightLayout(const ConvShape& shape, const TensorWeightTiles<Traits>& tiles)
       : channels(tiles.channel_warps * Traits::kWarpTile),
         slabs(tiles.channel_warps * Traits::kSlabsOfWarp),
         feature_slabs(tiles.feature_warps * Traits::kSlabsOfWarp),
         pixels(tiles.runs * Traits::kRun) {
-    // A tile that begins with the last run of a row spans most rows, where its runs are no whole rows.
-    const int begins = tiles.runs % tiles.runs_across == 0 ? 0 : tiles.runs_across - 1;
-    const int spanned = (begins + tiles.runs - 1) / tiles.runs_across + 1;
-    const int most = spanned < tiles.phase_rows ? spanned : tiles.phase_rows;
-    rows = (most - 1) * tiles.vertical.inner_stride + shape.kernel_h;
+    // A tile that begins with the last cell of a row spans most rows, where its cells are no whole rows.
+    const int begins = tiles.cells % tiles.across == 0 ? 0 : tiles.across - 1;
+    const int spanned = (begins + tiles.cells - 1) / tiles.across + 1;
+    const int all = (tiles.phase_rows + Traits::kCellRows - 1) / Traits::kCellRows;
+    rows = ((spanned < all ? spanned : all) * Traits::kCellRows - 1) * tiles.vertical.inner_stride + shape.kernel_h;
     columns = (tiles.columns - 1) * tiles.horizontal.inner_stride + shape.kernel_w;
     bias = shape.kernel_h * shape.kernel_w * channels * 4;  // after the taps, (taps, channels) float32
     items = bias + channels * 4;                            // (channels) float32
-    runs = items + kItems * static_cast<int>(sizeof(TensorWeightItem));
-    places = runs + (tiles.runs_across + tiles.runs) * 4;  // row and column of each run, counted from a row's first
-    intermediate = align(places + rows * columns * 4);     // row and column of each pixel of a patch
+    sources = items + kItems * static_cast<int>(sizeof(TensorWeightItem));
+    windows = sources + kSources * rows * columns * 4;
+    grads = windows + kItems * tiles.runs * 4;
+    intermediate = align(grads + kItems * tiles.runs * 4);
     intermediate_slab_bytes = pixels * Traits::kLine;
     patch_slab_bytes = rows * columns * Traits::kLine;
     stages = intermediate + 2 * slabs * intermediate_slab_bytes;

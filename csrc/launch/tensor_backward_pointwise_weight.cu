@@ -15,9 +15,9 @@ void run(const Instance& instance, const BackwardParams& params, Stream stream) 
          {blocks, instance.threads, own.layout.bytes(own.tiles)}, stream, own);
 }
 
-template <class Scalar, int kernel, int inner_stride>
+template <class Scalar, int kernel, int inner_stride, int cell_rows>
 BackwardInstance make(const std::string& kind, const std::string& dtype) {
-  using Traits = TensorWeightTraits<Scalar, kernel, inner_stride>;
+  using Traits = TensorWeightTraits<Scalar, kernel, inner_stride, cell_rows>;
   auto made = make_instance<BackwardInstance, Scalar, float, tensor_backward_pointwise_weight<Traits>>(
       "tensor_backward_pointwise_weight_" + kind + "_" + dtype, Traits::kThreads, kLargestSharedBytes);
   made.step = BackwardStep::pointwise_weight;
@@ -27,9 +27,9 @@ BackwardInstance make(const std::string& kind, const std::string& dtype) {
 
 template <class Scalar>
 void add_kinds(std::vector<BackwardInstance>& instances, const std::string& dtype) {
-  instances.push_back(make<Scalar, 3, 1>("3x3", dtype));
-  instances.push_back(make<Scalar, 3, 2>("3x3_stride2", dtype));
-  instances.push_back(make<Scalar, 0, 0>("any", dtype));
+  instances.push_back(make<Scalar, 3, 1, 4>("3x3", dtype));
+  instances.push_back(make<Scalar, 3, 2, 2>("3x3_stride2", dtype));
+  instances.push_back(make<Scalar, 0, 0, 2>("any", dtype));
 }
 
 }  // namespace

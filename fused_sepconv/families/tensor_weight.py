@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, product
 from math import ceil
 
 from ..devices import Device
@@ -28,12 +29,12 @@ from .tensor import BLOCK_SECONDS, ISSUE_FRACTION, L2_BANDWIDTH, OVERLAP, operan
 # `TensorWeightTraits` in csrc/kernels/tensor_weight_tiles.cuh.
 WARPS = 8
 THREADS = 32 * WARPS
-RUN = 4  # neighbouring output pixels
+RUN = 4  # neighbouring output pixels of a row: the columns of a cell
 WARP_TILE = 64  # features and channels of a warp
 LINE_BYTES = 128  # of a pixel in a slab
 CHUNKS = LINE_BYTES // 16
-RUNS_AT_ONCE = 4  # that a warp convolves
-RUNS = (8, 16, 32)  # of a tile
+RUNS_AT_ONCE = 4  # that a warp convolves, with the taps in its registers
+RUNS = (8, 16, 32)  # rows of all cells of a tile
 MOST_STAGES = 4
 MOST_FEATURE_WARPS = 4
 LARGEST_SHARED_BYTES = 227 << 10
@@ -41,13 +42,13 @@ _ITEM_BYTES, _ITEMS = 32, 8
 
 MOST_WAVES = 4  # of blocks, that are compared
 
-KINDS = ("3x3", "3x3_stride2", "any")
+CELL_ROWS = {"3x3": 4, "3x3_stride2": 2, "any": 2}
 
 INSTANCES = {
     name: Instance(name, THREADS, LARGEST_SHARED_BYTES, registers=255)
     for name in (
         f"tensor_backward_pointwise_weight_{kind}_{operand}"
-        for kind in KINDS
+        for kind in CELL_ROWS
         for operand in ("bfloat16", "float16", "tf32")
     )
 }
@@ -60,7 +61,7 @@ def best(problem: Problem, device: Device, kernels: Kernels) -> Candidate:
     name = f"tensor_backward_pointwise_weight_{_kind(problem)}_{operand_of(problem.dtype)}"
     reduction = f"reduce_splits_{problem.dtype}"
     refusal = why_not(problem, [name, reduction], kernels)
-    cuts = [] if refusal else [cut for cut in _cuts(problem, device) if cut.shared_bytes <= device.shared_bytes]
+    cuts = [] if refusal else list(_cuts(problem, device))
     if not refusal and not cuts:
         refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
     if not refusal and min(cut.pixel_tiles for cut in cuts) > _INT32:
@@ -80,7 +81,7 @@ def best(problem: Problem, device: Device, kernels: Kernels) -> Candidate:
         shared_bytes=cut.shared_bytes,
         predicted_seconds=cut.seconds,
         tiling=TensorWeightTiling(
-            cut.columns, cut.runs, cut.feature_warps, cut.channel_warps, cut.stages, max(cut.parts, 1)
+            cut.columns, cut.cells, cut.feature_warps, cut.channel_warps, cut.stages, max(cut.parts, 1)
         ),
         note=f"{cut.feature_tiles} x {cut.channel_tiles} tiles of {cut.features} x {cut.channels}, "
         f"{cut.parts} parts of {ceil(cut.pixel_tiles / max(cut.parts, 1))} tiles of {cut.pixels} pixels, "
@@ -101,18 +102,16 @@ def _cuts(problem: Problem, device: Device) -> Iterator[Cut]:
     width = ceil(problem.out_w / _phases(problem, 1))
     across = max(1, ceil(width / RUN))
     strips = {ceil(across / count) for count in range(1, across + 1)}
-    for runs in RUNS:
-        for feature_warps in _warps(problem.F, MOST_FEATURE_WARPS):
-            for channel_warps in _warps(problem.K, WARPS // feature_warps):
-                depth = 16 if ELEMENT_BYTES[problem.dtype] == 2 else 8
-                if WARPS // (feature_warps * channel_warps) > runs * RUN // depth:
-                    continue  # a warp would have no pixels to multiply
-                for runs_across in strips:
-                    for stages in range(MOST_STAGES, 1, -1):
-                        cut = Cut(problem, device, runs_across * RUN, runs, feature_warps, channel_warps, stages)
-                        if cut.shared_bytes <= device.shared_bytes:
-                            yield cut
-                            break
+    cell_rows = CELL_ROWS[_kind(problem)]
+    depth = 16 if ELEMENT_BYTES[problem.dtype] == 2 else 8
+    for runs, feature_warps in product(RUNS, _warps(problem.F, MOST_FEATURE_WARPS)):
+        for channel_warps in _warps(problem.K, WARPS // feature_warps):
+            if WARPS // (feature_warps * channel_warps) > runs * RUN // depth:
+                continue  # a warp would have no pixels to multiply
+            for cells_across in strips:
+                sizes = (cells_across * RUN, runs // cell_rows, feature_warps, channel_warps)
+                cuts = (Cut(problem, device, *sizes, stages) for stages in range(MOST_STAGES, 1, -1))
+                yield from islice((cut for cut in cuts if cut.shared_bytes <= device.shared_bytes), 1)
 
 
 def _warps(size: int, most: int) -> list[int]:
@@ -134,7 +133,7 @@ class Cut:
     problem: Problem
     device: Device
     columns: int
-    runs: int
+    cells: int
     feature_warps: int
     channel_warps: int
     stages: int
@@ -161,10 +160,19 @@ class Cut:
     def weight_tiles(self) -> int:
         return self.feature_tiles * self.channel_tiles
 
+    @cached_property
+    def cell_rows(self) -> int:
+        return CELL_ROWS[_kind(self.problem)]
+
     @property
+    def runs(self) -> int:
+        """Rows of all cells of a tile."""
+        return self.cells * self.cell_rows
+
+    @cached_property
     def pixels(self) -> int:
         """Of a tile."""
-        return self.runs * RUN
+        return self.cells * self.cell_rows * RUN
 
     @property
     def _vector(self) -> int:
@@ -179,8 +187,13 @@ class Cut:
         return self.channels // self._slab
 
     @property
-    def _runs_across(self) -> int:
+    def _across(self) -> int:
+        """Cells of a row of a strip."""
         return self.columns // RUN
+
+    @property
+    def _rows_of_cells(self) -> int:
+        return ceil(self._longest(0) / self.cell_rows)
 
     def _longest(self, axis: int) -> int:
         """Outputs of the longest phase; an axis is 0 down, 1 across."""
@@ -188,7 +201,7 @@ class Cut:
 
     @property
     def _down(self) -> int:
-        return ceil(self._longest(0) * self._runs_across / self.runs)
+        return ceil(self._rows_of_cells * self._across / self.cells)
 
     @property
     def _strips(self) -> int:
@@ -203,16 +216,16 @@ class Cut:
     def _patch(self) -> tuple[int, int]:
         """Input rows and columns of a tile."""
         p, (inner_h, inner_w) = self.problem, inner_stride(self.problem)
-        begins = 0 if self.runs % self._runs_across == 0 else self._runs_across - 1
-        spanned = min((begins + self.runs - 1) // self._runs_across + 1, self._longest(0))
-        return (spanned - 1) * inner_h + p.kernel[0], (self.columns - 1) * inner_w + p.kernel[1]
+        begins = 0 if self.cells % self._across == 0 else self._across - 1
+        spanned = min((begins + self.cells - 1) // self._across + 1, self._rows_of_cells)
+        return (spanned * self.cell_rows - 1) * inner_h + p.kernel[0], (self.columns - 1) * inner_w + p.kernel[1]
 
     @cached_property
     def shared_bytes(self) -> int:
-        """`TensorWeightLayout`: taps and bias in float32, places, two tiles of the depthwise result, and the stages."""
+        """`TensorWeightLayout`: taps and bias, what is known of tiles, two depthwise results, and the stages."""
         patch = self._patch[0] * self._patch[1]
         resident = (self.problem.taps + 1) * self.channels * 4 + _ITEMS * _ITEM_BYTES
-        resident += (self._runs_across + self.runs + patch) * 4
+        resident += (2 * patch + 2 * _ITEMS * self.runs) * 4
         intermediate = 2 * self._slabs * self.pixels * LINE_BYTES
         stage = (self._slabs * patch + self.features // self._slab * self.pixels) * LINE_BYTES
         sums = 0
@@ -238,7 +251,7 @@ class Cut:
         total = 0
         for phase in range(_phases(p, 0)):
             for tile in range(self._down):
-                row = tile * self.runs // self._runs_across
+                row = tile * self.cells // self._across * self.cell_rows
                 total += _inside(p.stride[0] * phase + pitch * inner_h * row - before, pitch, self._patch[0], p.H)
         return total
 
@@ -331,30 +344,34 @@ class Cut:
 
     @cached_property
     def _window(self) -> int:
-        """Words that a lane reads of the patch for a run."""
-        kh, kw = self.problem.kernel
-        return kh * (RUN * kw if _kind(self.problem) == "any" else (RUN - 1) * inner_stride(self.problem)[1] + kw)
+        """Words that a lane reads of the patch for a cell."""
+        (kh, kw), (inner_h, inner_w) = self.problem.kernel, inner_stride(self.problem)
+        if _kind(self.problem) == "any":
+            return self.cell_rows * RUN * kh * kw
+        return ((self.cell_rows - 1) * inner_h + kh) * ((RUN - 1) * inner_w + kw)
 
     @property
     def _instructions(self) -> float:
-        """Of a warp a tile, about."""
+        """Of a warp a tile, about: as nvcc compiled 3x3 for sm_90a."""
         p = self.problem
         per_word = 4 // ELEMENT_BYTES[p.dtype]
-        relu = self._window if p.pre_activation == "relu" else 0
-        convert = self._window * per_word if per_word == 2 else 0
-        run = self._window + convert + relu + RUN * p.taps * per_word + 60
+        unpack = per_word if per_word == 2 else 0
+        relu = 1 if p.pre_activation == "relu" else 0
+        cell = self._window * (1 + unpack + relu) + self.cell_rows * (RUN * p.taps * per_word + 18) + 25
         if _kind(p) == "any":
-            run += 8 * self._window
-        multiply = 54 if per_word == 2 else 80
-        copies = ceil(self._patch[0] * self._patch[1] * CHUNKS / THREADS) * (16 + 6 * self._slabs)
-        copies += ceil(self.features // self._slab * self.runs * CHUNKS / THREADS) * 70
-        return self._rounds * (RUNS_AT_ONCE * run + p.taps + 20) + self._steps * multiply + copies + 120
+            cell += 3 * self._window
+        convolve = self._rounds * (RUNS_AT_ONCE // self.cell_rows * cell + p.taps + 30)
+        multiply = self._steps * (55 if per_word == 2 else 85) + 15
+        patch = self._slabs * (12 + 11 * ceil(self._patch[0] * self._patch[1] * CHUNKS / THREADS))
+        grad = 15 + 55 * ceil(self.features // self._slab * self.runs * CHUNKS / THREADS)
+        return convolve + multiply + patch + grad + 110
 
     @property
     def _shared_accesses(self) -> float:
         """Of 128 bytes, one a cycle, by the whole block a tile: of the convolution, of the operands, of the copies."""
         patch = self._slabs * self._patch[0] * self._patch[1]
-        convolve = self._slabs * self.runs * (self._window + RUN + 2 * self.problem.taps / RUNS_AT_ONCE)
+        convolve = self._slabs * self.cells * (self._window + self.cell_rows * RUN)
+        convolve += self._slabs * self.runs // RUNS_AT_ONCE * 2 * (self.problem.taps + 1)
         operands = WARPS * self._steps * 32  # eight loads of 512 bytes
         return convolve + operands + patch + self.features // self._slab * self.pixels
 
