@@ -49,7 +49,7 @@ struct TensorWeightTraits {
 
 // One tile of the output: where its first row of cells begins, in its strip and phase, and how many cells of that row
 // are another tile's.
-struct alignas(16) TensorWeightItem {
+struct TensorWeightItem {
   int n;
   int row, column;  // of the output, in its phase
   int skipped;      // cells

@@ -38,7 +38,7 @@ RUNS = (8, 16, 32)  # rows of all cells of a tile
 MOST_STAGES = 4
 MOST_FEATURE_WARPS = 4
 LARGEST_SHARED_BYTES = 227 << 10
-_ITEM_BYTES, _ITEMS = 32, 8
+_ITEM_BYTES, _ITEMS = 24, 8
 
 MOST_WAVES = 4  # of blocks, that are compared
 
