@@ -29,7 +29,7 @@ def forward(candidate: Candidate, problem: Problem, tensors: Tensors, grad_outpu
         image_of(residual),
         image_of(grad_output),
         image_of(y),
-        (0, 0, 0),
+        (0, 0, 0, 0),
         stream_of(x.device),
     )
     return y
