@@ -67,6 +67,11 @@ const auto& depthwise_backward_kernels() {
   return all;
 }
 
+const auto& tensor_input_instances() {
+  static const auto all = by_name({tensor_backward_input_instances()});
+  return all;
+}
+
 const auto& reduce_instances() {
   static const auto all = by_name({reduce_splits_instances()});
   return all;
@@ -154,6 +159,24 @@ void depthwise_backward(const std::string& instance, const ConvShape& shape, con
   run(depthwise_backward_kernels().at(instance), params, stream);
 }
 
+// The tiling is (strips, part, parts, stages).
+void tensor_backward_input(const std::string& instance, const ConvShape& shape, const std::array<int32_t, 4>& tiling,
+                           const ImageArgument& x, Address depthwise_weight, Address pointwise_weight,
+                           const ImageArgument& grad_z, Address grad_x, Address partial_weight, Address partial_bias,
+                           Stream stream) {
+  TensorInputParams params;
+  params.shape = shape;
+  params.tiling = {tiling[0], tiling[1], tiling[2], tiling[3]};
+  params.x = image(x);
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.pointwise_weight = pointer(pointwise_weight);
+  params.grad_z = image(grad_z);
+  params.grad_x = pointer(grad_x);
+  params.partial_weight = static_cast<float*>(pointer(partial_weight));
+  params.partial_bias = static_cast<float*>(pointer(partial_bias));
+  run(tensor_input_instances().at(instance), params, stream);
+}
+
 void reduce(const std::string& instance, Address partials, Address out, int64_t count, int splits, Stream stream) {
   run(reduce_instances().at(instance), ReduceParams{pointer(partials), pointer(out), count, splits}, stream);
 }
@@ -164,6 +187,7 @@ void for_each_instance(const Body& body) {
   for (const auto& [name, instance] : backward_instances()) body(instance);
   for (const auto& [name, instance] : depthwise_forward_kernels()) body(instance);
   for (const auto& [name, instance] : depthwise_backward_kernels()) body(instance);
+  for (const auto& [name, instance] : tensor_input_instances()) body(instance);
   for (const auto& [name, instance] : reduce_instances()) body(instance);
 }
 
@@ -300,6 +324,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("y"), py::arg("stream"));
   m.def("depthwise_backward", &depthwise_backward, without_gil, py::arg("instance"), py::arg("shape"),
         py::arg("tiling"), py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("grad_t"),
+        py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
+  m.def("tensor_backward_input", &tensor_backward_input, without_gil, py::arg("instance"), py::arg("shape"),
+        py::arg("tiling"), py::arg("x"), py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("grad_z"),
         py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
   m.def("reduce", &reduce, without_gil, py::arg("instance"), py::arg("partials"), py::arg("out"), py::arg("count"),
         py::arg("splits"), py::arg("stream"));

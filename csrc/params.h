@@ -151,6 +151,28 @@ struct DepthwiseBackwardParams {
   float* partial_bias;           // (parts, K), or null
 };
 
+// How the tensor-core backward cuts the stream of positions that all images make (kernels/tensor_stream.cuh).
+struct TensorInputTiling {
+  int32_t strips;  // that an image's columns are cut into
+  int32_t part;    // positions of x of a part, one a block for each chunk of channels; the last part has what is left
+  int32_t parts;
+  int32_t stages;  // slabs of features in shared memory
+};
+
+// One backward call from the gradient of the pointwise convolution's result to those of x and of the depthwise weight
+// and bias; the gradient between the two convolutions stays in shared memory.
+struct TensorInputParams {
+  ConvShape shape;  // no mid-activation
+  TensorInputTiling tiling;
+  Image x;                       // (N, C, H, W)
+  const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
+  const void* pointwise_weight;  // (F, K), contiguous
+  Image grad_z;                  // (N, F, out_h, out_w)
+  void* grad_x;                  // (N, C, H, W) with x's strides, or null
+  float* partial_weight;         // (parts, K, kernel_h, kernel_w), or null
+  float* partial_bias;           // (parts, K), or null
+};
+
 // out[i] = sum over s of partials[s][i], s ascending: the same bits in every run.
 struct ReduceParams {
   const void* partials;  // (splits, count), in the kernels' arithmetic type

@@ -237,6 +237,19 @@ class TensorWeightTiling:
 
 
 @dataclass(frozen=True)
+class TensorInputTiling:
+    """How the tensor-core backward towards x cuts the images: `TensorInputTiling` in csrc/params.h."""
+
+    strips: int
+    part: int
+    parts: int
+    stages: int
+
+
+AnyTiling = Tiling | PlaneTiling | TensorTiling | TensorWeightTiling | TensorInputTiling
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Something that could run a problem, with its predicted cost on the plan's device, or why it can't."""
 
@@ -253,7 +266,7 @@ class Candidate:
     refusal: str = ""  # why it can't run; empty if it can
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
     pointwise_splits: Splits | None = None
-    tiling: Tiling | PlaneTiling | TensorTiling | TensorWeightTiling | None = None  # depthwise and tensor-core kernels
+    tiling: AnyTiling | None = None  # of the depthwise and the tensor-core kernels
     steps: tuple[Candidate, ...] = ()  # the kernels that a call runs, in order, where it runs several
     pointwise: str = ""  # how PyTorch runs the 1x1, where it does
     note: str = ""  # what else is worth telling

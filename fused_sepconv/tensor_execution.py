@@ -103,6 +103,42 @@ def pointwise_weight_gradient(
     return reduced(partial_weight, pointwise_weight), reduced(partial_bias, bias) if want_bias else None
 
 
+def input_gradients(
+    candidate: Candidate, problem: Problem, grad_z: Tensor, tensors: Tensors, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, depthwise_weight and depthwise_bias, None where the mask does not ask, from the gradient of
+    the pointwise convolution's result; `candidate` is of `families/tensor_input.py`."""
+    x, depthwise_weight, pointwise_weight, _, depthwise_bias, _ = tensors
+    wanted = [like if asked else None for like, asked in zip((x, depthwise_weight, depthwise_bias), mask, strict=True)]
+    if problem.N == 0:
+        return tuple(None if like is None else torch.zeros_like(like) for like in wanted)
+    grad_z = _readable(grad_z)
+    grad_x = None
+    if wanted[0] is not None:
+        grad_x = torch.empty_like(x)
+        if grad_x.stride() != x.stride():  # the kernel writes where it reads; an x with gaps has no such gradient
+            x = torch.empty_like(grad_x).copy_(x)
+    tiling = candidate.tiling
+    partials = [
+        None if like is None else x.new_empty((tiling.parts, like.numel()), dtype=torch.float32) for like in wanted[1:]
+    ]
+    weight, pointwise = depthwise_weight.contiguous(), _vectors(pointwise_weight)  # kept until the launch
+    _native.load().tensor_backward_input(
+        candidate.name,
+        conv_shape(problem),
+        (tiling.strips, tiling.part, tiling.parts, tiling.stages),
+        image_of(x),
+        address(weight),
+        address(pointwise),
+        image_of(grad_z),
+        address(grad_x),
+        *map(address, partials),
+        stream_of(x.device),
+    )
+    sums = (None if part is None else reduced(part, like) for part, like in zip(partials, wanted[1:], strict=True))
+    return grad_x, *sums
+
+
 def _readable(image: Tensor) -> Tensor:
     """An image as the kernels can read it, NHWC and aligned to 16 bytes: copied if it is not."""
     if image.is_contiguous(memory_format=torch.channels_last) and aligned(image):

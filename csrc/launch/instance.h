@@ -39,6 +39,10 @@ struct DepthwiseBackwardInstance : Instance {
   void (*run)(const Instance&, const DepthwiseBackwardParams&, Stream) = nullptr;
 };
 
+struct TensorInputInstance : Instance {
+  void (*run)(const Instance&, const TensorInputParams&, Stream) = nullptr;
+};
+
 struct ReduceInstance : Instance {
   void (*run)(const Instance&, const ReduceParams&, Stream) = nullptr;
 };
@@ -56,6 +60,7 @@ std::vector<DepthwiseBackwardInstance> depthwise_backward_instances();
 std::vector<DepthwiseBackwardInstance> depthwise_planes_backward_instances();
 std::vector<ForwardInstance> tensor_forward_instances();
 std::vector<BackwardInstance> tensor_backward_pointwise_weight_instances();
+std::vector<TensorInputInstance> tensor_backward_input_instances();
 std::vector<ReduceInstance> reduce_splits_instances();
 
 }  // namespace fused_sepconv

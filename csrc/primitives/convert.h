@@ -117,6 +117,27 @@ FSC_DEVICE uint32_t relu_packed(uint32_t bits) {
   return bits;
 }
 
+// All ones where the values of a register (two float16 or bfloat16) are not at or below zero, NaN among them, and zeros
+// where they are: what relu's derivative does to a gradient of the same type.
+template <class T>
+FSC_DEVICE uint32_t relu_mask(uint32_t bits) {
+#ifdef FSC_EMULATED
+  const float2 values = unpack<T>(bits);
+  return (values.x <= 0.0f ? 0u : 0xffffu) | (values.y <= 0.0f ? 0u : 0xffff0000u);
+#else
+  if constexpr (std::is_same<T, __half>::value) {
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof bits);
+    return __hgtu2_mask(pair, __half2half2(__ushort_as_half(0)));
+  } else {
+    static_assert(std::is_same<T, __nv_bfloat16>::value, "two float16 or bfloat16");
+    __nv_bfloat162 pair;
+    memcpy(&pair, &bits, sizeof bits);
+    return __hgtu2_mask(pair, __bfloat162bfloat162(__ushort_as_bfloat16(0)));
+  }
+#endif
+}
+
 // The bits of a float32 rounded to tf32's 10-bit fraction: to the nearest, ties away from zero. The low bits are zero.
 FSC_DEVICE uint32_t to_tf32(float value) {
   uint32_t bits;

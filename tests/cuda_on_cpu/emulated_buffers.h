@@ -56,6 +56,17 @@ class EmulatedBuffers {
     write("partial_bias", params.partial_bias, rows * instance.compute_bytes);
   }
 
+  EmulatedBuffers(const Instance& instance, const TensorInputParams& params) : instance_(instance) {
+    const ConvShape& shape = params.shape;
+    read_depthwise_operands(params);
+    read("pointwise_weight", params.pointwise_weight, int64_t{shape.F} * shape.K);
+    read("grad_z", params.grad_z.data, output_extent(params.grad_z, shape, shape.F));
+    write("grad_x", params.grad_x, input_extent(params.x, shape) * instance.scalar_bytes);
+    const int64_t rows = int64_t{params.tiling.parts} * shape.K;
+    write("partial_weight", params.partial_weight, rows * shape.kernel_h * shape.kernel_w * instance.compute_bytes);
+    write("partial_bias", params.partial_bias, rows * instance.compute_bytes);
+  }
+
   EmulatedBuffers(const Instance& instance, const ReduceParams& params) : instance_(instance) {
     scope_.input("partials", params.partials, params.splits * params.count * instance.compute_bytes);
     write("out", params.out, params.count * instance.scalar_bytes);

@@ -1,0 +1,115 @@
+// tensor_stream.cuh - how the tensor-core backward lays out its work: all images as one stream of positions.
+//
+// A 3x3 gather reads dT above, below and beside a pixel, and zeros past the image. Lay the rows of the images end to
+// end, with room for those zeros between them, and each neighbour lies a fixed distance further down the stream:
+//
+//     image 0, row 0:   0 a b c        position p of x, p = 0, 1, 2, ...
+//              row 1:   0 d e f        needs dT at p + r * pitch + c with r, c in 0..2
+//              row 2:   0 0 0 0   <- one row and one column of zeros serve both neighbours
+//     image 1, row 0:   0 g h i
+//
+// So a run of neighbouring positions is a run of rows of a matrix product, whatever the images' size, and what is
+// computed needlessly are the zeros alone: 1 position in 75 for rows of 74 pixels.
+//
+// Phases (phases.cuh) and strips (the columns of wide images, cut so that a block holds fewer positions) are more
+// images: a strip carries its right neighbour's first columns along in place of zeros.
+//
+// Computed on the host once a launch, and read from constant memory.
+#pragma once
+
+#include "../params.h"
+#include "../primitives/platform.h"
+
+namespace fused_sepconv {
+
+// Division of n < 2^31 by what the host knows: a product and a shift (Granlund and Montgomery, "Division by Invariant
+// Integers using Multiplication", 1994).
+struct Divisor {
+  uint32_t divisor, multiplier;
+  int32_t shift;
+
+  explicit Divisor(int32_t by) : divisor(by), shift(31) {
+    while ((uint64_t{1} << (shift - 31)) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  // Divides n; gives the rest.
+  FSC_DEVICE uint32_t divide(uint32_t& n) const {
+    const uint32_t dividend = n;
+    n = static_cast<uint32_t>(static_cast<uint64_t>(dividend) * multiplier >> shift);
+    return dividend - n * divisor;
+  }
+};
+
+// One direction of the images' phases. Index q is output q of a phase; x's index q lies under the last tap of output q.
+struct StreamAxis {
+  int32_t phases, pitch;  // an undilated convolution for each of `dilation` phases
+  int32_t offset;         // of x's index 0 from output 0's pixel number, in the image
+  int32_t inputs, outputs;
+  int32_t lead;    // positions before output 0
+  int32_t length;  // positions of a phase, zeros between two of them included
+
+  StreamAxis(int32_t kernel, int32_t dilation, int32_t padding, int32_t inputs_, int32_t outputs_)
+      : phases(dilation),
+        pitch(dilation),
+        offset((kernel - 1) * dilation - padding),
+        inputs(inputs_),
+        outputs(outputs_) {
+    const int32_t reach = kernel - 1;
+    const int32_t longest = (outputs + phases - 1) / phases;  // outputs of phase 0
+    // x's pixels of any phase have rho = q + reach, pixel = phase - padding + dilation * rho.
+    const int32_t before = padding - (phases - 1);
+    const int32_t first = before > 0 ? (before + pitch - 1) / pitch : 0;
+    const int32_t last = (inputs - 1 + padding) / pitch;
+    lead = first < reach ? reach - first : 0;
+    const int32_t tail = last > longest - 1 ? last - (longest - 1) : 0;
+    length = longest + (lead > tail ? lead : tail);
+  }
+  // The output, and the pixel of x, at a position of a phase; outside the image where there is none.
+  FSC_DEVICE int32_t output(int32_t phase, int32_t position) const { return phase + pitch * (position - lead); }
+  FSC_DEVICE int32_t input(int32_t phase, int32_t position) const { return output(phase, position) + offset; }
+};
+
+// The stream, in positions. Its length is the plan's to keep below 2^31.
+struct TensorStream {
+  StreamAxis vertical, horizontal;
+  int32_t strips, strip_columns;  // strips of an image, and the columns of x of each
+  int32_t pitch;                  // of a row: a strip's columns, and where there are several, two of its neighbour
+  int32_t length;                 // of all images
+  int32_t lag;                    // from a position to past the last that it needs, in whole groups of 8
+  int32_t part;                   // positions of x of a part
+  Divisor by_pitch, by_rows, by_strips, by_phases_w, by_phases_h;
+
+  TensorStream(const ConvShape& shape, const TensorInputTiling& tiling)
+      : vertical(shape.kernel_h, shape.dilation_h, shape.pad_top, shape.H, shape.out_h),
+        horizontal(shape.kernel_w, shape.dilation_w, shape.pad_left, shape.W, shape.out_w),
+        strips(tiling.strips),
+        strip_columns((horizontal.length + strips - 1) / strips),
+        pitch(strip_columns + (strips > 1 ? shape.kernel_w - 1 : 0)),
+        length(static_cast<int32_t>(shape.N) * vertical.phases * horizontal.phases * strips * vertical.length * pitch),
+        lag(((shape.kernel_h - 1) * pitch + shape.kernel_w - 1 + 7) / 8 * 8),
+        part(tiling.part),
+        by_pitch(pitch),
+        by_rows(vertical.length),
+        by_strips(strips),
+        by_phases_w(horizontal.phases),
+        by_phases_h(vertical.phases) {}
+
+  struct Place {
+    int32_t n, phase_h, phase_w, row, column;  // row and column: positions of the phase
+    bool owned;                                // false in the columns that a strip has from its neighbour
+  };
+  FSC_DEVICE Place place(uint32_t position) const {
+    Place place;
+    const int32_t column = by_pitch.divide(position);
+    place.row = by_rows.divide(position);
+    const int32_t strip = by_strips.divide(position);
+    place.phase_w = by_phases_w.divide(position);
+    place.phase_h = by_phases_h.divide(position);
+    place.n = position;
+    place.column = strip * strip_columns + column;
+    place.owned = column < strip_columns;
+    return place;
+  }
+};
+
+}  // namespace fused_sepconv
