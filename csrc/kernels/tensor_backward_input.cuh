@@ -35,7 +35,8 @@
 //
 // Floor. Device bytes: grad_z + x + grad_x, each once, where two kernels move dT out, and in again. grad_z is read once
 // for each 64 channels, but for the first from L2. For 3x3 in bfloat16 a warp issues about 2100 instructions for 32
-// positions' windows (36 multiply-adds of 62 a position), and 47 for each 16 features.
+// positions' windows (36 multiply-adds among the 65 of a position), 80 for each 16 features (16 of mma.sync), and 500
+// for the rest of a tile.
 #pragma once
 
 #include "../primitives/async_copy.h"
@@ -153,6 +154,7 @@ class TensorBackwardInput {
     for (int tile = 0; tile < tiles; ++tile) {
       // Nothing that is made of the thread's number is kept from one tile to the next: the registers are full.
       const unsigned thread = opaque(threadIdx.x);
+      loader.sit(thread);
       float acc[2][kColumnTiles][4] = {};
       FSC_ROLLED
       for (int slab = 0; slab < slabs; ++slab) {
@@ -220,16 +222,11 @@ class TensorBackwardInput {
 
   // Until at most all slabs but the oldest are on their way.
   FSC_DEVICE void wait_for_slab() const {
-    switch (call_.tiling.stages) {
-      case 2:
-        return async_copy_wait<0>();
-      case 3:
-        return async_copy_wait<1>();
-      case 4:
-        return async_copy_wait<2>();
-      default:
-        return async_copy_wait<3>();
-    }
+    const int stages = call_.tiling.stages;
+    if (stages > 4) return async_copy_wait<3>();
+    if (stages == 4) return async_copy_wait<2>();
+    if (stages == 3) return async_copy_wait<1>();
+    async_copy_wait<0>();
   }
 
   // Brings the slabs of the part's tiles, one after the other. Addresses are in units of 16 bytes: the registers are
@@ -238,25 +235,32 @@ class TensorBackwardInput {
    public:
     FSC_DEVICE Loader(TensorBackwardInput& kernel, int tiles, int slabs)
         : k_(kernel), slabs_(slabs), left_(tiles * slabs), stage_(0) {
+      sit(threadIdx.x);
       enter(threadIdx.x, kernel.begin());
     }
 
     // The stage that was filled the longest ago.
     FSC_DEVICE int oldest() const { return stage_; }
 
+    // Takes the thread's place among the copies: of a tile, so that nothing of it is kept during the windows.
+    FSC_DEVICE void sit(unsigned thread) {
+      z_ = opaque(z_offset(thread / 2, thread % 2));
+      w_ = opaque(w_offset(thread / kWeightChunks, thread % kWeightChunks));
+    }
+
     // Starts the copies of the next slab, if there is one, and closes their group.
     FSC_DEVICE void load(unsigned thread) {
       if (left_ > 0) {
         --left_;
         const SharedAddress stage = k_.stage_address(stage_);
-        const SharedAddress z = stage + z_offset(thread / 2, thread % 2);
+        const SharedAddress z = stage + z_;
         const bool has_features =
             slab_ * Traits::kFeatures + static_cast<int>(thread % 2) * Traits::kVector < k_.shape_.F;
         FSC_UNROLL
         for (int half = 0; half < 2; ++half) {
           const bool inside = has_features && gradient_[half] < PixelOffsets::kNone;
-          async_copy<16>(z + half * (Traits::kZBytes / 2), at(k_.call_.grad_z.data, inside ? gradient_[half] : 0),
-                         inside);
+          async_copy<16>(z + half * (Traits::kZBytes / 2),
+                         at(k_.call_.grad_z.data, opaque(inside ? gradient_[half] : 0)), inside);
         }
         if (thread < Traits::kFeatures * kWeightChunks) load_weights(thread, stage + Traits::kZBytes);
         gradient_[0] += Traits::kFeatures / Traits::kVector;
@@ -274,11 +278,11 @@ class TensorBackwardInput {
       return static_cast<const unsigned char*>(data) + static_cast<uint64_t>(offset) * 16;
     }
     FSC_DEVICE void load_weights(unsigned thread, SharedAddress w) const {
-      const int row = thread / kWeightChunks, chunk = thread % kWeightChunks;
-      const int f = slab_ * Traits::kFeatures + row, channel = k_.first_channel_ + chunk * Traits::kVector;
-      const bool inside = f < k_.shape_.F && channel < k_.shape_.K;
-      const uint32_t offset = inside ? f * (k_.shape_.K / Traits::kVector) + channel / Traits::kVector : 0;
-      async_copy<16>(w + w_offset(row, chunk), at(k_.call_.pointwise_weight, offset), inside);
+      const unsigned row = thread / kWeightChunks, chunk = thread % kWeightChunks;
+      const unsigned f = slab_ * Traits::kFeatures + row, channel = k_.first_channel_ + chunk * Traits::kVector;
+      const bool inside = f < static_cast<unsigned>(k_.shape_.F) && channel < static_cast<unsigned>(k_.shape_.K);
+      const uint32_t offset = opaque(inside ? (f * k_.shape_.K + channel) / Traits::kVector : 0u);
+      async_copy<16>(w + w_, at(k_.call_.pointwise_weight, offset), inside);
     }
 
     // A pair of threads copies the positions number pair and pair + 128 of a tile; each finds one of them.
@@ -302,6 +306,7 @@ class TensorBackwardInput {
     int left_;  // slabs, of all tiles
     unsigned position_;
     int slab_, stage_;
+    uint32_t z_, w_;        // where the thread's chunks lie in a slab
     uint32_t gradient_[2];  // where this thread's next chunks are
   };
 

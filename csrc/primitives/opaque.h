@@ -5,12 +5,14 @@
 // each use.
 #pragma once
 
+#include <cstdint>
+
 #include "platform.h"
 
 namespace fused_sepconv {
 
 // The value; what is computed from it is computed after this line, in each turn of a loop that it is in.
-FSC_DEVICE int opaque(int value) {
+FSC_DEVICE uint32_t opaque(uint32_t value) {
 #ifndef FSC_EMULATED
   asm volatile("" : "+r"(value));
 #endif

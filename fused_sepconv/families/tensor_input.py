@@ -41,8 +41,8 @@ LARGEST_SHARED_BYTES = 227 << 10
 # Instructions of a warp, about, as nvcc compiled them for sm_90a: a position's windows (36 multiply-adds of 65), a slab
 # (16 of mma.sync), and what else a tile takes.
 POSITION_INSTRUCTIONS = 65
-SLAB_INSTRUCTIONS = 95
-TILE_INSTRUCTIONS = 450
+SLAB_INSTRUCTIONS = 80
+TILE_INSTRUCTIONS = 500
 
 _OPERANDS = {"bfloat16": "bfloat16", "float16": "float16"}
 
@@ -109,7 +109,7 @@ def _refusal(problem: Problem, name: str, kernels: Kernels) -> str:
     top, bottom, left, right = problem.padding
     if max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.F) > _INT32 // 2:
         return "a dimension is too large for 32-bit coordinates"
-    if max(problem.x_bytes, problem.y_bytes, problem.bytes_of(problem.K * problem.F)) >= _OFFSETS:
+    if max(problem.x_bytes, problem.y_bytes) >= _OFFSETS or problem.K * problem.F > _INT32:
         return "a tensor is too large for 32-bit offsets in units of 16 bytes"
     return ""
 
