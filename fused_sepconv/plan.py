@@ -18,9 +18,7 @@ from .problem import Candidate, DepthwiseProblem, Kernels, Problem
 
 FAMILIES = (library, simt, split, tensor, tensor_backward)
 
-INSTANCES = (
-    simt.INSTANCES | depthwise.INSTANCES | tensor.INSTANCES | tensor_weight.INSTANCES | tensor_input.INSTANCES
-)
+INSTANCES = simt.INSTANCES | depthwise.INSTANCES | tensor.INSTANCES | tensor_weight.INSTANCES | tensor_input.INSTANCES
 """Every kernel of a complete native module, by name."""
 
 
