@@ -1,4 +1,4 @@
-"""Launches the tensor-core family: the fused forward, and a backward whose pointwise weight's gradient is fused."""
+"""Launches the tensor-core family: the fused forward, and the steps of its backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _native, split_execution
 from .launching import Tensors, address, aligned, contiguous, conv_shape, image_of, stream_of
 from .memory_format import empty_output
-from .problem import Candidate, Problem
+from .problem import Candidate, Problem, TensorInputTiling
 from .simt_execution import reduced
 
 
@@ -58,12 +58,15 @@ def backward(
         grad_pointwise, grad_bias = pointwise_weight_gradient(weight_step, problem, grad_z, tensors, want_bias)
     elif want_bias:
         grad_bias = grad_z.sum((0, 2, 3))
-    if want_x or want_depthwise or want_depthwise_bias:
+    to_input = (want_x, want_depthwise, want_depthwise_bias)
+    if any(to_input) and isinstance(steps[0].tiling, TensorInputTiling):
+        grad_x, grad_depthwise, grad_depthwise_bias = input_gradients(steps[0], problem, grad_z, tensors, to_input)
+    elif any(to_input):
         grad_t, _, _ = split_execution.pointwise_backward(
             candidate, grad_z, None, pointwise_weight, (True, False, False), x
         )
         grad_x, grad_depthwise, grad_depthwise_bias = split_execution.depthwise_backward(
-            steps, problem, grad_t, tensors, (want_x, want_depthwise, want_depthwise_bias)
+            steps, problem, grad_t, tensors, to_input
         )
     return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
 

@@ -13,6 +13,7 @@ from ..problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Pro
 from . import depthwise
 from .library import LIBRARY_MATRIX
 
+INPUT_PASS = "of the depthwise result"
 WEIGHT_PASS = "of the pointwise weight"
 
 
@@ -84,6 +85,6 @@ def pointwise(problem: Problem) -> tuple[str, list[Pass]]:
             passes.append(Pass("activation", 2 * y))
         return how, passes
     passes = [Pass("activation", 3 * y)] if problem.activation else []
-    passes.append(Pass("of the depthwise result", product, problem.pointwise_flops))
+    passes.append(Pass(INPUT_PASS, product, problem.pointwise_flops))
     passes.append(Pass(WEIGHT_PASS, product, problem.pointwise_flops))
     return how, passes

@@ -1,7 +1,8 @@
-"""The backward of the tensor-core family: the pointwise weight's gradient by our kernel, the rest as the split family.
+"""The backward of the tensor-core family: the pointwise weight's gradient by one kernel; those of x and of the
+depthwise weight by another, or as the split family has them, whichever is predicted to be faster.
 
 The depthwise result is computed again inside the kernel that needs it, and goes through device memory only where the
-last activation's gradient can't be read from its output.
+last activation's gradient can't be read from its output. The gradient of it does where PyTorch computes it.
 """
 
 from __future__ import annotations
@@ -9,27 +10,40 @@ from __future__ import annotations
 from ..activations import ACTIVATIONS
 from ..devices import Device
 from ..problem import Candidate, Kernels, Problem
-from . import split, tensor_weight
+from . import split, tensor_input, tensor_weight
 
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
     """One backward; the forward is tensor.py's.
 
-    Its steps: the pointwise weight's gradient, then those of the split family, of which the first, the depthwise
-    result, runs only where z is computed again.
+    Its steps: the pointwise weight's gradient; the depthwise result, which runs only where z is computed again; and
+    what leads to x: tensor_input.py's step, or after PyTorch's product the split family's.
     """
     if problem.direction != "backward":
         return []
     weight = tensor_weight.best(problem, device, kernels)
-    again, *through_mid, one_pass = split.backward_steps(problem, device, kernels)
-    for step in (weight, again, one_pass):
-        if step.refusal:
-            return [Candidate("tensor", weight.name, refusal=step.refusal)]
+    again, *split_steps = split.backward_steps(problem, device, kernels)
     how, passes = split.pointwise(problem)
     passes = [p for p in passes if p.name != split.WEIGHT_PASS]
-    steps = [weight, *through_mid, one_pass]
+    product = [p for p in passes if p.name == split.INPUT_PASS]
+    fused = tensor_input.step(problem, device, kernels)
+    unfused = _seconds(split_steps, product, problem, device)
+    to_input = split_steps
+    if not fused.refusal and (split_steps[-1].refusal or fused.predicted_seconds <= unfused):
+        to_input = [fused]
+        passes = [p for p in passes if p.name != split.INPUT_PASS]
+    for step in (weight, again, to_input[-1]):
+        if step.refusal:
+            return [Candidate("tensor", weight.name, refusal=step.refusal)]
+    steps = [weight, *to_input]
     if problem.activation and ACTIVATIONS[problem.activation].from_output is None:
         steps.append(again)
+    note = f"gradient of the pointwise weight in {weight.predicted_seconds * 1e6:.1f} us: {weight.note}; "
+    if to_input == [fused]:
+        note += f"then {fused.name} in {fused.predicted_seconds * 1e6:.1f} us: {fused.note}"
+    else:
+        why_not = fused.refusal or f"{fused.name} would take {fused.predicted_seconds * 1e6:.1f} us"
+        note += f"then {how} and {to_input[-1].name} in {unfused * 1e6:.1f} us, as {why_not}"
     return [
         Candidate(
             family="tensor",
@@ -39,11 +53,13 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             blocks=weight.blocks,
             waves=weight.waves,
             shared_bytes=max(step.shared_bytes for step in steps),
-            predicted_seconds=sum(step.predicted_seconds for step in steps)
-            + sum(p.seconds(problem, device) for p in passes),
-            steps=(weight, again, *through_mid, one_pass),
+            predicted_seconds=_seconds(steps, passes, problem, device),
+            steps=(weight, again, *to_input),
             pointwise=how,
-            note=f"gradient of the pointwise weight in {weight.predicted_seconds * 1e6:.1f} us: {weight.note}; "
-            f"then {one_pass.name}",
+            note=note,
         )
     ]
+
+
+def _seconds(steps: list[Candidate], passes: list[split.Pass], problem: Problem, device: Device) -> float:
+    return sum(step.predicted_seconds for step in steps) + sum(p.seconds(problem, device) for p in passes)

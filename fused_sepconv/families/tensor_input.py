@@ -44,6 +44,8 @@ POSITION_INSTRUCTIONS = 65
 SLAB_INSTRUCTIONS = 80
 TILE_INSTRUCTIONS = 500
 
+SLAB_SECONDS = 0.8e-6  # assumed, until measured: latency of a slab's copies and of its barrier
+
 _OPERANDS = {"bfloat16": "bfloat16", "float16": "float16"}
 
 INSTANCES = {
@@ -322,17 +324,23 @@ class Cut:
 
     @property
     def _tile_seconds(self) -> float:
-        """A tile on an SM: instructions and matrix work, which overlap where two blocks share it."""
-        device = self.device
-        clock = device.fma_float32 / (2 * 128 * device.sms)  # 128 multiply-adds a cycle
+        """A tile on an SM: instructions, multiply-adds, matrix work and shared memory. Where two blocks share it, they
+        overlap but for a part; one by itself has the windows after the product."""
+        device, clock = self.device, self.device.clock
         windows = TILE // WARPS * POSITION_INSTRUCTIONS
-        instructions = windows + self.slabs * SLAB_INSTRUCTIONS + TILE_INSTRUCTIONS
-        issue = WARPS * instructions / 4 / ISSUE_FRACTION / clock
+        issue = WARPS * (windows + self.slabs * SLAB_INSTRUCTIONS + TILE_INSTRUCTIONS) / 4 / ISSUE_FRACTION / clock
+        multiply_adds = TILE * 2 * self.problem.taps * CHANNELS / device.fma_lanes / clock
         flops = 2 * TILE * CHANNELS * self.slabs * FEATURES
         matrix = flops / (device.matrix_sync(self.problem.dtype) / device.sms)
-        shares = min(self.blocks_per_sm, ceil(self.blocks / device.sms)) > 1
-        overlap = OVERLAP if shares else 0
-        return max(issue, matrix) + (1 - overlap) * min(issue, matrix)
+        # At 128 bytes a cycle: a slab in and its operands out, the product in, and three rows of each window out.
+        operands = WARPS * 2 * FEATURES * (TILE // WARPS + CHANNELS)
+        shared = (self.slabs * (STAGE_BYTES + operands) + TILE * 2 * CHANNELS * 4) / 128 / clock
+        longest, second, *_ = sorted((max(issue, multiply_adds), matrix, shared), reverse=True)
+        resident = min(self.blocks_per_sm, ceil(self.blocks / device.sms))
+        overlap = OVERLAP if resident > 1 else 0
+        # A block by itself waits for its slabs, and then has its windows.
+        alone = self.slabs * SLAB_SECONDS / (self.stages - 1) + WARPS * windows / 4 / ISSUE_FRACTION / clock
+        return max(longest + (1 - overlap) * second, alone / max(resident, 1))
 
 
 def _whole_groups(positions: int) -> int:
