@@ -42,14 +42,16 @@
 //
 // Floor. Device bytes: x + grad_z + the parts, written and read. The blocks of one part are neighbours: they read the
 // same tiles at about the same time, so that all but the first take them from L2. The depthwise work is done again for
-// each 256 features. For 3x3 in 16 bits and a tile of 256 x 128, a warp issues about INSTRUCTIONS instructions for 64
-// pixels.
+// each 256 features: it is what the kernel's time goes to. For 3x3 in 16 bits and 256 x 128, a warp issues about 1100
+// instructions for a tile of 64 pixels: 530 to convolve (288 multiply-adds and 72 conversions among them), 220 to
+// multiply (128 of mma.sync), 250 to copy, and the rest to find places and to go round.
 #pragma once
 
 #include "../primitives/async_copy.h"
 #include "../primitives/convert.h"
 #include "../primitives/matrix.h"
 #include "../primitives/vector.h"
+#include "../primitives/warp.h"
 #include "activation.cuh"
 #include "tensor_weight_tiles.cuh"
 
@@ -147,8 +149,7 @@ class TensorBackwardPointwiseWeight {
   FSC_DEVICE int32_t* grads(int i) const {
     return reinterpret_cast<int32_t*>(shared_ + layout_.grads) + i % TensorWeightLayout<Traits>::kItems * tiles_.runs;
   }
-  static constexpr int kOutside = -1;
-  static constexpr int kScalarBytes = sizeof(Scalar);
+  static constexpr int32_t kOutside = -1;
   static constexpr unsigned kInsideBits = 3;  // of a window: 0 to 4 pixels
 
   // A place in a pixel's line is exchanged with another one's.
@@ -180,19 +181,19 @@ class TensorBackwardPointwiseWeight {
     const int h0 = tiles_.vertical.input(tile.phase_h, tile.row);
     const int w0 = tiles_.horizontal.input(tile.phase_w, tile.column);
     for (int pixel = threadIdx.x; pixel < layout_.rows * layout_.columns; pixel += Traits::kThreads) {
-      const int row = static_cast<unsigned>(pixel) / static_cast<unsigned>(layout_.columns);
+      int row = pixel;
+      const int column = layout_.by_columns.split(row);
       const int h = h0 + row * tiles_.vertical.pitch;
-      const int w = w0 + (pixel - row * layout_.columns) * tiles_.horizontal.pitch;
+      const int w = w0 + column * tiles_.horizontal.pitch;
       const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(shape_.H) &&
                           static_cast<unsigned>(w) < static_cast<unsigned>(shape_.W);
       sources(i)[pixel] = inside ? units(h * params_.x.stride_h + w * params_.x.stride_w) : kOutside;
     }
     const int run = static_cast<int>(threadIdx.x) - (Traits::kThreads - 32);  // the last warp has no pixel, or few
     if (run >= 0 && run < tiles_.runs) {
-      const int cell = tile.skipped + run / Traits::kCellRows;
-      const int row_of_cells = static_cast<unsigned>(cell) / static_cast<unsigned>(tiles_.across);
-      const int row = row_of_cells * Traits::kCellRows + run % Traits::kCellRows;
-      const int column = (cell - row_of_cells * tiles_.across) * Traits::kRun;
+      int row = tile.skipped + run / Traits::kCellRows;  // a cell
+      const int column = tiles_.by_across.split(row) * Traits::kRun;
+      row = row * Traits::kCellRows + run % Traits::kCellRows;
       const int oh = tiles_.vertical.output(tile.phase_h, tile.row + row);
       const int ow = tiles_.horizontal.output(tile.phase_w, tile.column + column);
       int inside = 0;
@@ -236,22 +237,30 @@ class TensorBackwardPointwiseWeight {
   }
 
   FSC_DEVICE void load_patch(int i, unsigned char* stage) const {
-    const int pixels = layout_.rows * layout_.columns;
-    const int chunk = threadIdx.x % Traits::kChunks;
-    const int32_t* places = sources(i);
+    constexpr int kAtOnce = Traits::kThreads / Traits::kChunks, kUnrolled = 4;
+    const int chunk = threadIdx.x % Traits::kChunks, first = threadIdx.x / Traits::kChunks;
     const Scalar* image = static_cast<const Scalar*>(params_.x.data) + item(i).n * params_.x.stride_n;
-    SharedAddress slab_line = shared_address(stage) + threadIdx.x * 16;
     FSC_ROLLED
-    for (int slab = 0; slab < layout_.slabs; ++slab, slab_line += layout_.patch_slab_bytes) {
+    for (int slab = 0; slab < layout_.slabs; ++slab) {
       const int c = first_of_slab(slab) + chunk * Traits::kVector;
       const bool real = c < shape_.C;
-      const unsigned char* source = reinterpret_cast<const unsigned char*>(image + (real ? c : 0));
-      SharedAddress line = slab_line;
-      for (int pixel = threadIdx.x / Traits::kChunks; pixel < pixels;
-           pixel += Traits::kThreads / Traits::kChunks, line += Traits::kThreads * 16) {
-        const int32_t place = places[pixel];
-        const bool inside = real && place != kOutside;
-        async_copy<16>(line, source + static_cast<int64_t>(inside ? place : 0) * 16, inside);
+      const uint64_t source = kept(reinterpret_cast<uint64_t>(image + (real ? c : 0)));
+      const int32_t* places = sources(i) + first;
+      SharedAddress line = shared_address(stage) + slab * layout_.patch_slab_bytes + threadIdx.x * 16;
+      FSC_ROLLED
+      for (int left = layout_.rows * layout_.columns - first; left > 0; left -= kUnrolled * kAtOnce) {
+        // Read before the copies begin: a copy orders all memory accesses for the compiler.
+        int32_t place[kUnrolled];
+        FSC_UNROLL
+        for (int j = 0; j < kUnrolled; ++j) place[j] = left > j * kAtOnce ? places[j * kAtOnce] : kOutside;
+        FSC_UNROLL
+        for (int j = 0; j < kUnrolled; ++j) {
+          if (left > j * kAtOnce)
+            async_copy<16>(line + j * kAtOnce * Traits::kLine, at(source, place[j] > 0 ? place[j] : 0),
+                           place[j] >= 0 && real);
+        }
+        places += kUnrolled * kAtOnce;
+        line += kUnrolled * kAtOnce * Traits::kLine;
       }
     }
   }
@@ -261,23 +270,29 @@ class TensorBackwardPointwiseWeight {
     const Image& grad_z = params_.grad_z;
     const unsigned chunk = threadIdx.x % Traits::kChunks;
     const Scalar* image = static_cast<const Scalar*>(grad_z.data) + item(i).n * grad_z.stride_n;
-    const int64_t across = tiles_.horizontal.count * grad_z.stride_w * kScalarBytes;
+    const int32_t across = units(tiles_.horizontal.count * grad_z.stride_w);
+    FSC_ROLLED
     for (int unit = threadIdx.x / Traits::kChunks; unit < layout_.feature_slabs << tiles_.log_runs;
          unit += Traits::kThreads / Traits::kChunks) {
       const unsigned run = unit & (tiles_.runs - 1);
       const int f = first_feature_ + (unit >> tiles_.log_runs) * Traits::kSlab + chunk * Traits::kVector;
       const bool real = f < shape_.F;
       const int inside = real ? windows(i)[run] & ((1u << kInsideBits) - 1) : 0;
-      const unsigned char* first = reinterpret_cast<const unsigned char*>(image + (real ? f : 0));
-      const unsigned char* source = first + static_cast<int64_t>(grads(i)[run]) * 16;
+      const uint64_t source = kept(reinterpret_cast<uint64_t>(image + (real ? f : 0)));
+      const int32_t first = grads(i)[run];
       const SharedAddress line = shared_address(z) + unit * Traits::kRun * Traits::kLine;
       const unsigned place = chunk * 16 ^ swizzle(run * Traits::kRun);
       FSC_UNROLL
-      for (unsigned p = 0; p < Traits::kRun; ++p, source += across) {
+      for (unsigned p = 0; p < Traits::kRun; ++p) {
         const bool there = static_cast<int>(p) < inside;
-        async_copy<16>(line + p * Traits::kLine + (place ^ swizzle(p)), there ? source : first, there);
+        async_copy<16>(line + p * Traits::kLine + (place ^ swizzle(p)),
+                       at(source, there ? first + static_cast<int>(p) * across : 0), there);
       }
     }
+  }
+
+  FSC_DEVICE static const void* at(uint64_t base, int32_t units) {
+    return reinterpret_cast<const void*>(base + static_cast<uint64_t>(static_cast<uint32_t>(units)) * 16);
   }
 
   // Applies a pre-activation that is too long for the convolution's inner loop to what this thread's copies brought.

@@ -15,6 +15,7 @@
 
 #include "../params.h"
 #include "../primitives/platform.h"
+#include "divisor.cuh"
 #include "phases.cuh"
 
 namespace fused_sepconv {
@@ -69,6 +70,7 @@ struct TensorWeightTiles {
   int phase_rows, phase_columns;     // outputs of the longest phase
   int down, strips;                  // tiles of a strip, strips of a phase
   int count;                         // tiles of the output; the plan refuses more than an int holds
+  Divisor by_across;
 
   TensorWeightTiles(const ConvShape& shape, const TensorWeightTiling& tiling)
       : vertical(shape.stride_h, shape.dilation_h, shape.pad_top),
@@ -88,7 +90,8 @@ struct TensorWeightTiles {
         phase_columns(horizontal.longest(shape.out_w)),
         down(divide_up(divide_up(phase_rows, Traits::kCellRows) * across, cells)),
         strips(divide_up(phase_columns, columns)),
-        count(static_cast<int>(shape.N) * vertical.count * horizontal.count * strips * down) {
+        count(static_cast<int>(shape.N) * vertical.count * horizontal.count * strips * down),
+        by_across(across) {
     while (1 << log_runs < runs) ++log_runs;
   }
 
@@ -97,9 +100,9 @@ struct TensorWeightTiles {
   // Tile `index`: those of a strip follow one another, then those of the next strip, phase and image.
   FSC_DEVICE TensorWeightItem item(int index) const {
     TensorWeightItem item;
-    const int first = index % down * cells;
+    int first = index % down * cells;
     index /= down;
-    item.row = first / across * Traits::kCellRows, item.skipped = first % across;
+    item.skipped = by_across.split(first), item.row = first * Traits::kCellRows;
     item.column = index % strips * columns, index /= strips;
     item.phase_w = index % horizontal.count, index /= horizontal.count;
     item.phase_h = index % vertical.count;
@@ -137,6 +140,7 @@ struct TensorWeightLayout {
   int intermediate, intermediate_slab_bytes;  // two tiles of the depthwise result
   int stages, stage_bytes;                    // each the slabs of a patch, then those of grad_z
   int patch_slab_bytes;
+  Divisor by_columns;
 
   static constexpr int kItems = 8;    // a ring: fewer tiles are known at once
   static constexpr int kSources = 2;  // of them, those whose patch is still to be copied
@@ -145,13 +149,14 @@ struct TensorWeightLayout {
       : channels(tiles.channel_warps * Traits::kWarpTile),
         slabs(tiles.channel_warps * Traits::kSlabsOfWarp),
         feature_slabs(tiles.feature_warps * Traits::kSlabsOfWarp),
-        pixels(tiles.runs * Traits::kRun) {
+        pixels(tiles.runs * Traits::kRun),
+        columns((tiles.columns - 1) * tiles.horizontal.inner_stride + shape.kernel_w),
+        by_columns(columns) {
     // A tile that begins with the last cell of a row spans most rows, where its cells are no whole rows.
     const int begins = tiles.cells % tiles.across == 0 ? 0 : tiles.across - 1;
     const int spanned = (begins + tiles.cells - 1) / tiles.across + 1;
     const int all = (tiles.phase_rows + Traits::kCellRows - 1) / Traits::kCellRows;
     rows = ((spanned < all ? spanned : all) * Traits::kCellRows - 1) * tiles.vertical.inner_stride + shape.kernel_h;
-    columns = (tiles.columns - 1) * tiles.horizontal.inner_stride + shape.kernel_w;
     bias = shape.kernel_h * shape.kernel_w * channels * 4;  // after the taps, (taps, channels) float32
     items = bias + channels * 4;                            // (channels) float32
     sources = items + kItems * static_cast<int>(sizeof(TensorWeightItem));

@@ -61,6 +61,8 @@ def best(problem: Problem, device: Device, kernels: Kernels) -> Candidate:
     name = f"tensor_backward_pointwise_weight_{_kind(problem)}_{operand_of(problem.dtype)}"
     reduction = f"reduce_splits_{problem.dtype}"
     refusal = why_not(problem, [name, reduction], kernels)
+    if not refusal and problem.bytes_of(problem.F * problem.out_h * problem.out_w) > 16 * _INT32:
+        refusal = "an image of y is too large for 32-bit places"
     cuts = [] if refusal else list(_cuts(problem, device))
     if not refusal and not cuts:
         refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
@@ -362,8 +364,8 @@ class Cut:
             cell += 3 * self._window
         convolve = self._rounds * (RUNS_AT_ONCE // self.cell_rows * cell + p.taps + 30)
         multiply = self._steps * (55 if per_word == 2 else 85) + 15
-        patch = self._slabs * (12 + 11 * ceil(self._patch[0] * self._patch[1] * CHUNKS / THREADS))
-        grad = 15 + 55 * ceil(self.features // self._slab * self.runs * CHUNKS / THREADS)
+        patch = self._slabs * (40 + 9 * ceil(self._patch[0] * self._patch[1] * CHUNKS / THREADS))
+        grad = 15 + 59 * ceil(self.features // self._slab * self.runs * CHUNKS / THREADS)
         return convolve + multiply + patch + grad + 110
 
     @property
