@@ -87,7 +87,7 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
     """The fused forward in the tiling that is predicted to be the fastest; the backward is tensor_backward.py's."""
     if problem.direction != "forward":
         return []
-    kind, operand = _kind(problem), operand_of(problem.dtype)
+    kind, operand = kind_of(problem), operand_of(problem.dtype)
     names = {shape: f"tensor_forward_{kind}_{shape}_{operand}" for shape in SHAPES[kind]}
     if refusal := why_not(problem, names.values(), kernels):
         return [Candidate("tensor", f"tensor_forward_{kind}_{operand}", refusal=refusal)]
@@ -118,7 +118,7 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
     ]
 
 
-def _kind(problem: Problem) -> str:
+def kind_of(problem: Problem) -> str:
     """The kernel sizes and strides that an instance is compiled for; "any" serves the rest."""
     (kh, kw), (sh, sw) = problem.kernel, inner_stride(problem)
     if kh != kw or kh not in (3, 5, 7) or sh != sw or sh > 2:
@@ -189,7 +189,7 @@ class Cut:
     @property
     def slab_bytes(self) -> int:
         """Of a pixel."""
-        return SLAB_BYTES[_kind(self.problem)]
+        return SLAB_BYTES[kind_of(self.problem)]
 
     @property
     def chunks(self) -> int:
@@ -324,7 +324,7 @@ class Cut:
     def _window(self) -> int:
         """Words of a patch that a thread reads for its cell."""
         (kh, kw), (sh, sw) = self.problem.kernel, inner_stride(self.problem)
-        if _kind(self.problem) == "any":
+        if kind_of(self.problem) == "any":
             return kh * kw * self.shape.cell_rows * CELL_COLUMNS
         return ((self.shape.cell_rows - 1) * sh + kh) * ((CELL_COLUMNS - 1) * sw + kw)
 
@@ -361,7 +361,7 @@ class Cut:
     def _of_tile(self) -> int:
         """The same a tile: where it lies, its first sums, and the epilogue."""
         plain = not self.problem.residual and self.problem.activation is None
-        return 950 if plain else 2100
+        return 730 if plain else 1500
 
 
 def _aligned(value: int) -> int:
