@@ -1,4 +1,5 @@
-"""The machine code of the vector kernels, as cuobjdump shows it: 16 bytes a copy and a store, nothing in local memory.
+"""The machine code of the fast kernels, as cuobjdump shows it: 16 bytes a copy and a store, nothing in local memory,
+matrix instructions where they are meant.
 
 Where the package has no kernels there is no code, and nothing is claimed.
 """
@@ -13,9 +14,10 @@ from functools import cache
 from pathlib import Path
 
 from fused_sepconv import _native
-from fused_sepconv.families import depthwise
+from fused_sepconv.families import depthwise, tensor
 
-VECTOR_KERNELS = {traits.name for traits in (*depthwise.ALL_TRAITS, *depthwise.PLANE_TRAITS)}
+TENSOR_KERNELS = set(tensor.INSTANCES)
+FAST_KERNELS = {traits.name for traits in (*depthwise.ALL_TRAITS, *depthwise.PLANE_TRAITS)} | TENSOR_KERNELS
 
 ARCHITECTURE = re.compile(r"^arch = (\S+)")
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
@@ -33,7 +35,7 @@ def cuobjdump() -> str:
 
 @cache
 def opcodes() -> dict[tuple[str, str], set[str]]:
-    """{(architecture, instance): its opcodes} of the vector kernels in the native module."""
+    """{(architecture, instance): its opcodes} of the fast kernels in the native module."""
     info = _native.build_info()
     if info is None or info["emulated"]:
         return {}
@@ -42,7 +44,7 @@ def opcodes() -> dict[tuple[str, str], set[str]]:
         (architecture, mangled): instances[resources["name"]]
         for architecture, report in _native.resources().items()
         for mangled, resources in report.items()
-        if instances.get(resources["name"]) in VECTOR_KERNELS
+        if instances.get(resources["name"]) in FAST_KERNELS
     }
     found: dict[tuple[str, str], set[str]] = {}
     architecture, current = "", None
@@ -59,12 +61,12 @@ def opcodes() -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def test_the_code_of_every_vector_kernel_was_found():
-    expected = {(architecture, name) for architecture in _native.resources() for name in VECTOR_KERNELS}
+def test_the_code_of_every_fast_kernel_was_found():
+    expected = {(architecture, name) for architecture in _native.resources() for name in FAST_KERNELS}
     assert set(opcodes()) == expected
 
 
-def test_vector_kernels_copy_and_store_16_bytes_at_a_time():
+def test_fast_kernels_copy_and_store_16_bytes_at_a_time():
     for kernel, codes in opcodes().items():
         assert any(code.startswith("LDGSTS.E") and "128" in code.split(".") for code in codes), kernel
         # ST: where ptxas did not see that the address is a global one.
@@ -74,3 +76,13 @@ def test_vector_kernels_copy_and_store_16_bytes_at_a_time():
 def test_nothing_is_kept_in_local_memory():
     for kernel, codes in opcodes().items():
         assert not {code for code in codes if code.split(".")[0] in ("LDL", "STL")}, kernel
+
+
+def test_tensor_core_kernels_multiply_by_mma_from_matrices_of_shared_memory():
+    for (architecture, instance), codes in opcodes().items():
+        if instance not in TENSOR_KERNELS:
+            continue
+        # Both operands come four 8x8 matrices an instruction, 16 bytes a lane.
+        shape = "1688" if instance.endswith("tf32") else "16816"
+        assert any(code.startswith("HMMA") and shape in code.split(".") for code in codes), (architecture, instance)
+        assert {code.split(".")[-1] for code in codes if code.startswith("LDSM")} == {"4"}, (architecture, instance)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import fused_sepconv
 from fused_sepconv import _native, launching
+from fused_sepconv.families.tensor import NARROW, WIDE
 from tests.cases import Case, named, two_convolutions
 from tests.emulation import planned_for
 
@@ -181,11 +182,12 @@ def _what_is_wrong_with_the_split_family(module: ModuleType) -> str:
     return ""
 
 
-# The tensor-core kernels: a slab of 128 features and a vector of the next, two slabs of channels and a vector, several
-# tiles a block and a block a tile, tiles that end inside a run and past the image, all kinds, both operands' types. Of
-# the backward, the gradients that they compute.
+# The tensor-core kernels: tiles of 128 or 256 features and a vector of the next, slabs of channels and a vector,
+# several tiles a block and a block a tile, tiles that end inside a cell and past the image, all kinds, both operands'
+# types. Of the backward, the gradients that have no other kernels.
 TENSOR_CASES = (
     Case("slabs and vectors", 2, 72, 7, 9, 136, bias=True, residual=True, pre_activation="relu", activation="relu"),
+    Case("256 features, and a vector", 1, 8, 4, 5, 264, bias=True, activation="silu"),
     Case("many tiles", 5, 8, 13, 30, 8, depthwise_bias=True, mid_activation="relu"),
     Case("many tiles of two slabs", 2, 40, 21, 30, 16, pre_activation="relu", bias=True),
     Case("stride 2", 1, 40, 11, 14, 24, stride=2, padding=1, mid_activation="relu", activation="gelu"),
@@ -212,12 +214,16 @@ def _what_is_wrong_with_the_tensor_family(module: ModuleType) -> str:
         )
         oracle = _forward_and_back(two_convolutions, exactly, straight.options)
         oracle["y"] = two_convolutions(**exact, **case.options)
-        for (order, seed), sms in product(SCHEDULES[module.is_checked()], (2, 132)):
+        tiles = (WIDE, NARROW) if case.kernel == 3 and case.dilation == 1 else (None,)
+        for (order, seed), sms, tile in product(SCHEDULES[module.is_checked()], (2, 132), tiles):
             module.set_schedule(order, seed)
-            where = f"{case.name}, {dtype} on tensor cores, {order}, {sms} SMs"
+            where = f"{case.name}, {dtype} on tensor cores, tiles {tile}, {order}, {sms} SMs"
             try:
-                with fused_sepconv.use_backend("fused"), launching.preferring("tensor"), planned_for(sms):
-                    ours = _forward_and_back(fused_sepconv.separable_conv2d, asking, straight.options)
+                with fused_sepconv.use_backend("fused"), launching.preferring("tensor"), planned_for(sms, tile=tile):
+                    if tile == tiles[0]:  # the backward has no such tiles
+                        ours = _forward_and_back(fused_sepconv.separable_conv2d, asking, straight.options)
+                    else:
+                        ours = {}
                     ours["y"] = fused_sepconv.separable_conv2d(**tensors, **case.options)
             except module.EmulatorError as error:
                 return f"{where}: {error}"
