@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_sepconv import tensor_execution
+import fused_sepconv
+from fused_sepconv import launching, tensor_execution
 from fused_sepconv.devices import DEVICES
 from fused_sepconv.execution import ALL_KERNELS
-from fused_sepconv.families import tensor_input
+from fused_sepconv.families import tensor_backward, tensor_input
 from fused_sepconv.problem import Candidate, Problem
 from tests.cases import CASES, XCEPTION, Case, depthwise_convolution
 from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
-from tests.emulation import SCHEDULES, emulated_kernels
+from tests.emulation import SCHEDULES, emulated_kernels, planned_for
 from tests.test_plan import problem
 
 SMALL_DEVICE = dataclasses.replace(DEVICES["H200"], name="3 SMs", sms=3)  # so that a block has several tiles
@@ -94,7 +95,7 @@ def cuts(case: Case, dtype: torch.dtype) -> Iterator[Candidate]:
     """The planned cut, the one with the most strips, and the one with the most parts."""
     whole, candidate = planned(case, dtype)
     yield candidate
-    found = tensor_input._cuts(whole, SMALL_DEVICE)
+    found = tensor_input.cuts(whole, SMALL_DEVICE)
     for cut in {max(found, key=lambda cut: cut.strips), max(found, key=lambda cut: cut.parts)}:
         tiling = tensor_input.TensorInputTiling(cut.strips, cut.part, cut.parts, cut.stages)
         if tiling != candidate.tiling:
@@ -274,3 +275,36 @@ def test_what_can_not_run_has_its_reason(change, reason):
     assert not tensor_input.step(whole, DEVICES["H200"], ALL_KERNELS).refusal
     refused = tensor_input.step(dataclasses.replace(whole, **change), DEVICES["H200"], ALL_KERNELS)
     assert reason in refused.refusal
+
+
+# The whole backward ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_backward_runs_it_and_writes_nothing_between_the_convolutions(checked, activation):
+    case = dataclasses.replace(OWN[5], activation=activation)
+    whole, _ = planned(case, torch.bfloat16)
+    tensors = {name: tensor.requires_grad_() for name, tensor in inputs(case, torch.bfloat16)[0].items()}
+    with launching.preferring("tensor"), planned_for(3):
+        y = fused_sepconv.separable_conv2d(**tensors, **case.options)
+        checked.reset_counters()
+        found = torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))
+    ran = checked.executed()
+    assert ran["tensor_backward_input_3x3_bfloat16"] == 1
+    assert not any(name.startswith(("depthwise", "simt")) for name in ran)
+    written = {name for name, count in checked.counters()["bytes_written"].items() if count}
+    assert written == {"grad_x", "partial_weight", "partial_bias", "out"}
+    grad_z = torch.ones_like(y) if activation is None else (y > 0).to(y.dtype)
+    expected = run(case, tensors, grad_z, tensor_input.step(whole, SMALL_DEVICE, ALL_KERNELS), EVERYTHING)
+    assert torch.equal(found[0], expected[0])
+    for mine, other in zip(found[1::2], expected[1:], strict=True):  # between them the pointwise weight
+        torch.testing.assert_close(mine, other)
+
+
+def test_the_plan_says_why_another_step_leads_to_x():
+    step = planned(OWN[5], torch.bfloat16)[0]
+    strided = dataclasses.replace(step, stride=(2, 2), H=7, W=5)
+    middle = dataclasses.replace(step, N=64, C=728, F=728, H=19, W=19, out_h=19, out_w=19)
+    for call, reason in ((strided, "is for stride 1"), (middle, "would take")):
+        (candidate,) = tensor_backward.candidates(call, DEVICES["H200"], ALL_KERNELS)
+        assert reason in candidate.note

@@ -62,11 +62,11 @@ def step(problem: Problem, device: Device, kernels: Kernels) -> Candidate:
     name = f"tensor_backward_input_3x3_{_OPERANDS.get(problem.dtype, problem.dtype)}"
     if refusal := _refusal(problem, name, kernels):
         return Candidate("tensor", name, refusal=refusal)
-    cuts = [cut for cut in _cuts(problem, device) if cut.shared_bytes <= device.shared_bytes]
-    if not cuts:
+    fitting = [cut for cut in cuts(problem, device) if cut.shared_bytes <= device.shared_bytes]
+    if not fitting:
         refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
         return Candidate("tensor", name, refusal=refusal)
-    cut = min(cuts, key=lambda cut: cut.seconds)
+    cut = min(fitting, key=lambda cut: cut.seconds)
     if cut.length > _INT32 - 2 * TILE - cut.part - cut.lag:
         return Candidate("tensor", name, refusal=f"{cut.length} positions are more than 32 bits number")
     return Candidate(
@@ -116,21 +116,22 @@ def _refusal(problem: Problem, name: str, kernels: Kernels) -> str:
     return ""
 
 
-def _cuts(problem: Problem, device: Device) -> list[Cut]:
+def cuts(problem: Problem, device: Device) -> list[Cut]:
     """Few strips to many, each with parts that fill the device once, twice or more often."""
-    cuts = {}
+    found = {}
     width = Axis.of(problem, 1).length
     chunks = ceil(problem.K / CHANNELS)
     for strips in range(1, max(1, min(32, width // GROUP)) + 1):
         for blocks in (1, 2):
-            fitting = [s for s in STAGES if _fits(Cut(problem, device, strips, 1, s), blocks)]
-            for stages in fitting[:1]:
-                whole = Cut(problem, device, strips, 1, stages)
-                room = device.sms * blocks // chunks
-                for parts in {max(1, room * times) for times in (1, 2, 3)}:
-                    tiles = max(ceil((ceil(whole.length / parts) + whole.lag) / TILE), whole.lag // TILE + 1)
-                    cuts[strips, tiles, stages] = Cut(problem, device, strips, tiles, stages)
-    return list(cuts.values())
+            stages = next((s for s in STAGES if _fits(Cut(problem, device, strips, 1, s), blocks)), None)
+            if stages is None:
+                continue
+            whole = Cut(problem, device, strips, 1, stages)
+            room = device.sms * blocks // chunks
+            for parts in {max(1, room * times) for times in (1, 2, 3)}:
+                tiles = max(ceil((ceil(whole.length / parts) + whole.lag) / TILE), whole.lag // TILE + 1)
+                found[strips, tiles, stages] = Cut(problem, device, strips, tiles, stages)
+    return list(found.values())
 
 
 def _fits(cut: Cut, blocks: int) -> bool:

@@ -232,6 +232,40 @@ def _what_is_wrong_with_the_tensor_family(module: ModuleType) -> str:
     return ""
 
 
+# The tensor-core kernel towards x: a chunk of channels and a vector, paddings that leave x without dT and dT without x,
+# several tiles and parts, strips, phases that end early, the way of relu and that of the others.
+TENSOR_INPUT_CASES = (
+    Case("chunks and vectors", 2, 72, 7, 9, 40, pre_activation="relu", padding=((2, 0), (0, 1)), depthwise_bias=True),
+    Case("many tiles", 1, 8, 33, 31, 8, pre_activation="silu", depthwise_bias=True),
+    Case("strips", 1, 8, 15, 52, 24, padding=((0, 3), (4, 1)), pre_activation="relu", depthwise_bias=True),
+    Case("phases", 2, 8, 12, 19, 8, padding=((1, 5), (3, 0)), dilation=(3, 2), depthwise_bias=True),
+)
+TENSOR_INPUT_GRADIENTS = ("x", "depthwise_weight", "depthwise_bias")
+
+
+def _what_is_wrong_with_the_tensor_input(module: ModuleType) -> str:
+    for case in TENSOR_INPUT_CASES:
+        tensors = {name: tensor.bfloat16() for name, tensor in case.tensors().items()}
+        tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+        exact = {name: tensor.double() for name, tensor in tensors.items()}
+        asking, exactly = (
+            {name: tensor.detach().requires_grad_(name in TENSOR_INPUT_GRADIENTS) for name, tensor in some.items()}
+            for some in (tensors, exact)
+        )
+        oracle = _forward_and_back(two_convolutions, exactly, case.options)
+        for (order, seed), (sms, widest) in product(SCHEDULES[module.is_checked()], ((2, False), (3, True))):
+            module.set_schedule(order, seed)
+            where = f"{case.name}, towards x on tensor cores, {order}, {sms} SMs, {widest}"
+            try:
+                with fused_sepconv.use_backend("fused"), launching.preferring("tensor"), planned_for(sms, widest):
+                    ours = _forward_and_back(fused_sepconv.separable_conv2d, asking, case.options)
+            except module.EmulatorError as error:
+                return f"{where}: {error}"
+            if wrong := _difference(ours, oracle, TENSOR_TOLERANCE["bfloat16"]):
+                return f"{where}: {wrong}"
+    return ""
+
+
 def _difference(ours: dict[str, Tensor], oracle: dict[str, Tensor], tolerance: float) -> str:
     for name, mine in ours.items():
         error, scale = float((mine.double() - oracle[name]).abs().max()), float(oracle[name].abs().max())
@@ -261,7 +295,12 @@ def _what_is_wrong(native: Path) -> tuple[str, list[str]]:
                     return f"{where}: {error}", []
                 if wrong := _difference(ours, oracle, TOLERANCE[dtype]):
                     return f"{where}: {wrong}", []
-    for family in (_what_is_wrong_with_the_split_family, _what_is_wrong_with_the_tensor_family):
+    families = (
+        _what_is_wrong_with_the_split_family,
+        _what_is_wrong_with_the_tensor_family,
+        _what_is_wrong_with_the_tensor_input,
+    )
+    for family in families:
         if wrong := family(module):
             return wrong, []
     return "", sorted({instance["name"] for instance in module.instances()} - set(module.executed()))
