@@ -13,7 +13,7 @@ import pytest
 
 import fused_sepconv
 from fused_sepconv import _native, launching
-from fused_sepconv.families import depthwise, tensor, tensor_input
+from fused_sepconv.families import depthwise, tensor
 from tests.cuda_on_cpu.build import build_native
 
 SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
@@ -50,11 +50,10 @@ def emulated_kernels(checked: bool) -> Iterator[ModuleType]:
 def planned_for(sms: int, widest: bool = False, tile: tensor.Shape | None = None) -> Iterator[None]:
     """Within the context CPU tensors are planned for as if on a device of so many SMs: fewer blocks, that do more.
 
-    With `widest`, depthwise kernels get the widest tiles, and so the most warps, that the plan would compare, and the
-    tensor-core kernel towards x the most strips; with `tile`, the tensor-core forward gets tiles of that shape where
-    there are such kernels.
+    With `widest`, depthwise kernels get the widest tiles, and so the most warps, that the plan would compare; with
+    `tile`, tensor-core kernels get tiles of that shape where there are such kernels.
     """
-    here, cuts, strips = launching._here, depthwise.cuts, tensor_input.cuts
+    here, cuts = launching._here, depthwise.cuts
 
     def smaller(device_type: str, index: int | None) -> tuple:
         device, kernels = here(device_type, index)
@@ -65,7 +64,6 @@ def planned_for(sms: int, widest: bool = False, tile: tensor.Shape | None = None
         patch.setattr(launching, "_here", smaller)
         if widest:
             patch.setattr(depthwise, "cuts", lambda *arguments: itertools.islice(cuts(*arguments), 1))
-            patch.setattr(tensor_input, "cuts", lambda *arguments: [max(strips(*arguments), key=lambda c: c.strips)])
         if tile is not None:
             shapes = {kind: (tile,) if tile in all_shapes else all_shapes for kind, all_shapes in tensor.SHAPES.items()}
             patch.setattr(tensor, "SHAPES", shapes)

@@ -26,10 +26,14 @@ import torch
 from torch import Tensor
 
 import fused_sepconv
-from fused_sepconv import _native, launching
+from fused_sepconv import _native, launching, tensor_execution
+from fused_sepconv.devices import DEVICES
+from fused_sepconv.families import tensor_input
 from fused_sepconv.families.tensor import NARROW, WIDE
-from tests.cases import Case, named, two_convolutions
+from fused_sepconv.problem import Candidate, TensorInputTiling
+from tests.cases import Case, depthwise_convolution, named, two_convolutions
 from tests.emulation import planned_for
+from tests.test_plan import problem
 
 from .scratch import INSTANCES
 
@@ -240,30 +244,41 @@ TENSOR_INPUT_CASES = (
     Case("strips", 1, 8, 15, 52, 24, padding=((0, 3), (4, 1)), pre_activation="relu", depthwise_bias=True),
     Case("phases", 2, 8, 12, 19, 8, padding=((1, 5), (3, 0)), dilation=(3, 2), depthwise_bias=True),
 )
-TENSOR_INPUT_GRADIENTS = ("x", "depthwise_weight", "depthwise_bias")
 
 
 def _what_is_wrong_with_the_tensor_input(module: ModuleType) -> str:
+    names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
     for case in TENSOR_INPUT_CASES:
         tensors = {name: tensor.bfloat16() for name, tensor in case.tensors().items()}
         tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
-        exact = {name: tensor.double() for name, tensor in tensors.items()}
-        asking, exactly = (
-            {name: tensor.detach().requires_grad_(name in TENSOR_INPUT_GRADIENTS) for name, tensor in some.items()}
-            for some in (tensors, exact)
-        )
-        oracle = _forward_and_back(two_convolutions, exactly, case.options)
-        for (order, seed), (sms, widest) in product(SCHEDULES[module.is_checked()], ((2, False), (3, True))):
-            module.set_schedule(order, seed)
-            where = f"{case.name}, towards x on tensor cores, {order}, {sms} SMs, {widest}"
-            try:
-                with fused_sepconv.use_backend("fused"), launching.preferring("tensor"), planned_for(sms, widest):
-                    ours = _forward_and_back(fused_sepconv.separable_conv2d, asking, case.options)
-            except module.EmulatorError as error:
-                return f"{where}: {error}"
-            if wrong := _difference(ours, oracle, TENSOR_TOLERANCE["bfloat16"]):
-                return f"{where}: {wrong}"
+        grad_z = torch.randn(case.output_shape, generator=torch.Generator().manual_seed(7)).bfloat16()
+        oracle = _towards_x(case, {name: tensor.double() for name, tensor in tensors.items()}, grad_z.double())
+        call = replace(problem(case, "backward", torch.bfloat16), layout="nhwc", aligned=True)
+        cuts = tensor_input.cuts(call, replace(DEVICES["H200"], sms=2))
+        for cut in (cuts[0], max(cuts, key=lambda cut: cut.strips)):
+            tiling = TensorInputTiling(cut.strips, cut.part, cut.parts, cut.stages)
+            step = Candidate("tensor", "tensor_backward_input_3x3_bfloat16", tiling=tiling)
+            for order, seed in SCHEDULES[module.is_checked()]:
+                module.set_schedule(order, seed)
+                where = f"{case.name}, towards x on tensor cores, {order}, {tiling}"
+                try:
+                    found = tensor_execution.input_gradients(
+                        step, call, grad_z, tuple(tensors.get(name) for name in names), (True, True, True)
+                    )
+                except module.EmulatorError as error:
+                    return f"{where}: {error}"
+                if wrong := _difference(dict(zip(oracle, found, strict=True)), oracle, TENSOR_TOLERANCE["bfloat16"]):
+                    return f"{where}: {wrong}"
     return ""
+
+
+def _towards_x(case: Case, tensors: dict[str, Tensor], grad_z: Tensor) -> dict[str, Tensor]:
+    """The gradients of x and of the depthwise weight and bias, by definition."""
+    leaves = {name: tensors[name].requires_grad_() for name in ("x", "depthwise_weight", "depthwise_bias")}
+    options = {name: case.options[name] for name in ("stride", "padding", "dilation", "pre_activation")}
+    t = depthwise_convolution(*leaves.values(), **options)
+    grad_t = torch.einsum("nfhw,fk->nkhw", grad_z, tensors["pointwise_weight"].flatten(1))
+    return dict(zip(leaves, torch.autograd.grad(t, list(leaves.values()), grad_t), strict=True))
 
 
 def _difference(ours: dict[str, Tensor], oracle: dict[str, Tensor], tolerance: float) -> str:
