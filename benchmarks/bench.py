@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py --quick                  measure: tables, a JSON and a CSV file, pictures
     python benchmarks/bench.py compare A.json B.json    what changed between two results
+    python benchmarks/bench.py plan --device A100        what would run there and why, predicted
     python benchmarks/bench.py report                   README's results, made from benchmarks/results/
 
 Every implementation's answer is checked before it is timed. Without a GPU the CPU is measured, and what the plan
@@ -22,6 +23,7 @@ except ModuleNotFoundError as error:
 
 import compare
 import interruption
+import plans
 import report
 from environment import environment
 from layers import XCEPTION
@@ -126,7 +128,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"compare": compare.main, "report": report.main}
+    commands = {"compare": compare.main, "plan": plans.main, "report": report.main}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     return run(argv)

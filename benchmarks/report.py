@@ -12,6 +12,7 @@ from typing import Any
 from layers import XCEPTION
 from network_floor import xception_floor
 from peers import is_ours
+from plans import explanations, total
 from predictions import predict_suite
 from problem import PASSES
 from record import Row, peers_of, read, speed_up
@@ -28,6 +29,7 @@ WIDTH = 120
 UNBROKEN = {"break_long_words": False, "break_on_hyphens": False}
 
 PREDICTED_BATCH, PREDICTED_DTYPE = 64, "bfloat16"
+OTHER_DEVICE = "A100"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -127,9 +129,19 @@ def predicted_section() -> str:
             f"({'; '.join(plans)}; `reference` is PyTorch's own two convolutions). The floors are what perfect kernels "
             "would take, one for each convolution or one for both; nothing that runs two can beat the first.",
             table,
+            other_device(),
             network_floors(),
             paper_sentence("Ours has not been measured on a GPU."),
         ]
+    )
+
+
+def other_device() -> str:
+    """The same layers on the device of the generation before."""
+    plans = list(explanations(XCEPTION, OTHER_DEVICE, PREDICTED_BATCH, PREDICTED_DTYPE))
+    return (
+        f"On an {OTHER_DEVICE} (compute capability 8.0): {total(XCEPTION, plans)}. `python benchmarks/bench.py plan "
+        f"--device {OTHER_DEVICE}` shows for each layer what would run, what else could, and why that loses."
     )
 
 

@@ -64,14 +64,24 @@ class ModelExplanation:
     def backward_seconds(self) -> float:
         return sum(layer.backward.chosen.predicted_seconds for _, layer in self.layers)
 
+    @property
+    def forward_floor_seconds(self) -> float:
+        """The sum of what no kernels could beat."""
+        return sum(layer.forward.floor_seconds for _, layer in self.layers)
+
+    @property
+    def backward_floor_seconds(self) -> float:
+        return sum(layer.backward.floor_seconds for _, layer in self.layers)
+
     def __str__(self) -> str:
         lines = [f"{name}:\n{layer}" for name, layer in self.layers]
         lines += [
             f"{name}: calls its children, which are more than plain convolutions" for name in self.children_called
         ]
         lines.append(
-            f"{len(self.layers)} layers, predicted: forward {self.forward_seconds * 1e6:.1f} us, "
-            f"backward {self.backward_seconds * 1e6:.1f} us"
+            f"{len(self.layers)} layers, predicted: "
+            f"forward {self.forward_seconds * 1e6:.1f} us (floor {self.forward_floor_seconds * 1e6:.1f}), "
+            f"backward {self.backward_seconds * 1e6:.1f} us (floor {self.backward_floor_seconds * 1e6:.1f})"
         )
         lines.append(f"the whole model: {self.multiply_adds / 1e9:.3f} G multiply-adds forward")
         return "\n".join(lines)
@@ -83,6 +93,8 @@ class ModelExplanation:
             "multiply_adds": self.multiply_adds,
             "forward_seconds": self.forward_seconds,
             "backward_seconds": self.backward_seconds,
+            "forward_floor_seconds": self.forward_floor_seconds,
+            "backward_floor_seconds": self.backward_floor_seconds,
         }
 
 

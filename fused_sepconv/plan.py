@@ -39,6 +39,11 @@ class Plan:
         """What "auto" runs."""
         return self.candidates[0]
 
+    @property
+    def floor_seconds(self) -> float:
+        """What no kernel could beat on this device."""
+        return self.problem.floor_seconds(self.device)
+
     def choose(self, backend: str, family: str | None = None) -> Candidate:
         """What a backend runs; under "fused" a RuntimeError with the reasons where no kernel can.
 
@@ -58,6 +63,8 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.problem} on {self.device.name}"]
+        if self.device.source:
+            lines[0] += f": floor {self.floor_seconds * 1e6:.1f} us"
         for candidate in self.candidates:
             mark = "->" if candidate is self.chosen else "  "
             measured = candidate.measured_seconds

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from .devices import Device
+
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 LAUNCH_SECONDS = 3e-6
@@ -80,6 +82,26 @@ class Problem:
     def pointwise_flops(self) -> int:
         return 2 * self.pixels * self.K * self.F
 
+    @property
+    def least_bytes(self) -> int:
+        """What the call must move at the least: each of its tensors once, nothing of the depthwise result."""
+        if self.direction == "forward":
+            return self.x_bytes + self.weight_bytes + self.y_bytes * (2 if self.residual else 1)
+        return 2 * (self.x_bytes + self.weight_bytes) + self.y_bytes
+
+    def floor_seconds(self, device: Device) -> float:
+        """What no kernel can beat on a device: moving, the product and the taps overlap, and each runs at its peak.
+
+        A backward has two products; the taps it has three times, as the depthwise result is computed again. Strict
+        float32 has no tensor cores: the product is the CUDA cores' work, like the taps.
+        """
+        products, sweeps = (1, 1) if self.direction == "forward" else (2, 3)
+        product = products * self.pointwise_flops / device.matrix(self.dtype, self.tf32)
+        taps = sweeps * self.depthwise_flops / device.fma(self.dtype)
+        if self.dtype == "float32" and not self.tf32:
+            product += taps
+        return max(self.least_bytes / device.bandwidth, product, taps)
+
     def depthwise(self, direction: str) -> DepthwiseProblem:
         """The depthwise convolution in it, by itself."""
         shared = {field.name: getattr(self, field.name) for field in fields(DepthwiseProblem)}
@@ -144,6 +166,16 @@ class DepthwiseProblem:
     def flops(self) -> int:
         """Of the forward; each gradient takes as many."""
         return 2 * self.pixels * self.K * self.taps
+
+    @property
+    def least_bytes(self) -> int:
+        if self.direction == "forward":
+            return self.x_bytes + self.weight_bytes + self.y_bytes
+        return 2 * (self.x_bytes + self.weight_bytes) + self.y_bytes
+
+    def floor_seconds(self, device: Device) -> float:
+        sweeps = 1 if self.direction == "forward" else 2
+        return max(self.least_bytes / device.bandwidth, sweeps * self.flops / device.fma(self.dtype))
 
     def __str__(self) -> str:
         channels = f"{self.C}" if self.multiplier == 1 else f"{self.C}x{self.multiplier}"

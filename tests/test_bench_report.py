@@ -18,8 +18,10 @@ import options
 import pytest
 import record
 import report
+import roofline
 import summary
 from layers import NETWORKS, Layer
+from plans import explanations
 from predictions import predict_suite
 
 CHECKOUT = Path(__file__).parent.parent
@@ -242,3 +244,41 @@ def test_the_gpu_report_keeps_to_its_time_and_leaves_some_for_the_benchmark(tmp_
     assert "time out" in lines["build"] and "time out" in lines["tests"]
     assert "ok" in lines["bench"] and "ok" in lines["bench-compile"]
     assert status > 0
+
+
+# Plan
+
+
+@pytest.mark.parametrize("device", ["A100", "H200"])
+def test_the_plan_of_a_network_shows_every_layer_and_sums_them(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    assert bench.main(["plan", "--device", device]) == 0
+    text = capsys.readouterr().out
+    names = re.findall(r"^(\d+) x (\S+)$", text, re.MULTILINE)
+    assert [(int(count), name) for count, name in names] == [
+        (layer.count, layer.name) for layer in NETWORKS["xception"]
+    ]
+    assert text.count("  -> ") == 2 * len(names) and text.count(f"on {device}: floor") == 2 * len(names)
+    for direction in ("forward", "backward"):
+        layers = re.findall(rf" {direction},.*: floor ([\d.]+) us\n  -> .*?predicted ([\d.]+) us", text)
+        sums = [
+            sum(int(count) * float(line[column]) for (count, _), line in zip(names, layers, strict=True))
+            for column in (1, 0)
+        ]
+        total = re.search(rf"34 layers, predicted:.* {direction} (\d+) us \(floor (\d+)\)", text)
+        assert [float(figure) for figure in total.groups()] == pytest.approx(sums, abs=2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "tf32"])
+def test_a_plans_floor_is_that_of_perfect_fused_kernels(dtype: str) -> None:
+    for layer in NETWORKS["xception"]:
+        (explanation,) = explanations([layer], "H200", 64, dtype)
+        for direction, floor in (("fwd", explanation.forward), ("bwd", explanation.backward)):
+            expected = roofline.floor(layer, 64, dtype, direction).milliseconds
+            assert floor.floor_seconds * 1e3 == pytest.approx(expected, rel=0.02)  # it counts the depthwise weights too
+
+
+@pytest.mark.parametrize("arguments", [["--device", "Z80"], ["--batch", "0"], ["--network", "lenet"]])
+def test_a_plan_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["plan", *arguments])
+    assert arguments[0] in capsys.readouterr().err
