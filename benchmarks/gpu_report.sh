@@ -78,6 +78,9 @@ export python capability
 stage environment 30 bash -c environment
 stage build 150 bash -c build
 stage cases 60 $python -m tests.run_cases
+for family in tensor split; do
+  stage "accuracy-$family" 60 $python -m tests.accuracy --family $family
+done
 # Without the tests that are the CPU's alone.
 stage tests 240 $python -m pytest -q -p no:cacheprovider --continue-on-collection-errors \
   --ignore=tests/test_emulator.py --ignore=tests/test_kernels.py --ignore=tests/test_mutants.py \

@@ -87,13 +87,14 @@ def two_convolutions(
     pre_activation: str | None = None,
     mid_activation: str | None = None,
     activation: str | None = None,
+    pointwise: Callable[..., Tensor] = F.conv2d,
 ) -> Tensor:
-    """What ``separable_conv2d`` means, as the two convolutions that it replaces."""
+    """What ``separable_conv2d`` means, as the two convolutions that it replaces; the second may be another's."""
     between = depthwise_convolution(
         x, depthwise_weight, depthwise_bias, stride, padding, dilation,
         pre_activation=pre_activation, activation=mid_activation,
     )  # fmt: skip
-    z = F.conv2d(between, pointwise_weight, bias)
+    z = pointwise(between, pointwise_weight, bias)
     return ACTIVATIONS[activation](z if residual is None else z + residual)
 
 

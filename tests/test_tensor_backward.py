@@ -27,7 +27,8 @@ from tests.cases import CASES, SMALL, XCEPTION, Case, two_convolutions
 from tests.closeness import assert_gradient_as_close_as_eager
 from tests.emulation import SCHEDULES, emulated_kernels, planned_for
 from tests.test_plan import problem
-from tests.test_tensor_kernels import eights, inputs, to_tf32
+from tests.test_tensor_kernels import eights, inputs
+from tests.tf32 import to_tf32
 
 FEW = dataclasses.replace(DEVICES["H200"], sms=3)  # several parts, and several tiles for each
 

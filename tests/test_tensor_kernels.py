@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fused_sepconv
@@ -19,6 +20,7 @@ from tests.cases import CASES, SMALL, XCEPTION, Case, two_convolutions
 from tests.closeness import assert_as_close_as_eager
 from tests.emulation import SCHEDULES, emulated_kernels, planned_for
 from tests.test_plan import problem
+from tests.tf32 import pointwise_in_tf32
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
@@ -85,34 +87,6 @@ def inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def to_tf32(tensor: Tensor) -> Tensor:
-    """float32 rounded to TF32's ten bits of fraction, ties away from zero, as cvt.rna does."""
-    return (tensor.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
-
-
-def in_tf32(case: Case, tensors: dict[str, Tensor]) -> Tensor:
-    """The eager result with the 1x1 in TF32, as a GPU has it: the operands rounded, the sums in float32."""
-    names = ("stride", "padding", "dilation", "pre_activation")
-    channels = case.K
-    identity = torch.eye(channels).view(channels, channels, 1, 1)
-    t = two_convolutions(
-        tensors["x"],
-        tensors["depthwise_weight"],
-        identity,
-        depthwise_bias=tensors.get("depthwise_bias"),
-        mid_activation=case.mid_activation,
-        **{name: case.options[name] for name in names},
-    )
-    return two_convolutions(
-        to_tf32(t),
-        torch.ones(channels, 1, 1, 1),
-        to_tf32(tensors["pointwise_weight"]),
-        tensors.get("bias"),
-        residual=tensors.get("residual"),
-        activation=case.activation,
-    )
-
-
 def assert_right(native: ModuleType, case: Case, stored: torch.dtype, tile: tensor.Shape) -> None:
     tensors = inputs(case, stored)
     native.reset_counters()
@@ -121,7 +95,8 @@ def assert_right(native: ModuleType, case: Case, stored: torch.dtype, tile: tens
     (name,) = native.executed()
     assert name.startswith("tensor_forward")
     assert str(tile) in name
-    eager = in_tf32(case, tensors) if stored == torch.float32 else two_convolutions(**tensors, **case.options)
+    pointwise = pointwise_in_tf32 if stored == torch.float32 else F.conv2d
+    eager = two_convolutions(**tensors, **case.options, pointwise=pointwise)
     assert_as_close_as_eager(y, eager, two_convolutions(**case.tensors(), **case.options), name=case.name)
 
 

@@ -1,0 +1,113 @@
+"""`python -m tests.accuracy`: how far from the truth are the kernels on Xception's layers, at their full size?
+
+Prints, for the output and every gradient, the relative L2 error against float64, beside the error that PyTorch's own
+convolutions make in the same dtype; and fails where ours is more than twice theirs, plus the rounding of the result
+(closeness.py). Runs on the GPU where there is one, and emulated on the CPU otherwise: some minutes for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+import fused_sepconv
+from fused_sepconv import _native
+from fused_sepconv.launching import preferring
+from tests.cases import XCEPTION, Case, two_convolutions
+from tests.closeness import assert_as_close_as_eager
+from tests.emulation import emulated_kernels
+from tests.tf32 import pointwise_in_tf32
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "tf32": torch.float32,
+    "float32": torch.float32,
+}
+LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.accuracy", description=__doc__.partition("\n")[0])
+    parser.add_argument("--family", choices=("tensor", "split", "simt"), default="tensor", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: all that the tensor cores serve")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="nhwc", help="default: %(default)s")
+    parser.add_argument("--layers", default="", metavar="TEXT", help="only layers whose name contains this, as @19")
+    given = parser.parse_args()
+    dtypes = [given.dtype] if given.dtype else [name for name in DTYPES if name != "float32"]
+    layers = [case for case in XCEPTION if given.layers in case.name]
+    if not layers:
+        parser.error(f"argument --layers: no layer's name contains {given.layers!r}")
+
+    gpu = torch.cuda.is_available()
+    wrong = 0
+    with contextlib.nullcontext() if gpu else emulated_kernels(checked=False), preferring(given.family):
+        for case, dtype in product(layers, dtypes):
+            with allowing_tf32(dtype == "tf32"), fused_sepconv.use_backend("fused"):
+                wrong += report(case, dtype, LAYOUTS[given.layout], "cuda" if gpu else "cpu")
+    print(f"{len(layers)} layers in {', '.join(dtypes)} {'on the GPU' if gpu else 'emulated'}: {wrong} results too far")
+    return int(wrong > 0)
+
+
+def report(case: Case, dtype: str, memory_format: torch.memory_format, device: str) -> int:
+    """Prints a line for each result of a case; returns how many are too far from the truth."""
+    exact = case.tensors()
+    stored = {name: tensor.to(device, DTYPES[dtype]) for name, tensor in exact.items()}
+    stored["x"] = stored["x"].contiguous(memory_format=memory_format)
+    _native.load().reset_counters() if device == "cpu" else None
+    ours = results(fused_sepconv.separable_conv2d, stored, case)
+    ran = ", ".join(_native.load().executed()) if device == "cpu" else ""
+    print(f"{case} {dtype}" + (f": {ran}" if ran else ""), flush=True)
+    eager = results(eager_in(dtype, device), stored, case)
+    oracle = results(two_convolutions, {name: tensor.cpu().double() for name, tensor in stored.items()}, case)
+    wrong = 0
+    for name, mine in ours.items():
+        errors = [relative_error(result, oracle[name]) for result in (mine, eager[name])]
+        verdict = ""
+        try:
+            assert_as_close_as_eager(mine, eager[name], oracle[name], name=name)
+        except AssertionError as error:
+            verdict, wrong = f"  TOO FAR: {error}", wrong + 1
+        print(f"    {name:34} {errors[0]:.2e}, eager {errors[1]:.2e}{verdict}", flush=True)
+    return wrong
+
+
+def eager_in(dtype: str, device: str) -> Callable[..., Tensor]:
+    """PyTorch's own convolutions; a CPU has no TF32, and is given it."""
+    if dtype != "tf32" or device == "cuda":
+        return two_convolutions
+    return lambda **arguments: two_convolutions(**arguments, pointwise=pointwise_in_tf32)
+
+
+def results(function: Callable[..., Tensor], tensors: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+    """The output, and the gradients for a random gradient of it."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    y = function(**leaves, **case.options)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    grads = torch.autograd.grad(y, list(leaves.values()), grad)
+    return {"y": y.detach(), **{f"gradient of {name}": each for name, each in zip(leaves, grads, strict=True)}}
+
+
+def relative_error(result: Tensor, oracle: Tensor) -> float:
+    return float((result.cpu().double() - oracle).norm() / oracle.norm())
+
+
+@contextlib.contextmanager
+def allowing_tf32(allowed: bool) -> Iterator[None]:
+    """PyTorch's flag for convolutions, as it was afterwards."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+if __name__ == "__main__":
+    sys.exit(main())
