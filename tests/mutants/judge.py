@@ -154,7 +154,15 @@ DEPTHWISE_CASES = (
     Case("many small images", 7, 4, 3, 2, 2, pre_activation="relu"),
     Case("more outputs than threads", 1, 4, 13, 12, 2, pre_activation="silu", mid_activation="silu"),
 )
-PLANS = ((1, True), (1, False), (132, False))  # SMs, and whether tiles are the widest
+
+# Images so large that the kernels for NCHW cut them into bands, and parts into several of those.
+PLANE_CASES = (
+    Case("bands and parts", 5, 4, 121, 33, 2, pre_activation="silu", depthwise_bias=True),
+    Case("bands, stride 2", 3, 4, 61, 33, 2, kernel=5, stride=2, padding=((3, 1), (2, 3)), mid_activation="relu"),
+)
+PLANE_INSTANCE = ("float32", "nchw")
+
+PLANS = ((1, True), (1, False), (2, False), (132, False))  # SMs, and whether tiles are the widest
 
 # What is left of the fast kernels is float32. Where they have no backward it is the generic kernels', left in others.
 FAST_INSTANCE = ("float32", "nhwc")
@@ -162,10 +170,10 @@ WITHOUT_FAST_BACKWARD = ("dilation and stride with a common factor", "multiplier
 
 
 def _what_is_wrong_with_the_split_family(module: ModuleType) -> str:
-    for case in DEPTHWISE_CASES:
+    for case in (*DEPTHWISE_CASES, *PLANE_CASES):
         exact = {name: tensor.requires_grad_() for name, tensor in _tensors(case).items()}
         oracle = _forward_and_back(two_convolutions, exact, case.options)
-        for dtype, layout in (*INSTANCES, FAST_INSTANCE):
+        for dtype, layout in [PLANE_INSTANCE] if case in PLANE_CASES else (*INSTANCES, FAST_INSTANCE):
             tensors = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in exact.items()}
             tensors["x"] = tensors["x"].contiguous(memory_format=MEMORY_FORMATS[layout])
             forward_alone = (dtype, layout) == FAST_INSTANCE and case.name in WITHOUT_FAST_BACKWARD
