@@ -144,15 +144,16 @@ void depthwise_forward(const std::string& instance, const ConvShape& shape, cons
 
 void depthwise_backward(const std::string& instance, const ConvShape& shape, const DepthwiseTiling& tiling,
                         const PlaneTiling& planes, const ImageArgument& x, Address depthwise_weight,
-                        const ImageArgument& grad_t, const ImageArgument& grad_x, Address partial_weight,
-                        Address partial_bias, Stream stream) {
+                        Address depthwise_bias, const ImageArgument& grad_output, const ImageArgument& grad_x,
+                        Address partial_weight, Address partial_bias, Stream stream) {
   DepthwiseBackwardParams params;
   params.shape = shape;
   params.tiling = tiling;
   params.planes = planes;
   params.x = image(x);
   params.depthwise_weight = pointer(depthwise_weight);
-  params.grad_t = image(grad_t);
+  params.depthwise_bias = pointer(depthwise_bias);
+  params.grad_output = image(grad_output);
   params.grad_x = image(grad_x);
   params.partial_weight = static_cast<float*>(pointer(partial_weight));
   params.partial_bias = static_cast<float*>(pointer(partial_bias));
@@ -323,8 +324,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("grad_output"),
         py::arg("y"), py::arg("stream"));
   m.def("depthwise_backward", &depthwise_backward, without_gil, py::arg("instance"), py::arg("shape"),
-        py::arg("tiling"), py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("grad_t"),
-        py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
+        py::arg("tiling"), py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"),
+        py::arg("grad_output"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
+        py::arg("stream"));
   m.def("tensor_backward_input", &tensor_backward_input, without_gil, py::arg("instance"), py::arg("shape"),
         py::arg("tiling"), py::arg("x"), py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("grad_z"),
         py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));

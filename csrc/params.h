@@ -126,7 +126,8 @@ struct PlaneTiling {
 };
 
 // One forward call of a depthwise convolution by itself: t = depthwise(pre_act(x)) + depthwise_bias, y = mid_act(t).
-// With grad_output it is a backward's first step: y = grad_output * mid_act'(t).
+// With grad_output it is a backward's first step, where the kernel that follows does not take it: y = grad_output *
+// mid_act'(t).
 struct DepthwiseForwardParams {
   ConvShape shape;               // F and the last activation are not used
   DepthwiseTiling tiling;        // of the kernels for NHWC
@@ -138,14 +139,15 @@ struct DepthwiseForwardParams {
   Image y;                       // (N, K, out_h, out_w)
 };
 
-// One backward call of it, from the gradient of t: all gradients in one pass over x and grad_t.
+// One backward call of it: all gradients in one pass over x and grad_output, the gradient of y.
 struct DepthwiseBackwardParams {
   ConvShape shape;
   DepthwiseTiling tiling;        // of the kernels for NHWC
   PlaneTiling planes;            // of those for NCHW
   Image x;                       // (N, C, H, W)
   const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
-  Image grad_t;                  // (N, K, out_h, out_w)
+  const void* depthwise_bias;    // (K) or null; read where there is a mid-activation
+  Image grad_output;             // (N, K, out_h, out_w)
   Image grad_x;                  // (N, C, H, W), or data == null
   float* partial_weight;         // (parts, K, kernel_h, kernel_w), or null
   float* partial_bias;           // (parts, K), or null

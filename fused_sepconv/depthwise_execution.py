@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -46,21 +48,24 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    grad_t: Tensor,
+    grad_output: Tensor,
     output_mask: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias, None where not asked for, from the gradient of t."""
+    """The gradients of x, weight and bias, None where not asked for, from that of the output."""
     want_x, want_weight, want_bias = output_mask
+    for through_mid in candidate.steps:
+        grad_output = forward(through_mid, problem, x, weight, bias, grad_output)
+        problem = replace(problem, mid_activation=None)
     if candidate.family == "depthwise" and problem.N:
-        return _one_pass(candidate, problem, x, weight, bias, grad_t, output_mask)
+        return _one_pass(candidate, problem, x, weight, bias, grad_output, output_mask)
     steps = Steps(problem, x, weight)
     grad_x = None
     if want_x:
         grad_x = torch.empty_like(x)
-        steps.step("input", grad_t=grad_t, grad_x=grad_x)
+        steps.step("input", grad_t=grad_output, grad_x=grad_x)
     splits = candidate.depthwise_splits or Splits(1, 1)  # a fast kernel's candidate, of a batch of 0
     sums = steps.split_sums(
-        "depthwise_weight", splits, weight if want_weight else None, bias if want_bias else None, grad_t=grad_t
+        "depthwise_weight", splits, weight if want_weight else None, bias if want_bias else None, grad_t=grad_output
     )
     return grad_x, *sums
 
@@ -71,7 +76,7 @@ def _one_pass(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    grad_t: Tensor,
+    grad_output: Tensor,
     output_mask: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     want_x, want_weight, want_bias = output_mask
@@ -81,13 +86,13 @@ def _one_pass(
         x.new_empty((candidate.tiling.parts, count), dtype=torch.float32) if wanted else None
         for count, wanted in ((problem.K * problem.taps, want_weight), (problem.K, want_bias))
     ]
-    weight_read, grad_read = weight.contiguous(), _readable(grad_t, x, candidate)  # kept until the launch
+    weights, grad_read = contiguous(weight, bias), _readable(grad_output, x, candidate)  # kept until the launch
     _native.load().depthwise_backward(
         candidate.name,
         conv_shape(problem),
         *tilings_of(candidate.tiling),
         image_of(x),
-        address(weight_read),
+        *map(address, weights),
         image_of(grad_read),
         image_of(grad_x),
         *map(address, partials),

@@ -125,15 +125,13 @@ def _depthwise_backward(
     output_mask: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias = tensors
-    activation = ACTIVATIONS[problem.mid_activation]
+    from_output = ACTIVATIONS[problem.mid_activation].from_output
     with on_device(x.device):
-        grad_t = grad_output
-        if problem.mid_activation and output is not None and activation.from_output is not None:
-            grad_t = activation.from_output(grad_output, output)
-        elif problem.mid_activation:
-            first = choose(replace(problem, direction="forward"), x.device, "fused")
-            grad_t = depthwise_execution.forward(first, problem, x, weight, bias, grad_output)
-        return depthwise_execution.backward(candidate, problem, x, weight, bias, grad_t, output_mask)
+        if candidate.steps and output is not None and from_output is not None:
+            # Cheaper than the step that would compute the forward again.
+            grad_output = from_output(grad_output, output)
+            candidate, problem = replace(candidate, steps=()), replace(problem, mid_activation=None)
+        return depthwise_execution.backward(candidate, problem, x, weight, bias, grad_output, output_mask)
 
 
 # What autotuning times: a candidate, PyTorch's own convolutions among them, on tensors of its own. A backward is timed

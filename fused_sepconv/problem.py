@@ -299,6 +299,8 @@ class Candidate:
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
     pointwise_splits: Splits | None = None
     tiling: AnyTiling | None = None  # of the depthwise and the tensor-core kernels
-    steps: tuple[Candidate, ...] = ()  # the kernels that a call runs, in order, where it runs several
+    # The kernels that a call runs, where it runs several. Of a depthwise backward: the forward that takes the gradient
+    # through the mid-activation first, where its own kernel does not.
+    steps: tuple[Candidate, ...] = ()
     pointwise: str = ""  # how PyTorch runs the 1x1, where it does
     note: str = ""  # what else is worth telling

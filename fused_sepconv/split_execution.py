@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ def backward(
     """The six gradients, None where not asked for; the depthwise result is computed again at most once."""
     want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
     x, _, pointwise_weight, *_ = tensors
-    again, *steps = candidate.steps
+    again, one_pass = candidate.steps
     grad_z, t = gradient_of_argument(candidate, again, problem, grad_output, tensors, output)
     if want_pointwise and t is None:
         t = _intermediate(again, problem, tensors)
@@ -60,7 +60,7 @@ def backward(
     grad_x = grad_depthwise = grad_depthwise_bias = None
     if want_t:
         grad_x, grad_depthwise, grad_depthwise_bias = depthwise_backward(
-            steps, problem, grad_t, tensors, (want_x, want_depthwise, want_depthwise_bias)
+            one_pass, problem, grad_t, tensors, (want_x, want_depthwise, want_depthwise_bias)
         )
     return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
 
@@ -89,16 +89,10 @@ def gradient_of_argument(
 
 
 def depthwise_backward(
-    steps: Sequence[Candidate], problem: Problem, grad_t: Tensor, tensors: Tensors, mask: tuple[bool, bool, bool]
+    one_pass: Candidate, problem: Problem, grad_t: Tensor, tensors: Tensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, the depthwise weight and its bias from that of the 1x1's input: one pass, and before it the
-    way through the mid-activation where there is one."""
+    """The gradients of x, the depthwise weight and its bias from that of the 1x1's input."""
     x, depthwise_weight, _, _, depthwise_bias, _ = tensors
-    *through_mid, one_pass = steps
-    for step in through_mid:
-        grad_t = depthwise_execution.forward(
-            step, problem.depthwise("forward"), x, depthwise_weight, depthwise_bias, grad_t
-        )
     return depthwise_execution.backward(
         one_pass, problem.depthwise("backward"), x, depthwise_weight, depthwise_bias, grad_t, mask
     )

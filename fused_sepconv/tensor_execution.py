@@ -51,22 +51,22 @@ def backward(
     """The six gradients, None where not asked for."""
     want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
     x, _, pointwise_weight, *_ = tensors
-    weight_step, again, *steps = candidate.steps
+    weight_step, again, input_step = candidate.steps
     grad_z, _ = split_execution.gradient_of_argument(candidate, again, problem, grad_output, tensors, output)
     grad_pointwise = grad_bias = grad_x = grad_depthwise = grad_depthwise_bias = None
     if want_pointwise:
         grad_pointwise, grad_bias = pointwise_weight_gradient(weight_step, problem, grad_z, tensors, want_bias)
     elif want_bias:
         grad_bias = grad_z.sum((0, 2, 3))
-    to_input = (want_x, want_depthwise, want_depthwise_bias)
-    if any(to_input) and isinstance(steps[0].tiling, TensorInputTiling):
-        grad_x, grad_depthwise, grad_depthwise_bias = input_gradients(steps[0], problem, grad_z, tensors, to_input)
-    elif any(to_input):
+    wanted = (want_x, want_depthwise, want_depthwise_bias)
+    if any(wanted) and isinstance(input_step.tiling, TensorInputTiling):
+        grad_x, grad_depthwise, grad_depthwise_bias = input_gradients(input_step, problem, grad_z, tensors, wanted)
+    elif any(wanted):
         grad_t, _, _ = split_execution.pointwise_backward(
             candidate, grad_z, None, pointwise_weight, (True, False, False), x
         )
         grad_x, grad_depthwise, grad_depthwise_bias = split_execution.depthwise_backward(
-            steps, problem, grad_t, tensors, to_input
+            input_step, problem, grad_t, tensors, wanted
         )
     return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
 

@@ -142,6 +142,39 @@ def test_the_fast_kernels_run_where_they_can(plain, layout):
         fast_back = fast and case.multiplier == 1 and not (dilated and case.stride == case.dilation)
         assert any(name.startswith(f"depthwise_forward_{layout}") for name in ran) == fast, case
         assert any(name.startswith(f"depthwise_backward_{layout}") for name in ran) == fast_back, case
+        # In the one pass over them, through the mid-activation too: no step of its own computes the forward again.
+        again = bool(case.mid_activation) and not fast_back
+        assert sum(count for name, count in ran.items() if "depthwise_forward" in name) == 1 + again, case
+
+
+@pytest.mark.cases([case for case in DEPTHWISE if case.mid_activation])
+def test_where_shared_memory_is_short_a_step_of_its_own_goes_through_the_mid_activation(plain, case):
+    tensors = inputs(case, torch.float32, "nhwc")
+    problem = execution.depthwise_problem_of("backward", tuple(tensors), arguments_of(case))
+    devices = (dataclasses.replace(DEVICES["H200"], shared_bytes=1024 * kib) for kib in range(1, 228))
+    candidates = (depthwise.best(problem, device, execution.ALL_KERNELS) for device in devices)
+    candidate = next(candidate for candidate in candidates if candidate.family == "depthwise")
+    assert len(candidate.steps) == 1
+    y = execution.depthwise_forward(tuple(tensors), arguments_of(case), "fused")
+    mask = (True, True, tensors[2] is not None)
+    grads = depthwise_execution.backward(candidate, problem, *tensors, grad_like(y), mask)
+    exact = theirs(case, [None if tensor is None else tensor.double() for tensor in tensors])
+    for mine, right in zip((grad for grad in grads if grad is not None), exact[1:], strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=3e-6 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_what_no_output_reads_makes_no_gradient_of_x(plain, layout):
+    """The last row and column: an output that read them would lie past the end, and have no gradient to multiply."""
+    case = Case("unread", 1, 8, 6, 6, 1, stride=2, padding=0, mid_activation="silu")
+    x, weight, _ = inputs(case, torch.float32, layout)
+    x[:, :, -1], x[:, :, :, -1] = torch.nan, torch.nan
+    grad = grad_like(torch.empty(1, 8, 2, 2).contiguous(memory_format=FORMATS[layout]))
+    mask = (True, False, False)
+    with launching.preferring("depthwise"):
+        grad_x, _, _ = execution.depthwise_backward(grad, (x, weight, None), None, arguments_of(case), "fused", mask)
+    assert grad_x[:, :, :-1, :-1].abs().min() > 0
+    assert not grad_x[:, :, -1].any() and not grad_x[:, :, :, -1].any()
 
 
 @pytest.mark.parametrize("offset, narrower", [(1, 0), (0, 1)], ids=["odd address", "odd stride"])
@@ -251,12 +284,12 @@ def counted(native: ModuleType, tensors: list[Tensor | None], case: Case, direct
         mask = (True, True, False)
         execution.depthwise_backward(grad, tuple(tensors), None, arguments, "fused", mask)
     counters = native.counters()
-    names = ("x", "y", "grad_t", "grad_x")
+    names = ("x", "y", "grad_output", "grad_x")
     return {name: counters["bytes_read"].get(name, 0) + counters["bytes_written"].get(name, 0) for name in names}
 
 
 @pytest.mark.parametrize("sms", [132, 2])
-@pytest.mark.cases([case for case in DEPTHWISE if not case.mid_activation])
+@pytest.mark.cases(DEPTHWISE)
 def test_the_plan_knows_the_bytes_to_the_last(checked, case, sms):
     tensors = inputs(case, torch.bfloat16, "nhwc")
     with planned_for(sms):
@@ -277,13 +310,17 @@ PIXELS = 24_000  # of the sample of a layer's images: a large one, or 240 of the
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, direction, layout):
+@pytest.mark.parametrize(
+    "direction, mid_activation",
+    [("forward", None), ("backward", None), ("backward", "relu")],
+    ids=["forward", "backward", "backward with a mid-activation"],
+)
+def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, direction, mid_activation, layout):
     """At batch 64, in bfloat16, as planned for an H200: the blocks of one chunk of channels, for some of the images."""
     print()
     channels = 64 if layout == "nhwc" else 2
     for layer in XCEPTION:
-        whole = problem_of_layer(layer, direction, layout)
+        whole = dataclasses.replace(problem_of_layer(layer, direction, layout), mid_activation=mid_activation)
         candidate = depthwise.best(whole, DEVICES["H200"], execution.ALL_KERNELS)
         images = min(64, max(1, PIXELS // (layer.H * layer.W)))
         sample = dataclasses.replace(whole, N=images, C=channels)
@@ -303,7 +340,7 @@ def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, 
         else:
             depthwise_execution.backward(candidate, sample, x, weight, None, x.clone(), (True, True, False))
         counters = checked.counters()
-        names = ("x", "y", "grad_t", "grad_x", "partial_weight")
+        names = ("x", "y", "grad_output", "grad_x", "partial_weight")
         moved = sum(counters[way].get(name, 0) for way in ("bytes_read", "bytes_written") for name in names)
         floor = (2 if direction == "forward" else 3) * x.numel() * x.element_size()
         ratio, planned = moved / floor, candidate.bytes / (whole.x_bytes * (2 if direction == "forward" else 3))

@@ -88,4 +88,24 @@ FSC_DEVICE void activate_all(Activation activation, Values<kCount>& v) {
   }
 }
 
+// grad * act'(z) of each, as a call.
+template <int kCount>
+FSC_OUTLINE Values<kCount> differentiate_called(Activation activation, Values<kCount> grad, Values<kCount> z) {
+  FSC_UNROLL
+  for (int i = 0; i < kCount; ++i) grad[i] = differentiate(activation, grad[i], z[i]);
+  return grad;
+}
+
+// grad * act'(z) of several values in registers; relu without a call.
+template <int kCount>
+FSC_DEVICE void differentiate_all(Activation activation, Values<kCount>& grad, const Values<kCount>& z) {
+  if (activation == Activation::none) return;
+  if (activation == Activation::relu) {
+    FSC_UNROLL
+    for (int i = 0; i < kCount; ++i) grad[i] = differentiate(Activation::relu, grad[i], z[i]);
+  } else {
+    grad = differentiate_called(activation, grad, z);
+  }
+}
+
 }  // namespace fused_sepconv

@@ -1,15 +1,14 @@
-// depthwise_backward.cuh - all gradients of a depthwise convolution in one pass over x and grad_t, NHWC.
+// depthwise_backward.cuh - all gradients of a depthwise convolution in one pass over x and grad_output, NHWC.
 //
-//     grad_t (N, K, out_h, out_w) --- cp.async --->  ring of rows   x (N, C, H, W) --- cp.async --->  rows (pre_act
-//     beside)
-//                                                       | windows                                       | own columns
-//                                                       '-----------------------.-----------------------'
-//                                                                               v  registers, float32
-//                              weights * window  --->  kRows x 4 of grad_x      |      x * window  --->  taps of
-//                              grad_weight
-//                                                       | * pre_act'            '      window      --->  grad_bias
-//     grad_x (N, C, H, W)  <--- 16 bytes a lane --------'                                   | at the end, warp after
-//     warp partial_weight (parts, K, taps), partial_bias (parts, K)  <---------------------------'  then reduce_splits
+//     grad_output --- cp.async --->  ring of rows          x --- cp.async --->  ring of rows (pre_act beside)
+//                                       | * mid_act', in place             |
+//                                       | windows                          | own columns
+//                                       '----------------.-----------------'
+//                                                        v  registers, float32
+//        weights * window  --->  kRows x 4 of grad_x     |      x * window  --->  taps of grad_weight
+//                                   | * pre_act'         '      window      --->  grad_bias
+//     grad_x  <--- 16 bytes a lane -'                                | at the end, warp after warp
+//     partial_weight (parts, K, taps), partial_bias (parts, K)  <----'  then reduce_splits
 //
 // The forward's twin: the same chunks, strips, groups, parts and ring, with rows and columns of x in the place of the
 // output's. A thread owns 4 columns x kRows rows of x; every grad_t value that it reads serves both sums.
@@ -20,9 +19,12 @@
 // gradient is added where s * q + (k - 1) / 2 is an owned row: strips begin and end where both the image and these
 // owners do. Stride and dilation without a common factor put every row of x in one phase.
 //
-// Floor. Device bytes: x + grad_t + grad_x, each once, and grad_t's overlap where parts and tiles meet. Arithmetic: two
-// multiply-adds a tap: for 3x3 in bfloat16 about 53 instructions of a lane an element (18 of them multiply-adds), where
-// an H200's SMs can issue 41 in the time of the bytes.
+// Where there is a mid-activation, grad_t = grad_output * mid_act'(t) is made of each row of grad_output as it arrives,
+// with t = depthwise(pre_act(x)) + bias computed again: the ring of x then has all rows under the window of grad_t.
+//
+// Floor. Device bytes: x + grad_output + grad_x, each once, and the windows' overlap where parts and tiles meet.
+// Arithmetic: two multiply-adds a tap: for 3x3 in bfloat16 about 53 instructions of a lane an element (18 of them
+// multiply-adds), where an H200's SMs can issue 41 in the time of the bytes.
 #pragma once
 
 #include "depthwise_strips.cuh"
@@ -39,6 +41,13 @@ struct DepthwiseBackwardWindow {
   static constexpr int kCapacity = 2 * kRows;
   static FSC_HOST_DEVICE int columns_of(int warps) {
     return (warps * Traits::kColumns - 1 + kReach) / Traits::kStride + 1;
+  }
+  // Rows and columns of x under it, of which the mid-activation's argument is made; without one, the group's own.
+  static FSC_HOST_DEVICE int x_rows(bool mid) {
+    return mid ? (kRows - 1) * Traits::kStride + Traits::kKernel : Traits::kRows;
+  }
+  static FSC_HOST_DEVICE int x_columns(int warps, bool mid) {
+    return mid ? (columns_of(warps) - 1) * Traits::kStride + Traits::kKernel : warps * Traits::kColumns;
   }
 };
 
@@ -63,6 +72,75 @@ FSC_DEVICE void sum_over_warps(float* shared, const float (&sums)[count][Traits:
     out(index / Traits::kChunk, index % kWarpSize * Traits::kChannels + v, total);
   }
   __syncthreads();
+}
+
+// Makes grad_t of the rows of grad_output that have arrived: grad_output * mid_act'(t), in place, with t from the
+// window of x under them, rounded as the forward rounds it. Warps take columns in turn. Past the ends of the output
+// zeros stay.
+template <class Traits>
+FSC_DEVICE void through_mid_activation(const RowRing<Traits>& ring, const RowRing<Traits>& x,
+                                       const DepthwiseBackwardParams& params,
+                                       const float (&weights)[Traits::kTaps][Traits::kChannels], int first_channel,
+                                       const DepthwiseGroup& group, int slot, int x_slot, int arrived) {
+  using Scalar = typename Traits::Scalar;
+  using Word = typename Traits::Word;
+  using Lane = typename Traits::Lane;
+  using Window = DepthwiseBackwardWindow<Traits>;
+  constexpr int kRows = Window::kNewRows, kChannels = Traits::kChannels, kStride = Traits::kStride;
+  const ConvShape& shape = params.shape;
+  const DepthwiseTiling& tiling = params.tiling;
+  const int lane = threadIdx.x % kWarpSize;
+  const PhaseAxis vertical{group.phase_h, tiling.phases_h, shape.out_h};
+  const PhaseAxis horizontal{group.phase_w, tiling.phases_w, shape.out_w};
+  const int first_row = (tiling.first_row + group.group * Traits::kRows - Window::kReach) / kStride;
+  const int first_column = (tiling.first_column + group.tile * tiling.tile_columns - Window::kReach) / kStride;
+
+  float bias[kChannels];
+  FSC_UNROLL
+  for (int v = 0; v < kChannels; ++v) {
+    const int k = first_channel + lane * kChannels + v;
+    const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
+    bias[v] = biases == nullptr || k >= shape.K ? 0.0f : convert<float>(biases[k]);
+  }
+  FSC_ROLLED
+  for (int a = Window::kRows - arrived; a < Window::kRows; a += kRows) {
+    FSC_ROLLED
+    for (int b = threadIdx.x / kWarpSize; b < ring.columns; b += blockDim.x / kWarpSize) {
+      if (!horizontal.inside(first_column + b)) continue;
+      float t[kRows][1][kChannels];
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FSC_UNROLL
+        for (int v = 0; v < kChannels; ++v) t[r][0][v] = bias[v];
+      }
+      add_taps<Traits::kKernel, kStride>(t, weights, [&](int row, float (&window)[Traits::kKernel][kChannels]) {
+        const unsigned char* pixels = x.pixel(x.wrapped(x_slot + a * kStride + row), b * kStride);
+        FSC_UNROLL
+        for (int j = 0; j < Traits::kKernel; ++j)
+          Lane::unpack(reinterpret_cast<const Word*>(pixels + j * Traits::kPixelBytes)[lane], window[j]);
+      });
+      Values<kRows * kChannels> grad, at;
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        float values[kChannels];
+        Lane::unpack(reinterpret_cast<const Word*>(ring.pixel(ring.wrapped(slot + a + r), b))[lane], values);
+        FSC_UNROLL
+        for (int v = 0; v < kChannels; ++v) {
+          grad[r * kChannels + v] = values[v];
+          at[r * kChannels + v] = convert<float>(convert<Scalar>(t[r][0][v]));
+        }
+      }
+      differentiate_all(shape.mid_activation, grad, at);
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        if (!vertical.inside(first_row + a + r)) continue;
+        float values[kChannels];
+        FSC_UNROLL
+        for (int v = 0; v < kChannels; ++v) values[v] = grad[r * kChannels + v];
+        reinterpret_cast<Word*>(ring.pixel(ring.wrapped(slot + a + r), b))[lane] = Lane::pack(values);
+      }
+    }
+  }
 }
 
 template <class Traits>
@@ -98,28 +176,33 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
     for (int tap = 0; tap < Traits::kTaps; ++tap) weights[tap][v] = convert<float>(weight[tap]);
   }
 
-  // Rows of grad_t; rows of x, two groups of them; and where there is a pre-activation, as many of what it makes of x.
+  // Rows of grad_output; rows of x, two windows of them; where there is a pre-activation, as many of what it makes of
+  // x.
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const bool activates = shape.pre_activation != Activation::none;
+  const bool mid = shape.mid_activation != Activation::none;
+  const int x_window = Window::x_rows(mid);  // rows of x
+  const int before = mid ? kReach : 0;       // of them, those before the group's own; columns likewise
   const RowRing<Traits> ring{shared, Window::columns_of(warps), Window::kCapacity};
-  const RowRing<Traits> raw{ring.pixel(Window::kCapacity, 0), warps * kColumns, 2 * kRows};
-  const RowRing<Traits> active{activates ? raw.pixel(2 * kRows, 0) : raw.bytes, raw.columns, raw.capacity};
+  const RowRing<Traits> raw{ring.pixel(Window::kCapacity, 0), Window::x_columns(warps, mid), 2 * x_window};
+  const RowRing<Traits> active{activates ? raw.pixel(2 * x_window, 0) : raw.bytes, raw.columns, raw.capacity};
 
-  // Brings the rows of x of a group, and those that it adds to grad_t's; at a strip's or part's start, all its window.
+  // Brings the rows that a group adds to the windows of the one before it; at a strip's or part's start, all of them.
   const auto bring = [&](const DepthwiseGroup& group, bool whole, int slot, int x_slot) {
     const int row = tiling.first_row + group.group * kRows;
     const int column = tiling.first_column + group.tile * tiling.tile_columns;
     const PhaseAxis vertical{shape.stride_h * group.phase_h - shape.pad_top, shape.dilation_h, shape.H};
     const PhaseAxis horizontal{shape.stride_w * group.phase_w - shape.pad_left, shape.dilation_w, shape.W};
-    copy_rows(raw, x_slot, kRows, params.x, group.n, first_channel, channels, vertical, horizontal, row, column,
-              column + tiling.tile_columns);
+    const int x_rows = whole ? x_window : kRows;
+    copy_rows(raw, x_slot, x_rows, params.x, group.n, first_channel, channels, vertical, horizontal,
+              row - before + x_window - x_rows, column - before, column - before + raw.columns);
     const PhaseAxis output_vertical{group.phase_h, tiling.phases_h, shape.out_h};
     const PhaseAxis output_horizontal{group.phase_w, tiling.phases_w, shape.out_w};
     const int rows = whole ? Window::kRows : Window::kNewRows;
     const int output_row = (row - kReach) / kStride + Window::kRows - rows;
     const int output_column = (column - kReach) / kStride;
-    copy_rows(ring, slot, rows, params.grad_t, group.n, first_channel, channels, output_vertical, output_horizontal,
-              output_row, output_column, output_column + ring.columns);
+    copy_rows(ring, slot, rows, params.grad_output, group.n, first_channel, channels, output_vertical,
+              output_horizontal, output_row, output_column, output_column + ring.columns);
     return rows;
   };
 
@@ -132,37 +215,50 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
   }
 
   DepthwiseGroup current(tiling, begin), coming = current;
-  int slot = 0;      // where the current group's window of grad_t begins
+  int slot = 0;      // where the current group's window of grad_output begins
   int arriving = 0;  // where the rows begin that were asked for last
-  int x_slot = 0;    // where the current group's rows of x begin
-  int rows = bring(coming, true, arriving, x_slot);
+  int x_slot = 0;    // the same of x
+  int x_arriving = 0;
+  bool whole = true;  // whether all rows of the windows were asked for
+  int rows = bring(coming, true, arriving, x_arriving);
   async_copy_commit();
   for (int64_t number = begin; number < end; ++number) {
     async_copy_wait<0>();
     if (activates)
-      raw.for_each_own_piece(x_slot, kRows, [&](int row, int column, int piece, unsigned char* from) {
-        Word* to = reinterpret_cast<Word*>(active.pixel(x_slot + row, column) + piece * kPieceBytes);
+      raw.for_each_own_piece(x_arriving, whole ? x_window : kRows, [&](int, int, int, unsigned char* from) {
+        Word* to = reinterpret_cast<Word*>(active.bytes + (from - raw.bytes));
         activate_words<Traits>(shape.pre_activation, reinterpret_cast<const Word*>(from), to,
                                kPieceBytes / sizeof(Word));
       });
-    __syncthreads();  // the window is there, and the one before it is read
+    __syncthreads();  // the windows are there, and the ones before them are read
 
-    int next_slot = 0;
+    const int arrived = rows;
+    int next_slot = 0, next_x_slot = 0;
     arriving = ring.wrapped(arriving + rows);
+    x_arriving = raw.wrapped(x_arriving + (whole ? x_window : kRows));
     if (number + 1 < end) {
       coming.advance(tiling);
-      const bool whole = coming.group == 0;
+      whole = coming.group == 0;
       next_slot = whole ? arriving : ring.wrapped(slot + Window::kNewRows);
-      rows = bring(coming, whole, arriving, kRows - x_slot);
+      next_x_slot = whole ? x_arriving : raw.wrapped(x_slot + kRows);
+      rows = bring(coming, whole, arriving, x_arriving);
     }
     async_copy_commit();
 
+    if (mid) {
+      through_mid_activation(ring, active, params, weights, first_channel, current, slot, x_slot, arrived);
+      __syncthreads();
+    }
+
+    const auto own_words = [&](const RowRing<Traits>& of, int row, int column) {
+      return reinterpret_cast<Word*>(of.pixel(of.wrapped(x_slot + before + row), before + warp * kColumns + column));
+    };
     float x[kRows][kColumns][kChannels], grad_x[kRows][kColumns][kChannels];
     FSC_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FSC_UNROLL
       for (int c = 0; c < kColumns; ++c) {
-        Lane::unpack(reinterpret_cast<const Word*>(active.pixel(x_slot + r, warp * kColumns + c))[lane], x[r][c]);
+        Lane::unpack(own_words(active, r, c)[lane], x[r][c]);
         FSC_UNROLL
         for (int v = 0; v < kChannels; ++v) grad_x[r][c][v] = 0;
       }
@@ -209,17 +305,15 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSC_UNROLL
-        for (int c = 0; c < kColumns; ++c)
-          reinterpret_cast<Word*>(active.pixel(x_slot + r, warp * kColumns + c))[lane] = Lane::pack(grad_x[r][c]);
+        for (int c = 0; c < kColumns; ++c) own_words(active, r, c)[lane] = Lane::pack(grad_x[r][c]);
       }
       if (activates) {
         FSC_ROLLED
         for (int pixel = 0; pixel < kRows * kColumns; ++pixel) {
-          const int row = x_slot + pixel / kColumns, column = warp * kColumns + pixel % kColumns;
-          Word* word = reinterpret_cast<Word*>(active.pixel(row, column)) + lane;
+          Word* word = own_words(active, pixel / kColumns, pixel % kColumns) + lane;
           float grad[kChannels], at[kChannels];
           Lane::unpack(*word, grad);
-          Lane::unpack(reinterpret_cast<const Word*>(raw.pixel(row, column))[lane], at);
+          Lane::unpack(own_words(raw, pixel / kColumns, pixel % kColumns)[lane], at);
           FSC_UNROLL
           for (int v = 0; v < kChannels; ++v) grad[v] = differentiate(shape.pre_activation, grad[v], at[v]);
           *word = Lane::pack(grad);
@@ -230,14 +324,14 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
       const int first_column = tiling.first_column + current.tile * tiling.tile_columns + warp * kColumns;
       const PhaseAxis vertical{shape.stride_h * current.phase_h - shape.pad_top, shape.dilation_h, shape.H};
       const PhaseAxis horizontal{shape.stride_w * current.phase_w - shape.pad_left, shape.dilation_w, shape.W};
-      store_staged<Traits>([&](int row, int column) { return active.pixel(x_slot + row, warp * kColumns + column); },
-                           params.grad_x, current.n, first_channel, channels, vertical, horizontal, first_row,
-                           first_column, first_column + kColumns);
+      store_staged<Traits>([&](int row, int column) { return own_words(active, row, column); }, params.grad_x,
+                           current.n, first_channel, channels, vertical, horizontal, first_row, first_column,
+                           first_column + kColumns);
     }
 
     current = coming;
     slot = next_slot;
-    x_slot = kRows - x_slot;
+    x_slot = next_x_slot;
   }
 
   __syncthreads();  // the rows are read, and their memory is free

@@ -133,10 +133,8 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
         for (int v = 0; v < kChannels; ++v) sums[r][c][v] = bias[v];
       }
     }
-    FSC_UNROLL
-    for (int a = 0; a < Window::kRows; ++a) {
+    add_taps<kKernel, kStride>(sums, weights, [&](int a, float (&window)[Window::kColumns][kChannels]) {
       const unsigned char* pixels = ring.pixel(ring.wrapped(slot + a), warp * kColumns * kStride);
-      float window[Window::kColumns][kChannels];
       if (shape.multiplier == 1) {
         FSC_UNROLL
         for (int b = 0; b < Window::kColumns; ++b)
@@ -150,21 +148,7 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
                 convert<float>(reinterpret_cast<const Scalar*>(pixels + b * Traits::kPixelBytes)[input_of[v]]);
         }
       }
-      FSC_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const int i = a - r * kStride;  // the tap that lies on this row
-        if (i < 0 || i >= kKernel) continue;
-        FSC_UNROLL
-        for (int c = 0; c < kColumns; ++c) {
-          FSC_UNROLL
-          for (int j = 0; j < kKernel; ++j) {
-            FSC_UNROLL
-            for (int v = 0; v < kChannels; ++v)
-              sums[r][c][v] += weights[i * kKernel + j][v] * window[c * kStride + j][v];
-          }
-        }
-      }
-    }
+    });
 
     const int first_row = current.group * kRows;
     const int first_column = current.tile * tiling.tile_columns + warp * kColumns;

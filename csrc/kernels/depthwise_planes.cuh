@@ -113,20 +113,32 @@ struct PlaneRows {
     });
   }
 
-  // Stores the slots, whose runs are outputs: whole pieces 16 bytes at a time.
-  FSC_DEVICE void store_all(int images, Scalar* output) const {
+  // Stores the slots' elements [begin, end) to an output whose runs lie as these do: whole pieces 16 bytes at a time.
+  FSC_DEVICE void store_all(int images, Scalar* output, int begin, int end) const {
     for_each_own_piece(images, [&](int image, int piece) {
       const int first = piece * Traits::kPieceElements - shift(image) / static_cast<int>(sizeof(Scalar));
       Scalar* destination = output + image * stride_n + first;
       const Scalar* source = reinterpret_cast<const Scalar*>(slots + image * pitch + piece * kPieceBytes);
-      if (first >= 0 && first + Traits::kPieceElements <= count) {
+      if (first >= begin && first + Traits::kPieceElements <= end) {
         store_global(destination, load<Traits::kPieceElements>(source));
         return;
       }
       for (int i = 0; i < Traits::kPieceElements; ++i)
-        if (first + i >= 0 && first + i < count) destination[i] = source[i];
+        if (first + i >= begin && first + i < end) destination[i] = source[i];
     });
   }
 };
+
+// Reads a thread's window of a run of rows of W elements, whose `rows` rows begin at `pixels`: `count` elements from
+// column `column` of row `row` on; zeros stand for what is beyond.
+template <class Scalar, int count>
+FSC_DEVICE void read_window(const Scalar* pixels, int rows, int W, int row, int column, float (&window)[count][1]) {
+  const bool row_inside = static_cast<uint32_t>(row) < static_cast<uint32_t>(rows);
+  FSC_UNROLL
+  for (int b = 0; b < count; ++b) {
+    const bool inside = row_inside && static_cast<uint32_t>(column + b) < static_cast<uint32_t>(W);
+    window[b][0] = inside ? convert<float>(pixels[row * W + column + b]) : 0.0f;
+  }
+}
 
 }  // namespace fused_sepconv

@@ -1,18 +1,20 @@
-// depthwise_planes_backward.cuh - all gradients of a depthwise convolution in one pass over x and grad_t, NCHW.
+// depthwise_planes_backward.cuh - all gradients of a depthwise convolution in one pass over x and grad_output, NCHW.
 //
-//     grad_t --- cp.async --->  bands of planes        x --- cp.async --->  bands of planes (pre_act beside)
-//                                  | windows                                  | own rows and columns
-//                                  '-------------------.----------------------'
-//                                                      v  registers, float32
-//     weights * window  --->  kRows x 2 of grad_x      |      x * window  --->  taps of grad_weight
-//                                | staged, * pre_act'  '      window      --->  grad_bias
-//     grad_x  <--- 16 bytes -----'                            | at the end, lanes, then warp after warp
-//     partial_weight (parts, K, taps), partial_bias (parts, K)'  then reduce_splits
+//     grad_output --- cp.async --->  bands of planes        x --- cp.async --->  bands of planes (pre_act beside)
+//                                       | * mid_act', in place                     |
+//                                       | windows                                  | own rows and columns
+//                                       '-------------------.----------------------'
+//                                                           v  registers, float32
+//          weights * window  --->  kRows x 2 of grad_x      |      x * window  --->  taps of grad_weight
+//                                     | staged, * pre_act'  '      window      --->  grad_bias
+//     grad_x  <--- 16 bytes ----------'                            | at the end, lanes, then warp after warp
+//     partial_weight (parts, K, taps), partial_bias (parts, K)  <--'  then reduce_splits
 //
 // depthwise_backward.cuh in the layout of depthwise_planes_forward.cuh: who owns what, and why each pair of x and
 // grad_t is counted once, stands there. A band is of rows of x, counted from the first row of padding on.
 //
-// Floor. Device bytes: x + grad_t + grad_x, each once, and the bands' overlap in grad_t.
+// Floor. Device bytes: x + grad_output + grad_x, each once, and the bands' overlap in grad_output; with a
+// mid-activation, of whose argument the rows around a band's own are made, in x too.
 #pragma once
 
 #include "depthwise_planes.cuh"
@@ -37,6 +39,45 @@ FSC_DEVICE void sum_over_block(float* shared, const float (&sums)[count], const 
   __syncthreads();
 }
 
+// Makes grad_t of a unit's rows of grad_output: grad_output * mid_act'(t), in place, with t from the rows of x under
+// them, rounded as the forward rounds it. The runs begin at rows grad_row and x_row of the images.
+template <class Traits>
+FSC_DEVICE void through_mid_activation(const PlaneRows<Traits>& grads, const PlaneRows<Traits>& x,
+                                       const DepthwiseBackwardParams& params, const float (&weights)[Traits::kTaps][1],
+                                       float bias, int images, int grad_row, int x_row) {
+  using Scalar = typename Traits::Scalar;
+  constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride, kColumns = Traits::kColumns;
+  constexpr int kWindowColumns = (kColumns - 1) * kStride + kKernel;
+  const ConvShape& shape = params.shape;
+  const int rows = grads.count / shape.out_w, x_rows = x.count / shape.W;
+  const int across = (shape.out_w + kColumns - 1) / kColumns;
+  FSC_ROLLED
+  for (int item = threadIdx.x; item < images * rows * across; item += Traits::kThreads) {
+    const int column = item % across * kColumns;
+    const int row = item / across % rows;
+    const int image = item / across / rows;
+    const Scalar* pixels = x.slot(image);
+    float t[1][kColumns][1];
+    FSC_UNROLL
+    for (int c = 0; c < kColumns; ++c) t[0][c][0] = bias;
+    add_taps<kKernel, kStride>(t, weights, [&](int a, float (&window)[kWindowColumns][1]) {
+      read_window(pixels, x_rows, shape.W, (grad_row + row) * kStride - shape.pad_top + a - x_row,
+                  column * kStride - shape.pad_left, window);
+    });
+    Scalar* gradients = grads.slot(image) + row * shape.out_w + column;
+    Values<kColumns> grad, at;
+    FSC_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      grad[c] = column + c < shape.out_w ? convert<float>(gradients[c]) : 0.0f;
+      at[c] = convert<float>(convert<Scalar>(t[0][c][0]));
+    }
+    differentiate_all(shape.mid_activation, grad, at);
+    FSC_UNROLL
+    for (int c = 0; c < kColumns; ++c)
+      if (column + c < shape.out_w) gradients[c] = convert<Scalar>(grad[c]);
+  }
+}
+
 template <class Traits>
 FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
 depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
@@ -55,29 +96,39 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
   const int64_t units = plane_units(shape, tiling);
   const int64_t end = begin + tiling.units_per_part < units ? begin + tiling.units_per_part : units;
 
-  float weights[Traits::kTaps], weight_sums[Traits::kTaps], bias_sum[1] = {0.0f};
+  float weights[Traits::kTaps][1], weight_sums[Traits::kTaps], bias_sum[1] = {0.0f};
   const Scalar* weight = static_cast<const Scalar*>(params.depthwise_weight) + static_cast<int64_t>(k) * Traits::kTaps;
   FSC_UNROLL
   for (int tap = 0; tap < Traits::kTaps; ++tap) {
-    weights[tap] = convert<float>(weight[tap]);
+    weights[tap][0] = convert<float>(weight[tap]);
     weight_sums[tap] = 0;
   }
 
+  const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
+  const float bias = biases == nullptr ? 0.0f : convert<float>(biases[k]);
+
   const bool activates = shape.pre_activation != Activation::none;
-  const int x_pitch = slot_bytes<Scalar>((tiling.rows < shape.H ? tiling.rows : shape.H) * shape.W);
+  const bool mid = shape.mid_activation != Activation::none;
   const int grad_rows = (tiling.rows - 1 + kReach) / kStride + 1;
+  // Of x a band's own rows; with a mid-activation, of whose argument they are made, all rows under those of its
+  // gradient.
+  const int x_window = mid ? (grad_rows - 1) * kStride + kKernel : tiling.rows;
+  const int before = mid ? kReach : 0;  // of them, those before the band's own
+  const int x_pitch = slot_bytes<Scalar>((x_window < shape.H ? x_window : shape.H) * shape.W);
   const int grad_pitch = slot_bytes<Scalar>((grad_rows < shape.out_h ? grad_rows : shape.out_h) * shape.out_w);
   unsigned char* x_slots = shared + 2 * tiling.images * grad_pitch;
   unsigned char* active_slots = x_slots + 2 * tiling.images * x_pitch;  // where there is a pre-activation
 
   const Scalar* x = static_cast<const Scalar*>(params.x.data);
-  const Scalar* grad_t = static_cast<const Scalar*>(params.grad_t.data);
+  const Scalar* grad_output = static_cast<const Scalar*>(params.grad_output.data);
   const auto clipped = [](int row, int rows) { return row < 0 ? 0 : row < rows ? row : rows; };
   const auto first_padded = [&](const PlaneUnit& unit) { return tiling.first_row + unit.band * tiling.rows; };
-  const auto first_of_x = [&](const PlaneUnit& unit) { return clipped(first_padded(unit) - shape.pad_top, shape.H); };
+  const auto first_of_x = [&](const PlaneUnit& unit) {
+    return clipped(first_padded(unit) - before - shape.pad_top, shape.H);
+  };
   const auto rows_of_x = [&](const PlaneUnit& unit, int parity) {
     const int row = first_of_x(unit);
-    const int row_end = clipped(first_padded(unit) + tiling.rows - shape.pad_top, shape.H);
+    const int row_end = clipped(first_padded(unit) - before - shape.pad_top + x_window, shape.H);
     return PlaneRows<Traits>{x_slots + parity * tiling.images * x_pitch, x_pitch,
                              x + offset(params.x, unit.n, k, row, 0), params.x.stride_n, (row_end - row) * shape.W};
   };
@@ -88,14 +139,14 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
     const int row = first_of_grad(unit);
     const int row_end = clipped((first_padded(unit) - kReach) / kStride + grad_rows, shape.out_h);
     return PlaneRows<Traits>{shared + parity * tiling.images * grad_pitch, grad_pitch,
-                             grad_t + offset(params.grad_t, unit.n, k, row, 0), params.grad_t.stride_n,
+                             grad_output + offset(params.grad_output, unit.n, k, row, 0), params.grad_output.stride_n,
                              (row_end - row) * shape.out_w};
   };
 
   int parity = 0;
   PlaneUnit unit(shape, tiling, begin);
   rows_of_x(unit, parity).copy(unit.images, x);
-  rows_of_grad(unit, parity).copy(unit.images, grad_t);
+  rows_of_grad(unit, parity).copy(unit.images, grad_output);
   async_copy_commit();
   for (int64_t number = begin; number < end; ++number) {
     const PlaneRows<Traits> raw = rows_of_x(unit, parity), grads = rows_of_grad(unit, parity);
@@ -106,7 +157,7 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
     const PlaneUnit coming(shape, tiling, number + 1);
     if (number + 1 < end) {
       rows_of_x(coming, 1 - parity).copy(coming.images, x);
-      rows_of_grad(coming, 1 - parity).copy(coming.images, grad_t);
+      rows_of_grad(coming, 1 - parity).copy(coming.images, grad_output);
     }
     async_copy_commit();
 
@@ -114,7 +165,14 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
     PlaneRows<Traits> active = raw;
     if (activates) active.slots = active_slots;
     const int padded_row = first_padded(unit), x_row = first_of_x(unit), grad_row = first_of_grad(unit);
-    const int x_rows = raw.count / shape.W, in_grad_rows = grads.count / shape.out_w;
+    const int in_grad_rows = grads.count / shape.out_w;
+    // The band's own rows of x, of the run.
+    const int own_begin = clipped(padded_row - shape.pad_top, shape.H) - x_row;
+    const int own_end = clipped(padded_row + tiling.rows - shape.pad_top, shape.H) - x_row;
+    if (mid) {
+      through_mid_activation(grads, active, params, weights, bias, unit.images, grad_row, x_row);
+      __syncthreads();
+    }
     const int across = (tiling.columns + kColumns - 1) / kColumns;
     const int down = (tiling.rows + kRows - 1) / kRows;
     for (int item = threadIdx.x; item < unit.images * down * across; item += Traits::kThreads) {
@@ -125,7 +183,7 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
       const Scalar* gradients = grads.slot(image);
       const int first_h = row - shape.pad_top - x_row, first_w = column - shape.pad_left;
       const auto inside = [&](int r, int c) {
-        return static_cast<uint32_t>(first_h + r) < static_cast<uint32_t>(x_rows) &&
+        return static_cast<uint32_t>(first_h + r - own_begin) < static_cast<uint32_t>(own_end - own_begin) &&
                static_cast<uint32_t>(first_w + c) < static_cast<uint32_t>(shape.W);
       };
       float values[kRows][kColumns], grad_x[kRows][kColumns];
@@ -139,15 +197,9 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
       }
       FSC_UNROLL
       for (int a = 0; a < kWindowRows; ++a) {
-        const int q = (row - kReach) / kStride + a - grad_row;  // of the run
-        const bool row_inside = static_cast<uint32_t>(q) < static_cast<uint32_t>(in_grad_rows);
-        float window[kWindowColumns];
-        FSC_UNROLL
-        for (int b = 0; b < kWindowColumns; ++b) {
-          const int p = (column - kReach) / kStride + b;
-          const bool exists = row_inside && static_cast<uint32_t>(p) < static_cast<uint32_t>(shape.out_w);
-          window[b] = exists ? convert<float>(gradients[q * shape.out_w + p]) : 0.0f;
-        }
+        float window[kWindowColumns][1];
+        read_window(gradients, in_grad_rows, shape.out_w, (row - kReach) / kStride + a - grad_row,
+                    (column - kReach) / kStride, window);
         FSC_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const int i = r + kReach - a * kStride;  // the tap under which output row a has x's row r
@@ -158,8 +210,8 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
             for (int b = 0; b < kWindowColumns; ++b) {
               const int j = c + kReach - b * kStride;
               if (j < 0 || j >= kKernel) continue;
-              grad_x[r][c] += weights[i * kKernel + j] * window[b];
-              weight_sums[i * kKernel + j] += values[r][c] * window[b];
+              grad_x[r][c] += weights[i * kKernel + j][0] * window[b][0];
+              weight_sums[i * kKernel + j] += values[r][c] * window[b][0];
             }
           }
         }
@@ -168,7 +220,7 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
         FSC_UNROLL
         for (int b = 0; b < kWindowColumns; ++b) {
           const int owner_column = b * kStride - kReach / 2;
-          if (owner_column >= 0 && owner_column < kColumns) bias_sum[0] += window[b];
+          if (owner_column >= 0 && owner_column < kColumns) bias_sum[0] += window[b][0];
         }
       }
       FSC_UNROLL
@@ -181,9 +233,10 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
     __syncthreads();
     if (params.grad_x.data != nullptr) {
       if (activates) {
+        const int own_count = (own_end - own_begin) * shape.W;
         FSC_ROLLED
-        for (int i = threadIdx.x; i < unit.images * raw.count; i += Traits::kThreads) {
-          const int image = i / raw.count, element = i % raw.count;
+        for (int i = threadIdx.x; i < unit.images * own_count; i += Traits::kThreads) {
+          const int image = i / own_count, element = own_begin * shape.W + i % own_count;
           Scalar* grad = active.slot(image) + element;
           *grad = convert<Scalar>(
               differentiate(shape.pre_activation, convert<float>(*grad), convert<float>(raw.slot(image)[element])));
@@ -191,8 +244,9 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
         __syncthreads();
       }
       Scalar* grad_x = static_cast<Scalar*>(params.grad_x.data) + offset(params.grad_x, unit.n, k, x_row, 0);
-      active.store_all(unit.images, grad_x);  // which has x's strides, and like x begins at a multiple of 16
-      if (activates) __syncthreads();         // the next unit's active pixels come to the same place
+      // Which has x's strides, and like x begins at a multiple of 16.
+      active.store_all(unit.images, grad_x, own_begin * shape.W, own_end * shape.W);
+      if (activates) __syncthreads();  // the next unit's active pixels come to the same place
     }
     unit = coming;
     parity = 1 - parity;

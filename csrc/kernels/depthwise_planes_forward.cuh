@@ -26,7 +26,6 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   using Scalar = typename Traits::Scalar;
   constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns;
-  constexpr int kWindowRows = (kRows - 1) * kStride + kKernel;
   constexpr int kWindowColumns = (kColumns - 1) * kStride + kKernel;
   FSC_SHARED_BYTES(shared);
   const ConvShape& shape = params.shape;
@@ -37,10 +36,10 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   const int64_t units = plane_units(shape, tiling);
   const int64_t end = begin + tiling.units_per_part < units ? begin + tiling.units_per_part : units;
 
-  float weights[Traits::kTaps];
+  float weights[Traits::kTaps][1];
   const Scalar* weight = static_cast<const Scalar*>(params.depthwise_weight) + static_cast<int64_t>(k) * Traits::kTaps;
   FSC_UNROLL
-  for (int tap = 0; tap < Traits::kTaps; ++tap) weights[tap] = convert<float>(weight[tap]);
+  for (int tap = 0; tap < Traits::kTaps; ++tap) weights[tap][0] = convert<float>(weight[tap]);
   const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
   const float bias = biases == nullptr ? 0.0f : convert<float>(biases[k]);
 
@@ -94,41 +93,23 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
       const int row = item / across % down * kRows;
       const int image = item / across / down;
       const Scalar* pixels = rows.slot(image);
-      float sums[kRows][kColumns];
+      float sums[kRows][kColumns][1];
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSC_UNROLL
-        for (int c = 0; c < kColumns; ++c) sums[r][c] = bias;
+        for (int c = 0; c < kColumns; ++c) sums[r][c][0] = bias;
       }
-      FSC_UNROLL
-      for (int a = 0; a < kWindowRows; ++a) {
-        const int h = (first_row + row) * kStride - shape.pad_top + a - image_row;  // of the run
-        const bool row_inside = static_cast<uint32_t>(h) < static_cast<uint32_t>(in_image_rows);
-        float window[kWindowColumns];
-        FSC_UNROLL
-        for (int b = 0; b < kWindowColumns; ++b) {
-          const int w = column * kStride - shape.pad_left + b;
-          const bool inside = row_inside && static_cast<uint32_t>(w) < static_cast<uint32_t>(shape.W);
-          window[b] = inside ? convert<float>(pixels[h * shape.W + w]) : 0.0f;
-        }
-        FSC_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const int i = a - r * kStride;  // the tap that lies on this row
-          if (i < 0 || i >= kKernel) continue;
-          FSC_UNROLL
-          for (int c = 0; c < kColumns; ++c) {
-            FSC_UNROLL
-            for (int j = 0; j < kKernel; ++j) sums[r][c] += weights[i * kKernel + j] * window[c * kStride + j];
-          }
-        }
-      }
+      add_taps<kKernel, kStride>(sums, weights, [&](int a, float (&window)[kWindowColumns][1]) {
+        read_window(pixels, in_image_rows, shape.W, (first_row + row) * kStride - shape.pad_top + a - image_row,
+                    column * kStride - shape.pad_left, window);
+      });
       Scalar* staged = out.slot(image) + row * shape.out_w + column;
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSC_UNROLL
         for (int c = 0; c < kColumns; ++c)
           if (first_row + row + r < end_row && column + c < shape.out_w)
-            staged[r * shape.out_w + c] = convert<Scalar>(sums[r][c]);
+            staged[r * shape.out_w + c] = convert<Scalar>(sums[r][c][0]);
       }
     }
     __syncthreads();
@@ -149,7 +130,7 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
       }
       __syncthreads();
     }
-    out.store_all(unit.images, y);
+    out.store_all(unit.images, y, 0, out.count);
     unit = coming;
     parity = 1 - parity;
   }

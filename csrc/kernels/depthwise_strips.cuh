@@ -167,6 +167,30 @@ FSC_DEVICE void copy_rows(const RowRing<Traits>& ring, int32_t slot, int32_t row
   }
 }
 
+// Adds the taps of neighbouring outputs to their sums: read(a, window) gives row a of the window that they share.
+template <int kKernel, int kStride, int kRows, int kColumns, int kChannels, class Read>
+FSC_DEVICE void add_taps(float (&sums)[kRows][kColumns][kChannels],
+                         const float (&weights)[kKernel * kKernel][kChannels], const Read& read) {
+  FSC_UNROLL
+  for (int a = 0; a < (kRows - 1) * kStride + kKernel; ++a) {
+    float window[(kColumns - 1) * kStride + kKernel][kChannels];
+    read(a, window);
+    FSC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const int i = a - r * kStride;  // the tap that lies on this row
+      if (i < 0 || i >= kKernel) continue;
+      FSC_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        FSC_UNROLL
+        for (int j = 0; j < kKernel; ++j) {
+          FSC_UNROLL
+          for (int v = 0; v < kChannels; ++v) sums[r][c][v] += weights[i * kKernel + j][v] * window[c * kStride + j][v];
+        }
+      }
+    }
+  }
+}
+
 // Applies an activation to `count` words, `stride` words apart. Rolled: a kernel has it once.
 template <class Traits>
 FSC_DEVICE void activate_words(Activation activation, const typename Traits::Word* from, typename Traits::Word* to,

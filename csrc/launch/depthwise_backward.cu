@@ -19,7 +19,7 @@ template <class Traits>
 int largest_shared_bytes() {
   using Window = DepthwiseBackwardWindow<Traits>;
   const int pixels = Window::kCapacity * Window::columns_of(Traits::kMaxWarps) +
-                     4 * Traits::kRows * Traits::kMaxWarps * Traits::kColumns;
+                     4 * Window::x_rows(true) * Window::x_columns(Traits::kMaxWarps, true);
   return std::min(pixels * Traits::kPixelBytes, kLargestSharedBytes);
 }
 

@@ -7,6 +7,7 @@ knows how those for NHWC cut a problem, planes.py those for NCHW; here a cut is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil, gcd
 
 from ..devices import Device
@@ -29,6 +30,7 @@ SM_BANDWIDTH = 1.5  # assumed, until measured: what one SM can draw, of its shar
 ISSUE_FRACTION = 0.7  # assumed, until measured: instructions issued, of the peak
 BLOCK_SECONDS = 1.5e-6  # assumed, until measured: a block's start and its first rows' latency, which nothing covers
 GROUP_SECONDS = 0.8e-6  # assumed, until measured: latency of a group's rows and of its barrier
+AS_FAST = 1.05  # predictions are no more exact than that: among cuts as fast as this, fewer bytes decide
 
 GENERIC_FMA_FRACTION = 0.05  # assumed, until measured: each multiply-add has its address, bounds and two loads
 
@@ -52,7 +54,7 @@ PLANE_TRAITS = tuple(PlaneTraits(t.direction, t.kernel, t.stride, t.dtype) for t
 
 
 def _instance(traits: Traits) -> Instance:
-    shared_bytes = traits.shared_bytes(traits.max_warps, pre_activation=True)
+    shared_bytes = traits.shared_bytes(traits.max_warps, pre_activation=True, mid_activation=True)
     return Instance(traits.name, WARP * traits.max_warps, min(shared_bytes, LARGEST_SHARED_BYTES), traits.registers)
 
 
@@ -125,11 +127,9 @@ def _generic(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Can
     steps = [(x + y + problem.weight_bytes, problem.flops)]
     splits = None
     if problem.direction == "backward":
-        first = [(x + 2 * y, problem.flops)] if problem.mid_activation else []
         splits = simt.depthwise_splits(problem, device)
         partials = 2 * splits.parts * problem.K * (problem.taps + 1) * 4
         steps = [
-            *first,
             (y + x * (2 if problem.pre_activation else 1), problem.flops),
             (x + y + partials, problem.flops),
         ]
@@ -141,7 +141,7 @@ def _generic(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Can
         )
         for byte_count, flops in steps
     )
-    return Candidate(
+    candidate = Candidate(
         family="simt",
         name=needed[0],
         bytes=sum(byte_count for byte_count, _ in steps),
@@ -150,6 +150,25 @@ def _generic(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Can
         waves=ceil(elements / simt.THREADS) / (device.sms * 8),
         predicted_seconds=seconds,
         depthwise_splits=splits,
+    )
+    return _after_a_step_through_mid(candidate, problem, device, kernels)
+
+
+def _after_a_step_through_mid(
+    candidate: Candidate, problem: DepthwiseProblem, device: Device, kernels: Kernels
+) -> Candidate:
+    """A backward whose own kernels take the gradient of the mid-activation's argument: a forward makes it, first."""
+    if problem.direction == "forward" or not problem.mid_activation:
+        return candidate
+    first = best(replace(problem, direction="forward"), device, kernels)
+    grad = problem.y_bytes  # which it reads besides
+    seconds = first.predicted_seconds + grad / (device.bandwidth * LIBRARY_BANDWIDTH)
+    return replace(
+        candidate,
+        bytes=candidate.bytes + first.bytes + grad,
+        flops=candidate.flops + first.flops,
+        predicted_seconds=candidate.predicted_seconds + seconds,
+        steps=(first,),
     )
 
 
@@ -170,10 +189,16 @@ def _fast(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candid
     if refusal:
         return Candidate("depthwise", traits.name, refusal=refusal)
     predicted = [_predict(problem, device, cut) for cut in cuts(problem, traits, device)]
+    if not predicted and problem.direction == "backward" and problem.mid_activation:
+        # Its windows of x are the largest part of the shared memory.
+        candidate = _fast(replace(problem, mid_activation=None), device, kernels)
+        return candidate if candidate.refusal else _after_a_step_through_mid(candidate, problem, device, kernels)
     if not predicted:
         refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
         return Candidate("depthwise", traits.name, refusal=refusal)
-    return min(predicted, key=lambda candidate: candidate.predicted_seconds)
+    fastest = min(candidate.predicted_seconds for candidate in predicted)
+    close = (candidate for candidate in predicted if candidate.predicted_seconds <= fastest * AS_FAST)
+    return min(close, key=lambda candidate: (candidate.bytes, candidate.predicted_seconds))
 
 
 def cuts(problem: DepthwiseProblem, traits: Traits | PlaneTraits, device: Device) -> Iterator[Cut | PlaneCut]:
@@ -222,11 +247,11 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | PlaneCut) -> 
     traits, tiling = cut.traits, cut.tiling
     if isinstance(cut, PlaneCut):
         threads, steps, total = planes.THREADS, tiling.units_per_part, cut.units
-        step_instructions = max(planes.items_of_unit(cut), threads) * traits.instructions
+        step_instructions = planes.instructions_of_unit(cut)
         columns_of_blocks = problem.K
     else:
         threads, steps, total = WARP * tiling.warps, tiling.groups_per_part, cut.total_groups
-        step_instructions = threads * traits.instructions
+        step_instructions = threads * traits.instructions(tiling.warps, bool(problem.mid_activation))
         columns_of_blocks = cut.chunks
     steps = min(steps, max(total, 1))
     byte_count, blocks = cut.bytes(), cut.blocks
@@ -246,7 +271,7 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | PlaneCut) -> 
         family="depthwise",
         name=traits.name,
         bytes=byte_count,
-        flops=problem.flops * (1 if traits.forward else 2),
+        flops=problem.flops * (1 if traits.forward else 3 if problem.mid_activation else 2),
         blocks=blocks,
         waves=waves,
         shared_bytes=tiling.shared_bytes,

@@ -49,6 +49,11 @@ class PlaneTraits:
             return (count - 1) * self.stride + self.kernel
         return (count - 1 + self.kernel - 1) // self.stride + 1
 
+    def x_window(self, count: int, mid_activation: bool) -> int:
+        """Of the backward: rows of x that come for `count` of them. With a mid-activation, of whose argument they are
+        made, those under their window: those before are as many as the kernel reaches."""
+        return (self.window(count) - 1) * self.stride + self.kernel if mid_activation else count
+
     @property
     def instructions(self) -> float:
         """Of a thread an item, about: every element of a window is read, converted and guarded by itself."""
@@ -56,6 +61,12 @@ class PlaneTraits:
         window = self.window(self.rows) * self.window(COLUMNS)
         multiply_adds = values * self.kernel**2 if self.forward else 2 * values * self.kernel**2 / self.stride**2
         return 4 * window + multiply_adds + 8 * values + 60
+
+    @property
+    def mid_instructions(self) -> float:
+        """The same of an item of the mid-activation's argument in the backward: one row of outputs."""
+        window = self.kernel * ((COLUMNS - 1) * self.stride + self.kernel)
+        return 4 * window + COLUMNS * (self.kernel**2 + 20) + 40
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,15 @@ class PlaneCut:
     @property
     def units(self) -> int:
         return ceil(self.problem.N / self.tiling.images) * self.tiling.bands
+
+    @property
+    def x_window_rows(self) -> int:
+        """Rows of x that all bands of an image read in a backward with a mid-activation."""
+        p, t = self.problem, self.tiling
+        first = t.first_row - (p.kernel[0] - 1) - p.padding[0]
+        window = self.traits.x_window(t.rows, True)
+        begins = range(first, first + t.bands * t.rows, t.rows)
+        return sum(max(0, min(begin + window, p.H) - max(begin, 0)) for begin in begins)
 
     @cached_property
     def window_rows(self) -> int:
@@ -100,10 +120,11 @@ class PlaneCut:
                 "depthwise_weight": weights,
                 "y": p.y_bytes,
             }
+        x = p.N * p.K * self.x_window_rows * p.W * size if p.mid_activation else p.x_bytes
         return {
-            "x": p.x_bytes,
+            "x": x,
             "depthwise_weight": weights,
-            "grad_t": p.N * p.K * self.window_rows * p.out_w * size,
+            "grad_output": p.N * p.K * self.window_rows * p.out_w * size,
             "grad_x": p.x_bytes,
             "partial_weight": 2 * self.tiling.parts * p.K * p.taps * 4,  # written, and read to be added
         }
@@ -123,7 +144,7 @@ def _shared_bytes(problem: DepthwiseProblem, traits: PlaneTraits, images: int, r
     if traits.forward:
         read = _slot_bytes(min(traits.window(rows), p.H) * p.W, dtype)
         return images * (2 * read + _slot_bytes(min(rows, p.out_h) * p.out_w, dtype))
-    x = _slot_bytes(min(rows, p.H) * p.W, dtype)
+    x = _slot_bytes(min(traits.x_window(rows, bool(p.mid_activation)), p.H) * p.W, dtype)
     grad = _slot_bytes(min(traits.window(rows), p.out_h) * p.out_w, dtype)
     sums = THREADS // 32 * p.taps * 4
     return max(sums, images * (2 * grad + (3 if p.pre_activation else 2) * x))
@@ -173,6 +194,15 @@ def cuts(problem: DepthwiseProblem, traits: PlaneTraits, device: Device) -> Iter
             yield PlaneCut(problem, traits, tiling)
 
 
-def items_of_unit(cut: PlaneCut) -> int:
-    t = cut.tiling
-    return t.images * ceil(t.columns / COLUMNS) * ceil(t.rows / cut.traits.rows)
+def instructions_of_unit(cut: PlaneCut) -> float:
+    """Of all threads of a block: whole turns of them, for its items."""
+    t, p, traits = cut.tiling, cut.problem, cut.traits
+
+    def turns(items: int) -> int:
+        return THREADS * ceil(items / THREADS)
+
+    total = turns(t.images * ceil(t.columns / COLUMNS) * ceil(t.rows / traits.rows)) * traits.instructions
+    if p.mid_activation and not traits.forward:
+        rows = min(traits.window(t.rows), p.out_h)
+        total += turns(t.images * ceil(p.out_w / COLUMNS) * rows) * traits.mid_instructions
+    return total

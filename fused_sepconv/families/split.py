@@ -32,10 +32,8 @@ class Pass:
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
     """The fastest depthwise kernels that can run the problem, with the 1x1 as PyTorch runs it fastest."""
-    if problem.direction == "forward":
-        steps = [depthwise.best(problem.depthwise("forward"), device, kernels)]
-    else:
-        steps = backward_steps(problem, device, kernels)
+    directions = ("forward",) if problem.direction == "forward" else ("forward", "backward")
+    steps = [depthwise.best(problem.depthwise(direction), device, kernels) for direction in directions]
     name = f"split: {steps[-1].name}"
     for step in steps:
         if step.refusal:
@@ -57,13 +55,6 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             note=f"1x1 by {how}",
         )
     ]
-
-
-def backward_steps(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
-    """The depthwise kernels of a backward: of the depthwise result, of the gradient's way through the mid-activation
-    where there is one, and of all depthwise gradients."""
-    again, one_pass = (depthwise.best(problem.depthwise(d), device, kernels) for d in ("forward", "backward"))
-    return [again, again, one_pass] if problem.mid_activation else [again, one_pass]
 
 
 def pointwise(problem: Problem) -> tuple[str, list[Pass]]:

@@ -13,6 +13,7 @@ from ..problem import ELEMENT_BYTES, DepthwiseProblem, Tiling
 
 COLUMNS = 4  # of a thread: kDepthwiseColumns in csrc/kernels/depthwise_strips.cuh
 WARP = 32
+COPY_INSTRUCTIONS = 8  # of a piece of 16 bytes: its addresses, whether it is inside, the copy
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,40 @@ class Traits:
         """Where it begins for those from `first` on, which the stride divides in the backward."""
         return first * self.stride if self.forward else (first - self.kernel + 1) // self.stride
 
-    def shared_bytes(self, warps: int, pre_activation: bool) -> int:
+    def x_window(self, count: int, mid_activation: bool) -> int:
+        """Of the backward: rows or columns of x that come for `count` of them. With a mid-activation, of whose argument
+        they are made, those under their window: those before are as many as the kernel reaches."""
+        return (self.window(count) - 1) * self.stride + self.kernel if mid_activation else count
+
+    def shared_bytes(self, warps: int, pre_activation: bool, mid_activation: bool) -> int:
         """Dynamic shared memory of a block: two windows of rows, and a group of outputs on their way out (forward) or
-        two of x, raw and active (backward)."""
+        two windows of x, raw and active (backward)."""
         columns = warps * COLUMNS
-        groups = 1 if self.forward else 4 if pre_activation else 2
-        pixels = 2 * self.window(self.rows) * self.window(columns) + groups * self.rows * columns
+        pixels = 2 * self.window(self.rows) * self.window(columns)
+        if self.forward:
+            pixels += self.rows * columns
+        else:
+            x = self.x_window(self.rows, mid_activation) * self.x_window(columns, mid_activation)
+            pixels += (4 if pre_activation else 2) * x
         return pixels * self.pixel_bytes
 
-    @property
-    def instructions(self) -> float:
-        """Of a thread a group, about: window reads and conversions, multiply-adds, copies and stores."""
+    def instructions(self, warps: int, mid_activation: bool) -> float:
+        """Of a thread a group, about: window reads and conversions, multiply-adds, copies and stores. Narrow tiles copy
+        more of their neighbours."""
         values = self.rows * COLUMNS * self.lane_channels
         window = self.window(self.rows) * self.window(COLUMNS) * (1 + self.lane_channels)
         multiply_adds = values * self.kernel**2 if self.forward else 2 * values * self.kernel**2 / self.stride**2
-        return window + multiply_adds + 4 * values + 60
+        columns = warps * COLUMNS
+        copied = self.window_step(self.rows) * self.window(columns)
+        again = 0.0
+        if not self.forward:
+            copied += self.rows * self.x_window(columns, mid_activation)
+            if mid_activation:  # its argument, for the rows that the group adds: a warp takes whole columns
+                rows, turns = self.window_step(self.rows), ceil(self.window(columns) / warps)
+                read = ((rows - 1) * self.stride + self.kernel) * self.kernel * (1 + self.lane_channels)
+                again = turns * (read + rows * self.lane_channels * (self.kernel**2 + 8) + 20)
+        copies = copied * self.pixel_bytes / 16 / (WARP * warps)
+        return window + multiply_adds + 4 * values + 60 + COPY_INSTRUCTIONS * copies + again
 
 
 # A thread's, at most, by kernel size and channels of a lane: what nvcc gave, on the architecture where it is most.
@@ -133,40 +153,50 @@ class Cut:
 
     # What the window reads, of x in the forward, of the output's gradient in the backward. An axis: 0 down, 1 across.
 
-    def _read(self, axis: int, phase: int, first: int, count: int) -> int:
+    def _read(self, axis: int, phase: int, first: int, count: int, of_x: bool) -> int:
         """How many rows or columns of the image there are among `count` of a window from `first` on."""
         p, t = self.problem, self.tiling
-        if self.traits.forward:
+        if of_x:
             size, before = (p.H, p.W)[axis], p.padding[2 * axis]
             return _inside(p.stride[axis] * phase - before, p.dilation[axis], size, first, count)
         return _inside(phase, (t.phases_h, t.phases_w)[axis], (p.out_h, p.out_w)[axis], first, count)
 
-    @cached_property
-    def _columns(self) -> list[int]:
-        """What each tile of each phase reads across, strips side by side."""
-        t, traits = self.tiling, self.traits
-        width = traits.window(t.tile_columns)
-        return [
-            self._read(1, phase, traits.window_start(t.first_column + tile * t.tile_columns), width)
-            for phase in range(t.phases_w)
-            for tile in range(t.column_tiles)
-        ]
-
     def window_pixels(self) -> int:
         """Pixels that the windows read in all, those that parts and tiles share as often as they are read."""
         t, traits = self.tiling, self.traits
-        step, height = traits.window_step(traits.rows), traits.window(traits.rows)
-        start = traits.window_start(t.first_row)
-        rows = [self._read(0, phase, start, (t.groups - 1) * step + height) for phase in range(t.phases_h)]
-        pixels = self.problem.N * sum(self._columns) * sum(rows)
+        step, size = traits.window_step, traits.window
+        across = (traits.window_start(t.first_column), step(t.tile_columns), size(t.tile_columns))
+        down = (traits.window_start(t.first_row), step(traits.rows), size(traits.rows))
+        return self._pixels(across, down, of_x=traits.forward)
+
+    def x_window_pixels(self) -> int:
+        """The same of x in a backward with a mid-activation."""
+        t, traits = self.tiling, self.traits
+        before = traits.kernel - 1
+        across = (t.first_column - before, t.tile_columns, traits.x_window(t.tile_columns, True))
+        down = (t.first_row - before, traits.rows, traits.x_window(traits.rows, True))
+        return self._pixels(across, down, of_x=True)
+
+    def _pixels(self, across: tuple[int, int, int], down: tuple[int, int, int], of_x: bool) -> int:
+        """Of windows that begin at a row (or column), step on, and are as high, each for the next group (or tile)."""
+        t = self.tiling
+        left, tile_step, width = across
+        start, step, height = down
+        columns = [
+            self._read(1, phase, left + tile * tile_step, width, of_x)
+            for phase in range(t.phases_w)
+            for tile in range(t.column_tiles)
+        ]
+        rows = [self._read(0, phase, start, (t.groups - 1) * step + height, of_x) for phase in range(t.phases_h)]
+        pixels = self.problem.N * sum(columns) * sum(rows)
         if height == step:
             return pixels
         for number in range(t.groups_per_part, self.total_groups, t.groups_per_part):
             strip, group = divmod(number, t.groups)
             if group:  # a part begins inside a strip: what its window shares with the part before
                 phase = strip // (t.column_tiles * t.phases_w) % t.phases_h
-                halo = self._read(0, phase, start + group * step, height - step)
-                pixels += halo * self._columns[strip % len(self._columns)]
+                halo = self._read(0, phase, start + group * step, height - step, of_x)
+                pixels += halo * columns[strip % len(columns)]
         return pixels
 
     def bytes_by_tensor(self) -> dict[str, int]:
@@ -180,10 +210,11 @@ class Cut:
                 "depthwise_weight": weights,
                 "y": problem.y_bytes,
             }
+        x = self.x_window_pixels() * problem.C * problem.element_bytes if problem.mid_activation else problem.x_bytes
         return {
-            "x": problem.x_bytes,
+            "x": x,
             "depthwise_weight": weights,
-            "grad_t": pixels * problem.K * problem.element_bytes,
+            "grad_output": pixels * problem.K * problem.element_bytes,
             "grad_x": problem.x_bytes,
             "partial_weight": 2 * self.tiling.parts * problem.K * problem.taps * 4,  # written, and read to be added
         }
@@ -229,7 +260,7 @@ def cuts(problem: DepthwiseProblem, traits: Traits, device: Device) -> Iterator[
         warps = ceil(columns / COLUMNS)
         if not traits.forward:
             columns = warps * COLUMNS
-        shared_bytes = traits.shared_bytes(warps, problem.pre_activation is not None)
+        shared_bytes = traits.shared_bytes(warps, bool(problem.pre_activation), bool(problem.mid_activation))
         if columns in seen or shared_bytes > device.shared_bytes:
             continue
         seen.add(columns)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..activations import ACTIVATIONS
 from ..devices import Device
 from ..problem import Candidate, Kernels, Problem
-from . import split, tensor_input, tensor_weight
+from . import depthwise, split, tensor_input, tensor_weight
 
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
@@ -22,28 +22,28 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
     if problem.direction != "backward":
         return []
     weight = tensor_weight.best(problem, device, kernels)
-    again, *split_steps = split.backward_steps(problem, device, kernels)
+    again, one_pass = (depthwise.best(problem.depthwise(d), device, kernels) for d in ("forward", "backward"))
     how, passes = split.pointwise(problem)
     passes = [p for p in passes if p.name != split.WEIGHT_PASS]
     product = [p for p in passes if p.name == split.INPUT_PASS]
     fused = tensor_input.step(problem, device, kernels)
-    unfused = _seconds(split_steps, product, problem, device)
-    to_input = split_steps
-    if not fused.refusal and (split_steps[-1].refusal or fused.predicted_seconds <= unfused):
-        to_input = [fused]
+    unfused = _seconds([one_pass], product, problem, device)
+    to_input = one_pass
+    if not fused.refusal and (one_pass.refusal or fused.predicted_seconds <= unfused):
+        to_input = fused
         passes = [p for p in passes if p.name != split.INPUT_PASS]
-    for step in (weight, again, to_input[-1]):
+    for step in (weight, again, to_input):
         if step.refusal:
             return [Candidate("tensor", weight.name, refusal=step.refusal)]
-    steps = [weight, *to_input]
+    steps = [weight, to_input]
     if problem.activation and ACTIVATIONS[problem.activation].from_output is None:
         steps.append(again)
     note = f"gradient of the pointwise weight in {weight.predicted_seconds * 1e6:.1f} us: {weight.note}; "
-    if to_input == [fused]:
+    if to_input is fused:
         note += f"then {fused.name} in {fused.predicted_seconds * 1e6:.1f} us: {fused.note}"
     else:
         why_not = fused.refusal or f"{fused.name} would take {fused.predicted_seconds * 1e6:.1f} us"
-        note += f"then {how} and {to_input[-1].name} in {unfused * 1e6:.1f} us, as {why_not}"
+        note += f"then {how} and {to_input.name} in {unfused * 1e6:.1f} us, as {why_not}"
     return [
         Candidate(
             family="tensor",
@@ -54,7 +54,7 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             waves=weight.waves,
             shared_bytes=max(step.shared_bytes for step in steps),
             predicted_seconds=_seconds(steps, passes, problem, device),
-            steps=(weight, again, *to_input),
+            steps=(weight, again, to_input),
             pointwise=how,
             note=note,
         )

@@ -49,7 +49,8 @@ class EmulatedBuffers {
   EmulatedBuffers(const Instance& instance, const DepthwiseBackwardParams& params) : instance_(instance) {
     const ConvShape& shape = params.shape;
     read_depthwise_operands(params);
-    read("grad_t", params.grad_t.data, output_extent(params.grad_t, shape, shape.K));
+    read("depthwise_bias", params.depthwise_bias, shape.K);
+    read("grad_output", params.grad_output.data, output_extent(params.grad_output, shape, shape.K));
     write("grad_x", params.grad_x.data, input_extent(params.grad_x, shape) * instance.scalar_bytes);
     const int64_t rows = int64_t{params.tiling.parts + params.planes.parts} * shape.K;  // one of the two is 0
     write("partial_weight", params.partial_weight, rows * shape.kernel_h * shape.kernel_w * instance.compute_bytes);
