@@ -111,6 +111,12 @@ struct DepthwiseTiling {
   int32_t shared_bytes;  // of a block
 };
 
+// What an image's address moves by, in bytes, as a kernel for NHWC goes through a phase of it: to the next row, and to
+// the next column that a thread copies. The launch finds them, and the kernel only adds.
+struct StripSteps {
+  int64_t row, column;
+};
+
 // The same for the kernels of NCHW. A block has one channel. A unit is a band of rows of some images, and units, the
 // bands of the first images first, are numbered through into parts, one a block.
 struct PlaneTiling {
@@ -137,20 +143,22 @@ struct DepthwiseForwardParams {
   const void* depthwise_bias;    // (K) or null
   Image grad_output;             // (N, K, out_h, out_w), or data == null
   Image y;                       // (N, K, out_h, out_w)
+  StripSteps x_steps, y_steps;   // of the kernels for NHWC
 };
 
 // One backward call of it: all gradients in one pass over x and grad_output, the gradient of y.
 struct DepthwiseBackwardParams {
   ConvShape shape;
-  DepthwiseTiling tiling;        // of the kernels for NHWC
-  PlaneTiling planes;            // of those for NCHW
-  Image x;                       // (N, C, H, W)
-  const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
-  const void* depthwise_bias;    // (K) or null; read where there is a mid-activation
-  Image grad_output;             // (N, K, out_h, out_w)
-  Image grad_x;                  // (N, C, H, W), or data == null
-  float* partial_weight;         // (parts, K, kernel_h, kernel_w), or null
-  float* partial_bias;           // (parts, K), or null
+  DepthwiseTiling tiling;                               // of the kernels for NHWC
+  PlaneTiling planes;                                   // of those for NCHW
+  Image x;                                              // (N, C, H, W)
+  const void* depthwise_weight;                         // (K, kernel_h, kernel_w), contiguous
+  const void* depthwise_bias;                           // (K) or null; read where there is a mid-activation
+  Image grad_output;                                    // (N, K, out_h, out_w)
+  Image grad_x;                                         // (N, C, H, W), or data == null
+  float* partial_weight;                                // (parts, K, kernel_h, kernel_w), or null
+  float* partial_bias;                                  // (parts, K), or null
+  StripSteps x_steps, grad_output_steps, grad_x_steps;  // of the kernels for NHWC
 };
 
 // How the tensor-core backward cuts the stream of positions that all images make (kernels/tensor_stream.cuh).

@@ -23,8 +23,8 @@
 // with t = depthwise(pre_act(x)) + bias computed again: the ring of x then has all rows under the window of grad_t.
 //
 // Floor. Device bytes: x + grad_output + grad_x, each once, and the windows' overlap where parts and tiles meet.
-// Arithmetic: two multiply-adds a tap: for 3x3 in bfloat16 about 53 instructions of a lane an element (18 of them
-// multiply-adds), where an H200's SMs can issue 41 in the time of the bytes.
+// Arithmetic: two multiply-adds a tap: for 3x3 in bfloat16 about 36 instructions of a lane an element (18 of them
+// multiply-adds), 40 with relu before it, where an H200's SMs can issue 41 in the time of the bytes.
 #pragma once
 
 #include "depthwise_strips.cuh"
@@ -81,17 +81,18 @@ template <class Traits>
 FSC_DEVICE void through_mid_activation(const RowRing<Traits>& ring, const RowRing<Traits>& x,
                                        const DepthwiseBackwardParams& params,
                                        const float (&weights)[Traits::kTaps][Traits::kChannels], int first_channel,
-                                       const DepthwiseGroup& group, int slot, int x_slot, int arrived) {
+                                       const DepthwiseGroup& group, int top, int x_top, int arrived) {
   using Scalar = typename Traits::Scalar;
   using Word = typename Traits::Word;
   using Lane = typename Traits::Lane;
   using Window = DepthwiseBackwardWindow<Traits>;
-  constexpr int kRows = Window::kNewRows, kChannels = Traits::kChannels, kStride = Traits::kStride;
+  constexpr int kChannels = Traits::kChannels, kStride = Traits::kStride;
+  constexpr int kRows = 2 / kStride;  // at a time: of the window's rows and of what a group adds, a divisor
+  static_assert(Window::kRows % kRows == 0 && Window::kNewRows % kRows == 0, "whole turns");
   const ConvShape& shape = params.shape;
   const DepthwiseTiling& tiling = params.tiling;
   const int lane = threadIdx.x % kWarpSize;
-  const PhaseAxis vertical{group.phase_h, tiling.phases_h, shape.out_h};
-  const PhaseAxis horizontal{group.phase_w, tiling.phases_w, shape.out_w};
+  const PhaseAxis vertical = output_rows(shape, tiling, group), horizontal = output_columns(shape, tiling, group);
   const int first_row = (tiling.first_row + group.group * Traits::kRows - Window::kReach) / kStride;
   const int first_column = (tiling.first_column + group.tile * tiling.tile_columns - Window::kReach) / kStride;
 
@@ -114,7 +115,7 @@ FSC_DEVICE void through_mid_activation(const RowRing<Traits>& ring, const RowRin
         for (int v = 0; v < kChannels; ++v) t[r][0][v] = bias[v];
       }
       add_taps<Traits::kKernel, kStride>(t, weights, [&](int row, float (&window)[Traits::kKernel][kChannels]) {
-        const unsigned char* pixels = x.pixel(x.wrapped(x_slot + a * kStride + row), b * kStride);
+        const unsigned char* pixels = x.pixel(x.after(x_top, a * kStride + row), b * kStride);
         FSC_UNROLL
         for (int j = 0; j < Traits::kKernel; ++j)
           Lane::unpack(reinterpret_cast<const Word*>(pixels + j * Traits::kPixelBytes)[lane], window[j]);
@@ -123,7 +124,7 @@ FSC_DEVICE void through_mid_activation(const RowRing<Traits>& ring, const RowRin
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         float values[kChannels];
-        Lane::unpack(reinterpret_cast<const Word*>(ring.pixel(ring.wrapped(slot + a + r), b))[lane], values);
+        Lane::unpack(reinterpret_cast<const Word*>(ring.pixel(ring.after(top, a + r), b))[lane], values);
         FSC_UNROLL
         for (int v = 0; v < kChannels; ++v) {
           grad[r * kChannels + v] = values[v];
@@ -137,7 +138,7 @@ FSC_DEVICE void through_mid_activation(const RowRing<Traits>& ring, const RowRin
         float values[kChannels];
         FSC_UNROLL
         for (int v = 0; v < kChannels; ++v) values[v] = grad[r * kChannels + v];
-        reinterpret_cast<Word*>(ring.pixel(ring.wrapped(slot + a + r), b))[lane] = Lane::pack(values);
+        reinterpret_cast<Word*>(ring.pixel(ring.after(top, a + r), b))[lane] = Lane::pack(values);
       }
     }
   }
@@ -176,34 +177,38 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
     for (int tap = 0; tap < Traits::kTaps; ++tap) weights[tap][v] = convert<float>(weight[tap]);
   }
 
-  // Rows of grad_output; rows of x, two windows of them; where there is a pre-activation, as many of what it makes of
-  // x.
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const bool activates = shape.pre_activation != Activation::none;
+  // Rows of grad_output; rows of x, two windows of them, and as many of what the pre-activation makes of them: relu's
+  // result shows its derivative, and takes their place.
+  const int warps = tiling.warps;
+  const bool relu = shape.pre_activation == Activation::relu;
+  const bool beside = shape.pre_activation != Activation::none && !relu;
   const bool mid = shape.mid_activation != Activation::none;
   const int x_window = Window::x_rows(mid);  // rows of x
   const int before = mid ? kReach : 0;       // of them, those before the group's own; columns likewise
-  const RowRing<Traits> ring{shared, Window::columns_of(warps), Window::kCapacity};
-  const RowRing<Traits> raw{ring.pixel(Window::kCapacity, 0), Window::x_columns(warps, mid), 2 * x_window};
-  const RowRing<Traits> active{activates ? raw.pixel(2 * x_window, 0) : raw.bytes, raw.columns, raw.capacity};
+  const RowRing<Traits> ring(shared, Window::columns_of(warps), Window::kCapacity);
+  const RowRing<Traits> raw(shared + ring.size, Window::x_columns(warps, mid), 2 * x_window);
+  const RowRing<Traits> active(beside ? raw.bytes + raw.size : raw.bytes, raw.columns, 2 * x_window);
 
-  // Brings the rows that a group adds to the windows of the one before it; at a strip's or part's start, all of them.
-  const auto bring = [&](const DepthwiseGroup& group, bool whole, int slot, int x_slot) {
-    const int row = tiling.first_row + group.group * kRows;
-    const int column = tiling.first_column + group.tile * tiling.tile_columns;
-    const PhaseAxis vertical{shape.stride_h * group.phase_h - shape.pad_top, shape.dilation_h, shape.H};
-    const PhaseAxis horizontal{shape.stride_w * group.phase_w - shape.pad_left, shape.dilation_w, shape.W};
-    const int x_rows = whole ? x_window : kRows;
-    copy_rows(raw, x_slot, x_rows, params.x, group.n, first_channel, channels, vertical, horizontal,
-              row - before + x_window - x_rows, column - before, column - before + raw.columns);
-    const PhaseAxis output_vertical{group.phase_h, tiling.phases_h, shape.out_h};
-    const PhaseAxis output_horizontal{group.phase_w, tiling.phases_w, shape.out_w};
-    const int rows = whole ? Window::kRows : Window::kNewRows;
-    const int output_row = (row - kReach) / kStride + Window::kRows - rows;
-    const int output_column = (column - kReach) / kStride;
-    copy_rows(ring, slot, rows, params.grad_output, group.n, first_channel, channels, output_vertical,
-              output_horizontal, output_row, output_column, output_column + ring.columns);
-    return rows;
+  DepthwiseGroup group(tiling, begin);
+  RowCopies<Traits> grads(params.grad_output, params.grad_output_steps, output_rows(shape, tiling, group),
+                          output_columns(shape, tiling, group), first_channel, channels);
+  RowCopies<Traits> inputs(params.x, params.x_steps, input_rows(shape, group), input_columns(shape, group),
+                           first_channel, channels);
+  RowStores<Traits> outputs(params.grad_x, params.grad_x_steps, input_rows(shape, group), input_columns(shape, group),
+                            first_channel, channels);
+  const auto first_row = [&] { return tiling.first_row + group.group * kRows; };
+  const auto first_column = [&] { return tiling.first_column + group.tile * tiling.tile_columns; };
+  const auto start_copies = [&] {
+    const int output_column = (first_column() - kReach) / kStride, column = first_column() - before;
+    grads.start(group.n, output_rows(shape, tiling, group), output_columns(shape, tiling, group),
+                (first_row() - kReach) / kStride, output_column, output_column + ring.columns);
+    inputs.start(group.n, input_rows(shape, group), input_columns(shape, group), first_row() - before, column,
+                 column + raw.columns);
+  };
+  const auto start_stores = [&] {
+    const int column = first_column() + warp * kColumns;
+    outputs.start(group.n, input_rows(shape, group), input_columns(shape, group), first_row(), column,
+                  column + kColumns);
   };
 
   float weight_sums[kKernel][kKernel][kChannels], bias_sums[1][kChannels];
@@ -214,62 +219,71 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
     for (int tap = 0; tap < Traits::kTaps; ++tap) weight_sums[tap / kKernel][tap % kKernel][v] = 0;
   }
 
-  DepthwiseGroup current(tiling, begin), coming = current;
-  int slot = 0;      // where the current group's window of grad_output begins
+  int top = 0;       // where the group's window of grad_output begins
   int arriving = 0;  // where the rows begin that were asked for last
-  int x_slot = 0;    // the same of x
-  int x_arriving = 0;
-  bool whole = true;  // whether all rows of the windows were asked for
-  int rows = bring(coming, true, arriving, x_arriving);
+  int rows = Window::kRows;
+  int x_top = 0, x_arriving = 0, x_rows = x_window;  // the same of x
+  start_copies();
+  start_stores();
+  grads.bring_first(ring, arriving, rows);
+  inputs.bring_first(raw, x_arriving, x_rows);
   async_copy_commit();
-  for (int64_t number = begin; number < end; ++number) {
+  for (int32_t left = static_cast<int32_t>(end - begin); left > 0; --left) {
     async_copy_wait<0>();
-    if (activates)
-      raw.for_each_own_piece(x_arriving, whole ? x_window : kRows, [&](int, int, int, unsigned char* from) {
-        Word* to = reinterpret_cast<Word*>(active.bytes + (from - raw.bytes));
-        activate_words<Traits>(shape.pre_activation, reinterpret_cast<const Word*>(from), to,
-                               kPieceBytes / sizeof(Word));
+    if (shape.pre_activation != Activation::none)
+      raw.for_each_own_piece(x_arriving, x_rows, [&](unsigned char* from) {
+        activate_piece<Traits>(shape.pre_activation, from, active.bytes + (from - raw.bytes));
       });
     __syncthreads();  // the windows are there, and the ones before them are read
-
-    const int arrived = rows;
-    int next_slot = 0, next_x_slot = 0;
-    arriving = ring.wrapped(arriving + rows);
-    x_arriving = raw.wrapped(x_arriving + (whole ? x_window : kRows));
-    if (number + 1 < end) {
-      coming.advance(tiling);
-      whole = coming.group == 0;
-      next_slot = whole ? arriving : ring.wrapped(slot + Window::kNewRows);
-      next_x_slot = whole ? x_arriving : raw.wrapped(x_slot + kRows);
-      rows = bring(coming, whole, arriving, x_arriving);
-    }
-    async_copy_commit();
-
     if (mid) {
-      through_mid_activation(ring, active, params, weights, first_channel, current, slot, x_slot, arrived);
+      through_mid_activation(ring, active, params, weights, first_channel, group, top, x_top, rows);
       __syncthreads();
     }
 
+    // At a strip's start all rows of the windows come, and otherwise those that the group before did not have.
+    arriving = ring.after(arriving, rows);
+    x_arriving = raw.after(x_arriving, x_rows);
+    int next_top = 0, next_x_top = 0;
+    bool whole = false;
+    if (left > 1) {
+      group.advance(tiling);
+      whole = group.group == 0;
+      if (whole) {
+        start_copies();
+        rows = Window::kRows, x_rows = x_window;
+        next_top = arriving, next_x_top = x_arriving;
+        grads.bring_first(ring, arriving, rows);
+        inputs.bring_first(raw, x_arriving, x_rows);
+      } else {
+        rows = Window::kNewRows, x_rows = kRows;
+        next_top = ring.after(top, Window::kNewRows), next_x_top = raw.after(x_top, kRows);
+        grads.template bring<Window::kNewRows>(ring, arriving);
+        inputs.template bring<kRows>(raw, x_arriving);
+      }
+    }
+    async_copy_commit();
+
     const auto own_words = [&](const RowRing<Traits>& of, int row, int column) {
-      return reinterpret_cast<Word*>(of.pixel(of.wrapped(x_slot + before + row), before + warp * kColumns + column));
+      return reinterpret_cast<Word*>(of.pixel(of.after(x_top, before + row), before + warp * kColumns + column));
     };
     float x[kRows][kColumns][kChannels], grad_x[kRows][kColumns][kChannels];
     FSC_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FSC_UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        Lane::unpack(own_words(active, r, c)[lane], x[r][c]);
-        FSC_UNROLL
-        for (int v = 0; v < kChannels; ++v) grad_x[r][c][v] = 0;
-      }
-    }
-    FSC_UNROLL
     for (int a = 0; a < Window::kRows; ++a) {
-      const unsigned char* pixels = ring.pixel(ring.wrapped(slot + a), warp * kColumns / kStride);
+      const unsigned char* pixels = ring.pixel(ring.after(top, a), warp * kColumns / kStride);
       float window[Window::kColumns][kChannels];
       FSC_UNROLL
       for (int b = 0; b < Window::kColumns; ++b)
         Lane::unpack(reinterpret_cast<const Word*>(pixels + b * Traits::kPixelBytes)[lane], window[b]);
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        if ((r + kStride - 1) / kStride != a) continue;  // the first output row that has x's row r
+        FSC_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          Lane::unpack(own_words(active, r, c)[lane], x[r][c]);
+          FSC_UNROLL
+          for (int v = 0; v < kChannels; ++v) grad_x[r][c][v] = 0;
+        }
+      }
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const int i = r + kReach - a * kStride;  // the tap under which output row a has x's row r
@@ -288,6 +302,18 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
           }
         }
       }
+      // A thread's own words of x have no other reader: its gradients go out through their place.
+      FSC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        if ((r + kReach) / kStride != a) continue;  // the last output row that has it
+        FSC_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          FSC_UNROLL
+          for (int v = 0; v < kChannels; ++v)
+            if (relu) grad_x[r][c][v] = differentiate(Activation::relu, grad_x[r][c][v], x[r][c][v]);
+          own_words(active, r, c)[lane] = Lane::pack(grad_x[r][c]);
+        }
+      }
       const int owner_row = a * kStride - kReach / 2;  // of the group, by which output row a is counted
       if (owner_row < 0 || owner_row >= kRows) continue;
       if (params.partial_bias == nullptr) continue;
@@ -301,13 +327,7 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
     }
 
     if (params.grad_x.data != nullptr) {
-      // A thread's own words of x have no other reader: its gradients go out through their place.
-      FSC_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        FSC_UNROLL
-        for (int c = 0; c < kColumns; ++c) own_words(active, r, c)[lane] = Lane::pack(grad_x[r][c]);
-      }
-      if (activates) {
+      if (beside) {
         FSC_ROLLED
         for (int pixel = 0; pixel < kRows * kColumns; ++pixel) {
           Word* word = own_words(active, pixel / kColumns, pixel % kColumns) + lane;
@@ -320,18 +340,11 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
         }
       }
       __syncwarp();
-      const int first_row = tiling.first_row + current.group * kRows;
-      const int first_column = tiling.first_column + current.tile * tiling.tile_columns + warp * kColumns;
-      const PhaseAxis vertical{shape.stride_h * current.phase_h - shape.pad_top, shape.dilation_h, shape.H};
-      const PhaseAxis horizontal{shape.stride_w * current.phase_w - shape.pad_left, shape.dilation_w, shape.W};
-      store_staged<Traits>([&](int row, int column) { return own_words(active, row, column); }, params.grad_x,
-                           current.n, first_channel, channels, vertical, horizontal, first_row, first_column,
-                           first_column + kColumns);
+      outputs.store([&](int row, int column) { return own_words(active, row, column); });
     }
-
-    current = coming;
-    slot = next_slot;
-    x_slot = next_x_slot;
+    if (whole) start_stores();
+    top = next_top;
+    x_top = next_x_top;
   }
 
   __syncthreads();  // the rows are read, and their memory is free

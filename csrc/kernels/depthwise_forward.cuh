@@ -18,8 +18,8 @@
 // dilation and with stride s/g on every d-th row. The same for columns.
 //
 // Floor. Device bytes: x + y, each once, and again the window's overlap (k - s rows or columns) where parts and tiles
-// meet. Arithmetic: for 3x3 in bfloat16 about 27 instructions of a lane an element (9 of them multiply-adds), about
-// what an H200's SMs can issue in the time of the bytes; 7x7 is bound by its 49 multiply-adds.
+// meet. Arithmetic: for 3x3 in bfloat16 about 21 instructions of a lane an element (9 of them multiply-adds), 23 with
+// relu before it, where an H200's SMs can issue 27 in the time of the bytes; 7x7 is bound by its 49 multiply-adds.
 #pragma once
 
 #include "depthwise_strips.cuh"
@@ -81,46 +81,60 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     input_of[v] = exists ? k / shape.multiplier - first_input : 0;
   }
 
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const RowRing<Traits> ring{shared, Window::columns_of(warps), Window::kCapacity};
-  Word* own_stage = reinterpret_cast<Word*>(ring.pixel(Window::kCapacity, 0)) + warp * kRows * kColumns * kWarpSize;
+  const int warps = tiling.warps;
+  const RowRing<Traits> ring(shared, Window::columns_of(warps), Window::kCapacity);
+  Word* own_stage = reinterpret_cast<Word*>(shared + ring.size) + warp * kRows * kColumns * kWarpSize;
   const auto staged = [&](int row, int column) {
     return reinterpret_cast<unsigned char*>(own_stage + (row * kColumns + column) * kWarpSize);
   };
 
-  // Brings the rows that a group adds to those of the one before it; all of its window at a strip's or part's start.
-  const auto bring = [&](const DepthwiseGroup& group, bool whole, int slot) {
-    const PhaseAxis vertical{shape.stride_h * group.phase_h - shape.pad_top, shape.dilation_h, shape.H};
-    const PhaseAxis horizontal{shape.stride_w * group.phase_w - shape.pad_left, shape.dilation_w, shape.W};
-    const int rows = whole ? Window::kRows : Window::kNewRows;
-    const int row = group.group * Window::kNewRows + Window::kRows - rows;
-    const int column = group.tile * tiling.tile_columns * kStride;
-    copy_rows(ring, slot, rows, params.x, group.n, first_input, inputs, vertical, horizontal, row, column,
-              column + (tiling.tile_columns - 1) * kStride + kKernel);
-    return rows;
+  DepthwiseGroup current(tiling, begin), coming = current;
+  RowCopies<Traits> copies(params.x, params.x_steps, input_rows(shape, coming), input_columns(shape, coming),
+                           first_input, inputs);
+  RowStores<Traits> stores(params.y, params.y_steps, output_rows(shape, tiling, coming),
+                           output_columns(shape, tiling, coming), first_channel, channels);
+  const auto start_copies = [&] {
+    const int column = coming.tile * tiling.tile_columns * kStride;
+    copies.start(coming.n, input_rows(shape, coming), input_columns(shape, coming), coming.group * Window::kNewRows,
+                 column, column + (tiling.tile_columns - 1) * kStride + kKernel);
+  };
+  const auto start_stores = [&] {
+    const int column = coming.tile * tiling.tile_columns;
+    stores.start(coming.n, output_rows(shape, tiling, coming), output_columns(shape, tiling, coming),
+                 coming.group * kRows, column + warp * kColumns, column + tiling.tile_columns);
   };
 
-  DepthwiseGroup current(tiling, begin), coming = current;
-  int slot = 0;      // where the current group's window begins
+  int top = 0;       // where the current group's window begins
   int arriving = 0;  // where the rows begin that were asked for last
-  int rows = begin < end ? bring(coming, true, arriving) : 0;
+  int rows = Window::kRows;
+  start_copies();
+  start_stores();
+  if (begin < end) copies.bring_first(ring, arriving, rows);
   async_copy_commit();
-  for (int64_t number = begin; number < end; ++number) {
+  for (int32_t left = static_cast<int32_t>(end - begin); left > 0; --left) {
     async_copy_wait<0>();
     if (shape.pre_activation != Activation::none)
-      ring.for_each_own_piece(arriving, rows, [&](int, int, int, unsigned char* piece) {
-        Word* words = reinterpret_cast<Word*>(piece);
-        activate_words<Traits>(shape.pre_activation, words, words, kPieceBytes / sizeof(Word));
-      });
+      ring.for_each_own_piece(
+          arriving, rows, [&](unsigned char* piece) { activate_piece<Traits>(shape.pre_activation, piece, piece); });
     __syncthreads();  // the window is there, and the one before it is read
 
-    int next_slot = 0;
-    arriving = ring.wrapped(arriving + rows);
-    if (number + 1 < end) {
+    // At a strip's start all rows of the window come, and otherwise those that the group before did not have.
+    arriving = ring.after(arriving, rows);
+    int next_top = 0;
+    bool whole = false;
+    if (left > 1) {
       coming.advance(tiling);
-      const bool whole = coming.group == 0;
-      next_slot = whole ? arriving : ring.wrapped(slot + Window::kNewRows);
-      rows = bring(coming, whole, arriving);
+      whole = coming.group == 0;
+      if (whole) {
+        start_copies();
+        rows = Window::kRows;
+        next_top = arriving;
+        copies.bring_first(ring, arriving, rows);
+      } else {
+        rows = Window::kNewRows;
+        next_top = ring.after(top, Window::kNewRows);
+        copies.template bring<Window::kNewRows>(ring, arriving);
+      }
     }
     async_copy_commit();
 
@@ -134,7 +148,7 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
       }
     }
     add_taps<kKernel, kStride>(sums, weights, [&](int a, float (&window)[Window::kColumns][kChannels]) {
-      const unsigned char* pixels = ring.pixel(ring.wrapped(slot + a), warp * kColumns * kStride);
+      const unsigned char* pixels = ring.pixel(ring.after(top, a), warp * kColumns * kStride);
       if (shape.multiplier == 1) {
         FSC_UNROLL
         for (int b = 0; b < Window::kColumns; ++b)
@@ -150,18 +164,23 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
       }
     });
 
-    const int first_row = current.group * kRows;
-    const int first_column = current.tile * tiling.tile_columns + warp * kColumns;
-    const int tile_end = (current.tile + 1) * tiling.tile_columns;
-    const PhaseAxis vertical{current.phase_h, tiling.phases_h, shape.out_h};
-    const PhaseAxis horizontal{current.phase_w, tiling.phases_w, shape.out_w};
-
+    const bool relu = shape.mid_activation == Activation::relu && params.grad_output.data == nullptr;
     FSC_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FSC_UNROLL
-      for (int c = 0; c < kColumns; ++c) own_stage[(r * kColumns + c) * kWarpSize + lane] = Lane::pack(sums[r][c]);
+      for (int c = 0; c < kColumns; ++c) {
+        FSC_UNROLL
+        for (int v = 0; v < kChannels; ++v)
+          if (relu) sums[r][c][v] = activate(Activation::relu, sums[r][c][v]);
+        own_stage[(r * kColumns + c) * kWarpSize + lane] = Lane::pack(sums[r][c]);
+      }
     }
-    if (shape.mid_activation != Activation::none) {
+    if (shape.mid_activation != Activation::none && !relu) {
+      const int first_row = current.group * kRows;
+      const int first_column = current.tile * tiling.tile_columns + warp * kColumns;
+      const int tile_end = (current.tile + 1) * tiling.tile_columns;
+      const PhaseAxis vertical = output_rows(shape, tiling, current);
+      const PhaseAxis horizontal = output_columns(shape, tiling, current);
       FSC_ROLLED
       for (int pixel = 0; pixel < kRows * kColumns; ++pixel) {
         Word* word = own_stage + pixel * kWarpSize + lane;
@@ -182,11 +201,11 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
       }
     }
     __syncwarp();
-    store_staged<Traits>(staged, params.y, current.n, first_channel, channels, vertical, horizontal, first_row,
-                         first_column, tile_end);
+    stores.store(staged);
+    if (whole) start_stores();
 
     current = coming;
-    slot = next_slot;
+    top = next_top;
   }
 }
 

@@ -107,9 +107,7 @@ struct PlaneRows {
     for_each_own_piece(images, [&](int image, int piece) {
       if (piece * kPieceBytes - shift(image) >= count * static_cast<int>(sizeof(Scalar))) return;
       const int at = image * pitch + piece * kPieceBytes;
-      activate_words<Traits>(activation, reinterpret_cast<const typename Traits::Word*>(slots + at),
-                             reinterpret_cast<typename Traits::Word*>(to + at),
-                             kPieceBytes / sizeof(typename Traits::Word));
+      activate_piece<Traits>(activation, slots + at, to + at);
     });
   }
 

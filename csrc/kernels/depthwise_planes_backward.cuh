@@ -107,7 +107,8 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
   const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
   const float bias = biases == nullptr ? 0.0f : convert<float>(biases[k]);
 
-  const bool activates = shape.pre_activation != Activation::none;
+  const bool relu = shape.pre_activation == Activation::relu;  // whose result shows its derivative
+  const bool beside = shape.pre_activation != Activation::none && !relu;
   const bool mid = shape.mid_activation != Activation::none;
   const int grad_rows = (tiling.rows - 1 + kReach) / kStride + 1;
   // Of x a band's own rows; with a mid-activation, of whose argument they are made, all rows under those of its
@@ -117,7 +118,7 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
   const int x_pitch = slot_bytes<Scalar>((x_window < shape.H ? x_window : shape.H) * shape.W);
   const int grad_pitch = slot_bytes<Scalar>((grad_rows < shape.out_h ? grad_rows : shape.out_h) * shape.out_w);
   unsigned char* x_slots = shared + 2 * tiling.images * grad_pitch;
-  unsigned char* active_slots = x_slots + 2 * tiling.images * x_pitch;  // where there is a pre-activation
+  unsigned char* active_slots = beside ? x_slots + 2 * tiling.images * x_pitch : nullptr;
 
   const Scalar* x = static_cast<const Scalar*>(params.x.data);
   const Scalar* grad_output = static_cast<const Scalar*>(params.grad_output.data);
@@ -151,7 +152,8 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
   for (int64_t number = begin; number < end; ++number) {
     const PlaneRows<Traits> raw = rows_of_x(unit, parity), grads = rows_of_grad(unit, parity);
     async_copy_wait<0>();
-    if (activates) raw.activate_own(unit.images, shape.pre_activation, active_slots);
+    if (shape.pre_activation != Activation::none)
+      raw.activate_own(unit.images, shape.pre_activation, beside ? active_slots : raw.slots);
     __syncthreads();  // the unit is there
 
     const PlaneUnit coming(shape, tiling, number + 1);
@@ -163,7 +165,7 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
 
     // The gradients of x take the place of what was made of it, which has no other reader than their thread.
     PlaneRows<Traits> active = raw;
-    if (activates) active.slots = active_slots;
+    if (beside) active.slots = active_slots;
     const int padded_row = first_padded(unit), x_row = first_of_x(unit), grad_row = first_of_grad(unit);
     const int in_grad_rows = grads.count / shape.out_w;
     // The band's own rows of x, of the run.
@@ -226,13 +228,15 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSC_UNROLL
-        for (int c = 0; c < kColumns; ++c)
+        for (int c = 0; c < kColumns; ++c) {
+          if (relu) grad_x[r][c] = differentiate(Activation::relu, grad_x[r][c], values[r][c]);
           if (inside(r, c)) pixels[(first_h + r) * shape.W + first_w + c] = convert<Scalar>(grad_x[r][c]);
+        }
       }
     }
     __syncthreads();
     if (params.grad_x.data != nullptr) {
-      if (activates) {
+      if (beside) {
         const int own_count = (own_end - own_begin) * shape.W;
         FSC_ROLLED
         for (int i = threadIdx.x; i < unit.images * own_count; i += Traits::kThreads) {
@@ -246,7 +250,7 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
       Scalar* grad_x = static_cast<Scalar*>(params.grad_x.data) + offset(params.grad_x, unit.n, k, x_row, 0);
       // Which has x's strides, and like x begins at a multiple of 16.
       active.store_all(unit.images, grad_x, own_begin * shape.W, own_end * shape.W);
-      if (activates) __syncthreads();  // the next unit's active pixels come to the same place
+      if (beside) __syncthreads();  // the next unit's active pixels come to the same place
     }
     unit = coming;
     parity = 1 - parity;

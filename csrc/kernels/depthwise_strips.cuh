@@ -113,59 +113,147 @@ struct PhaseAxis {
   FSC_DEVICE bool inside(int32_t i) const { return static_cast<uint32_t>(at(i)) < static_cast<uint32_t>(size); }
 };
 
-// Rows of pixels in shared memory: `capacity` slots, used one after the other and round again.
+// The phase that a group is in: of x, and of the output.
+FSC_DEVICE PhaseAxis input_rows(const ConvShape& shape, const DepthwiseGroup& group) {
+  return {shape.stride_h * group.phase_h - shape.pad_top, shape.dilation_h, shape.H};
+}
+FSC_DEVICE PhaseAxis input_columns(const ConvShape& shape, const DepthwiseGroup& group) {
+  return {shape.stride_w * group.phase_w - shape.pad_left, shape.dilation_w, shape.W};
+}
+FSC_DEVICE PhaseAxis output_rows(const ConvShape& shape, const DepthwiseTiling& tiling, const DepthwiseGroup& group) {
+  return {group.phase_h, tiling.phases_h, shape.out_h};
+}
+FSC_DEVICE PhaseAxis output_columns(const ConvShape& shape, const DepthwiseTiling& tiling,
+                                    const DepthwiseGroup& group) {
+  return {group.phase_w, tiling.phases_w, shape.out_w};
+}
+
+// Rows of pixels in shared memory, used one after the other and round again. A place is where a row begins, in bytes.
 template <class Traits>
 struct RowRing {
   unsigned char* bytes;
-  int32_t columns;   // of a slot
-  int32_t capacity;  // slots
+  int32_t columns;  // of a row
+  int32_t size;     // bytes of all rows
 
-  FSC_DEVICE int32_t wrapped(int32_t slot) const { return slot >= capacity ? slot - capacity : slot; }
-  FSC_DEVICE unsigned char* pixel(int32_t slot, int32_t column) const {
-    return bytes + (slot * columns + column) * Traits::kPixelBytes;
+  FSC_DEVICE RowRing(unsigned char* bytes_, int columns_, int rows)
+      : bytes(bytes_), columns(columns_), size(rows * columns_ * Traits::kPixelBytes) {}
+
+  // The place so many rows further on, at most once round.
+  FSC_DEVICE int32_t after(int32_t place, int32_t rows) const {
+    const uint32_t further = place + rows * columns * Traits::kPixelBytes, round = further - size;
+    return further < round ? further : round;  // the smaller: what is not yet round wraps to the largest numbers
+  }
+  FSC_DEVICE unsigned char* pixel(int32_t place, int32_t column) const {
+    return bytes + place + column * Traits::kPixelBytes;
   }
   // A thread's pieces are those of every step-th column, in all rows; copying and whatever a thread does to its own
   // pieces agree.
   FSC_DEVICE int32_t own_column() const { return threadIdx.x / Traits::kPieces; }
   FSC_DEVICE int32_t own_step() const { return blockDim.x / Traits::kPieces; }
-  FSC_DEVICE unsigned char* own_piece(int32_t slot, int32_t column) const {
-    return pixel(slot, column) + threadIdx.x % Traits::kPieces * kPieceBytes;
+  FSC_DEVICE unsigned char* own_piece(int32_t place, int32_t column) const {
+    return pixel(place, column) + threadIdx.x % Traits::kPieces * kPieceBytes;
   }
   template <class Body>
-  FSC_DEVICE void for_each_own_piece(int32_t slot, int32_t rows, const Body& body) const {
-    for (int32_t row = 0; row < rows; ++row) {
-      for (int32_t column = own_column(); column < columns; column += own_step())
-        body(row, column, threadIdx.x % Traits::kPieces, own_piece(slot, column));
-      slot = wrapped(slot + 1);
+  FSC_DEVICE void for_each_own_piece(int32_t place, int32_t rows, const Body& body) const {
+    for (int32_t column = own_column(); column < columns; column += own_step()) {
+      int32_t at = place;
+      for (int32_t row = 0; row < rows; ++row) {
+        body(own_piece(at, column));
+        at = after(at, 1);
+      }
     }
   }
 };
 
-// Starts the copies of `rows` rows of an image's phase, from row `row` and column `column` of the phase on, into the
-// ring. Zeros stand for what is outside the image, for columns from `column_end` on, and for channels past `channels`.
+// The steps of an image in a block of so many warps: `pitch_h` and `pitch_w` are those of its phases.
 template <class Traits>
-FSC_DEVICE void copy_rows(const RowRing<Traits>& ring, int32_t slot, int32_t rows, const Image& image, int64_t n,
-                          int32_t first_channel, int32_t channels, const PhaseAxis& vertical,
-                          const PhaseAxis& horizontal, int32_t row, int32_t column, int32_t column_end) {
-  using Scalar = typename Traits::Scalar;
-  const Scalar* data = static_cast<const Scalar*>(image.data);
-  const Scalar* first = data + n * image.stride_n + first_channel + vertical.at(row) * image.stride_h;
-  const int64_t row_step = vertical.pitch * image.stride_h;
-  const int32_t channel = threadIdx.x % Traits::kPieces * Traits::kPieceChannels;
-  // Rows are the inner loop: a step down is an addition, where a step across needs products of 64 bits.
-  for (int32_t j = ring.own_column(); j < ring.columns; j += ring.own_step()) {
-    const bool column_inside = channel < channels && column + j < column_end && horizontal.inside(column + j);
-    const Scalar* source = first + horizontal.at(column + j) * image.stride_w + channel;
-    int32_t at = slot;
-    FSC_ROLLED
-    for (int32_t i = 0; i < rows; ++i) {
-      const bool inside = column_inside && vertical.inside(row + i);
-      async_copy<kPieceBytes>(shared_address(ring.own_piece(at, j)), inside ? source : data, inside);
-      source += row_step;
-      at = ring.wrapped(at + 1);
-    }
-  }
+StripSteps strip_steps(const Image& image, int pitch_h, int pitch_w, int warps) {
+  const int64_t size = sizeof(typename Traits::Scalar);
+  const int columns = warps * kWarpSize / Traits::kPieces;  // that a block copies at once
+  return {pitch_h * image.stride_h * size, int64_t{columns} * pitch_w * image.stride_w * size};
 }
+
+// A thread's copies of an image's rows into a ring, down a strip: what a row's addresses need is found once a strip,
+// and then is an addition a row. Zeros stand for what is outside the image, for columns past the strip's, and for
+// channels from `channels` on.
+template <class Traits>
+class RowCopies {
+ public:
+  // The axes are those of any phase.
+  FSC_DEVICE RowCopies(const Image& image, const StripSteps& steps, const PhaseAxis& vertical,
+                       const PhaseAxis& horizontal, int first_channel, int channels)
+      : image_(image),
+        steps_(steps),
+        height_(vertical.size),
+        width_(horizontal.size),
+        pitch_h_(vertical.pitch),
+        pitch_w_(horizontal.pitch),
+        first_channel_(first_channel + own_channel()),
+        exists_(own_channel() < channels) {}
+
+  // The next row is `row` of the phase, from `column` on; those from `column_end` on are not the strip's.
+  FSC_DEVICE void start(int64_t n, const PhaseAxis& vertical, const PhaseAxis& horizontal, int32_t row, int32_t column,
+                        int32_t column_end) {
+    row_ = vertical.at(row);
+    column_ = horizontal.at(column + own_column());
+    const int32_t end = horizontal.at(column_end);
+    column_end_ = end < width_ ? end : width_;
+    source_ = reinterpret_cast<const unsigned char*>(static_cast<const Scalar*>(image_.data) +
+                                                     offset(image_, n, first_channel_, row_, column_));
+  }
+
+  // Starts the copies of the next kCount rows to a place of the ring.
+  template <int kCount>
+  FSC_DEVICE void bring(const RowRing<Traits>& ring, int32_t place) {
+    bring_rows(ring, place, kCount, [](const auto& bring_one) {
+      FSC_UNROLL
+      for (int i = 0; i < kCount; ++i) bring_one();
+    });
+  }
+  // The same for as many as a strip begins with: rarely, and so in little code.
+  FSC_DEVICE void bring_first(const RowRing<Traits>& ring, int32_t place, int32_t count) {
+    bring_rows(ring, place, count, [count](const auto& bring_one) {
+      FSC_ROLLED
+      for (int i = 0; i < count; ++i) bring_one();
+    });
+  }
+
+ private:
+  using Scalar = typename Traits::Scalar;
+  static FSC_DEVICE int own_channel() { return threadIdx.x % Traits::kPieces * Traits::kPieceChannels; }
+  static FSC_DEVICE int own_column() { return threadIdx.x / Traits::kPieces; }
+
+  template <class Repeat>
+  FSC_DEVICE void bring_rows(const RowRing<Traits>& ring, int32_t place, int32_t count, const Repeat& repeat) {
+    const int32_t columns_at_once = ring.own_step();
+    const unsigned char* next_column = source_;
+    int32_t column = column_;
+    for (int32_t j = ring.own_column(); j < ring.columns; j += columns_at_once) {
+      const bool inside = exists_ && static_cast<uint32_t>(column) < static_cast<uint32_t>(column_end_);
+      const unsigned char* source = next_column;
+      int32_t to = place, row = row_;
+      repeat([&] {
+        async_copy<kPieceBytes>(shared_address(ring.own_piece(to, j)), source,
+                                inside && static_cast<uint32_t>(row) < static_cast<uint32_t>(height_));
+        to = ring.after(to, 1);
+        source += steps_.row;
+        row += pitch_h_;
+      });
+      next_column += steps_.column;
+      column += columns_at_once * pitch_w_;
+    }
+    source_ += count * steps_.row;
+    row_ += count * pitch_h_;
+  }
+
+  const Image& image_;
+  const StripSteps& steps_;
+  const int32_t height_, width_, pitch_h_, pitch_w_;
+  const int32_t first_channel_;
+  const bool exists_;
+  const unsigned char* source_;        // the thread's channels in the next row and its first column
+  int32_t row_, column_, column_end_;  // of the image
+};
 
 // Adds the taps of neighbouring outputs to their sums: read(a, window) gives row a of the window that they share.
 template <int kKernel, int kStride, int kRows, int kColumns, int kChannels, class Read>
@@ -205,32 +293,78 @@ FSC_DEVICE void activate_words(Activation activation, const typename Traits::Wor
   }
 }
 
-// Stores a warp's words of kRows x kColumns pixels, which its lanes have left in shared memory, 16 bytes a lane, to an
-// image's phase from row `row` and column `column` of the phase on; not past the image, `column_end` or `channels`.
-template <class Traits, class Staged>
-FSC_DEVICE void store_staged(const Staged& staged, const Image& image, int64_t n, int32_t first_channel,
-                             int32_t channels, const PhaseAxis& vertical, const PhaseAxis& horizontal, int32_t row,
-                             int32_t column, int32_t column_end) {
-  using Scalar = typename Traits::Scalar;
-  constexpr int kPixels = kWarpSize / Traits::kPieces;  // of one instruction
-  constexpr int kRows = kPixels / Traits::kColumns;
-  static_assert(kPixels % Traits::kColumns == 0 && Traits::kRows % kRows == 0, "a lane keeps to its column");
-  const int lane = threadIdx.x % kWarpSize;
-  const int channel = lane % Traits::kPieces * Traits::kPieceChannels;
-  const int own_column = lane / Traits::kPieces % Traits::kColumns;
-  const int own_row = lane / Traits::kPieces / Traits::kColumns;
-  column += own_column;
-  row += own_row;
-  if (channel >= channels || column >= column_end || !horizontal.inside(column)) return;
-  Scalar* destination = static_cast<Scalar*>(image.data) +
-                        offset(image, n, first_channel + channel, vertical.at(row), horizontal.at(column));
-  const int64_t step = kRows * vertical.pitch * image.stride_h;
-  FSC_UNROLL
-  for (int i = 0; i < Traits::kRows; i += kRows) {
-    const Scalar* source = reinterpret_cast<const Scalar*>(staged(own_row + i, own_column)) + channel;
-    if (vertical.inside(row + i)) store(destination, load<Traits::kPieceChannels>(source));
-    destination += step;
+// Applies an activation to a piece; relu to packed values, in an instruction a word.
+template <class Traits>
+FSC_DEVICE void activate_piece(Activation activation, const unsigned char* from, unsigned char* to) {
+  using Word = typename Traits::Word;
+  if (activation != Activation::relu) {
+    activate_words<Traits>(activation, reinterpret_cast<const Word*>(from), reinterpret_cast<Word*>(to),
+                           kPieceBytes / sizeof(Word));
+    return;
   }
+  Vector<uint32_t, 4> words = load<4>(reinterpret_cast<const uint32_t*>(from));
+  FSC_UNROLL
+  for (int i = 0; i < 4; ++i) words[i] = relu_packed<typename Traits::Scalar>(words[i]);
+  store(reinterpret_cast<uint32_t*>(to), words);
 }
+
+// A warp's stores of groups of kRows x kColumns pixels, down a strip: 16 bytes a lane of what the warp's lanes have
+// left in shared memory. Not past the image, the strip's columns or `channels`.
+template <class Traits>
+class RowStores {
+ public:
+  // The axes are those of any phase.
+  FSC_DEVICE RowStores(const Image& image, const StripSteps& steps, const PhaseAxis& vertical,
+                       const PhaseAxis& horizontal, int first_channel, int channels)
+      : image_(image),
+        steps_(steps),
+        height_(vertical.size),
+        width_(horizontal.size),
+        pitch_h_(vertical.pitch),
+        pitch_w_(horizontal.pitch),
+        first_channel_(first_channel + own_channel()),
+        exists_(own_channel() < channels) {}
+
+  // The next group is from row `row` and column `column` of the phase on.
+  FSC_DEVICE void start(int64_t n, const PhaseAxis& vertical, const PhaseAxis& horizontal, int32_t row, int32_t column,
+                        int32_t column_end) {
+    column += lane() / Traits::kPieces % Traits::kColumns;
+    inside_ = exists_ && column < column_end && horizontal.inside(column);
+    row_ = vertical.at(row + own_row());
+    destination_ = reinterpret_cast<unsigned char*>(static_cast<Scalar*>(image_.data) +
+                                                    offset(image_, n, first_channel_, row_, horizontal.at(column)));
+  }
+
+  // staged(row, column): where in shared memory a pixel's channels begin.
+  template <class Staged>
+  FSC_DEVICE void store(const Staged& staged) {
+    FSC_UNROLL
+    for (int i = 0; i < Traits::kRows; i += kRowsAtOnce) {
+      const void* source = staged(own_row() + i, lane() / Traits::kPieces % Traits::kColumns);
+      store_global_where(inside_ && static_cast<uint32_t>(row_) < static_cast<uint32_t>(height_),
+                         reinterpret_cast<Scalar*>(destination_),
+                         load<Traits::kPieceChannels>(static_cast<const Scalar*>(source) + own_channel()));
+      destination_ += kRowsAtOnce * steps_.row;
+      row_ += kRowsAtOnce * pitch_h_;
+    }
+  }
+
+ private:
+  using Scalar = typename Traits::Scalar;
+  static constexpr int kRowsAtOnce = kWarpSize / Traits::kPieces / Traits::kColumns;  // of one instruction
+  static_assert(kRowsAtOnce > 0 && Traits::kRows % kRowsAtOnce == 0, "a lane keeps to its column");
+  static FSC_DEVICE int lane() { return threadIdx.x % kWarpSize; }
+  static FSC_DEVICE int own_channel() { return lane() % Traits::kPieces * Traits::kPieceChannels; }
+  static FSC_DEVICE int own_row() { return lane() / Traits::kPieces / Traits::kColumns; }
+
+  const Image& image_;
+  const StripSteps& steps_;
+  const int32_t height_, width_, pitch_h_, pitch_w_;
+  const int32_t first_channel_;
+  const bool exists_;
+  bool inside_;
+  unsigned char* destination_;
+  int32_t row_;  // of the image
+};
 
 }  // namespace fused_sepconv

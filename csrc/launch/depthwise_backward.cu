@@ -9,7 +9,12 @@ namespace fused_sepconv {
 namespace {
 
 template <class Traits>
-void run(const Instance& instance, const DepthwiseBackwardParams& params, Stream stream) {
+void run(const Instance& instance, DepthwiseBackwardParams params, Stream stream) {
+  const ConvShape& shape = params.shape;
+  const DepthwiseTiling& tiling = params.tiling;
+  params.x_steps = strip_steps<Traits>(params.x, shape.dilation_h, shape.dilation_w, tiling.warps);
+  params.grad_x_steps = strip_steps<Traits>(params.grad_x, shape.dilation_h, shape.dilation_w, tiling.warps);
+  params.grad_output_steps = strip_steps<Traits>(params.grad_output, tiling.phases_h, tiling.phases_w, tiling.warps);
   const int64_t blocks = tiles(params.shape.K, Traits::kChunk) * params.tiling.parts;
   launch(instance.name.c_str(), depthwise_backward<Traits>,
          {blocks, params.tiling.warps * kWarpSize, params.tiling.shared_bytes}, stream, params);
@@ -28,10 +33,13 @@ struct Family {
   template <class Scalar, int kernel, int stride>
   static DepthwiseBackwardInstance make(const std::string& name) {
     constexpr int kChannels = kernel == 7 ? 1 : 4 / sizeof(Scalar);
-    using Traits = DepthwiseTraits<Scalar, kernel, stride, 2, kChannels, 8, kernel == 3 ? 2 : 1>;
+    using Traits =
+        DepthwiseTraits<Scalar, kernel, stride, kernel == 3 && stride == 1 ? 4 : 2, kChannels, 8, kernel == 3 ? 2 : 1>;
     auto made = make_instance<DepthwiseBackwardInstance, Scalar, float, depthwise_backward<Traits>>(
         name, Traits::kThreads, largest_shared_bytes<Traits>());
-    made.run = run<Traits>;
+    made.run = [](const Instance& instance, const DepthwiseBackwardParams& params, Stream stream) {
+      run<Traits>(instance, params, stream);
+    };
     return made;
   }
 };

@@ -9,7 +9,11 @@ namespace fused_sepconv {
 namespace {
 
 template <class Traits>
-void run(const Instance& instance, const DepthwiseForwardParams& params, Stream stream) {
+void run(const Instance& instance, DepthwiseForwardParams params, Stream stream) {
+  const ConvShape& shape = params.shape;
+  const DepthwiseTiling& tiling = params.tiling;
+  params.x_steps = strip_steps<Traits>(params.x, shape.dilation_h, shape.dilation_w, tiling.warps);
+  params.y_steps = strip_steps<Traits>(params.y, tiling.phases_h, tiling.phases_w, tiling.warps);
   const int64_t blocks = tiles(params.shape.K, Traits::kChunk) * params.tiling.parts;
   launch(instance.name.c_str(), depthwise_forward<Traits>,
          {blocks, params.tiling.warps * kWarpSize, params.tiling.shared_bytes}, stream, params);
@@ -32,7 +36,9 @@ struct Family {
                                    kernel == 7 ? 8 : 10, kernel == 3 ? 2 : 1>;
     auto made = make_instance<DepthwiseForwardInstance, Scalar, float, depthwise_forward<Traits>>(
         name, Traits::kThreads, largest_shared_bytes<Traits>());
-    made.run = run<Traits>;
+    made.run = [](const Instance& instance, const DepthwiseForwardParams& params, Stream stream) {
+      run<Traits>(instance, params, stream);
+    };
     return made;
   }
 };

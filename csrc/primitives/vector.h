@@ -114,4 +114,21 @@ FSC_DEVICE const void* vector_at(const void* base, uint32_t index) {
 #endif
 }
 
+// As store_global where `condition` holds, and nothing elsewhere: without a branch.
+template <int N, class T>
+FSC_DEVICE void store_global_where(bool condition, T* destination, const Vector<T, N>& vector,
+                                   Site site = Site::here()) {
+  static_assert(sizeof(vector) == 16, "16 bytes");
+#ifdef FSC_EMULATED
+  if (condition) ::emulator::write_memory(destination, &vector, sizeof vector, site);
+#else
+  uint4 word;
+  memcpy(&word, &vector, sizeof vector);
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(
+                   __cvta_generic_to_global(destination)),
+               "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w), "r"(static_cast<int>(condition))
+               : "memory");
+#endif
+}
+
 }  // namespace fused_sepconv

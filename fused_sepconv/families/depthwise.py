@@ -30,6 +30,7 @@ SM_BANDWIDTH = 1.5  # assumed, until measured: what one SM can draw, of its shar
 ISSUE_FRACTION = 0.7  # assumed, until measured: instructions issued, of the peak
 BLOCK_SECONDS = 1.5e-6  # assumed, until measured: a block's start and its first rows' latency, which nothing covers
 GROUP_SECONDS = 0.8e-6  # assumed, until measured: latency of a group's rows and of its barrier
+REDUCED_PART_SECONDS = 0.6e-6 / 16  # assumed, until measured: as many loads of a thread as wait at a time
 AS_FAST = 1.05  # predictions are no more exact than that: among cuts as fast as this, fewer bytes decide
 
 GENERIC_FMA_FRACTION = 0.05  # assumed, until measured: each multiply-add has its address, bounds and two loads
@@ -54,7 +55,7 @@ PLANE_TRAITS = tuple(PlaneTraits(t.direction, t.kernel, t.stride, t.dtype) for t
 
 
 def _instance(traits: Traits) -> Instance:
-    shared_bytes = traits.shared_bytes(traits.max_warps, pre_activation=True, mid_activation=True)
+    shared_bytes = traits.shared_bytes(traits.max_warps, pre_activation="gelu", mid_activation=True)
     return Instance(traits.name, WARP * traits.max_warps, min(shared_bytes, LARGEST_SHARED_BYTES), traits.registers)
 
 
@@ -251,11 +252,15 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | PlaneCut) -> 
         columns_of_blocks = problem.K
     else:
         threads, steps, total = WARP * tiling.warps, tiling.groups_per_part, cut.total_groups
-        step_instructions = threads * traits.instructions(tiling.warps, bool(problem.mid_activation))
+        step_instructions = threads * traits.instructions(
+            tiling.warps, problem.pre_activation, bool(problem.mid_activation)
+        )
         columns_of_blocks = cut.chunks
     steps = min(steps, max(total, 1))
     byte_count, blocks = cut.bytes(), cut.blocks
-    launches = 1 if traits.forward else 3  # the backward's sums over the parts: of the weight, of the bias
+    # The backward's sums over the parts: of the weight, of the bias.
+    reductions = 0 if traits.forward else 2
+    overhead = (1 + reductions) * LAUNCH_SECONDS + reductions * tiling.parts * REDUCED_PART_SECONDS
     per_sm = device.blocks_per_sm(threads, traits.registers, tiling.shared_bytes)
     blocks_of_fullest = ceil(blocks / device.sms)
     waves = blocks / (device.sms * per_sm)
@@ -275,6 +280,6 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | PlaneCut) -> 
         blocks=blocks,
         waves=waves,
         shared_bytes=tiling.shared_bytes,
-        predicted_seconds=launches * LAUNCH_SECONDS + BLOCK_SECONDS * ceil(waves) + seconds,
+        predicted_seconds=overhead + BLOCK_SECONDS * ceil(waves) + seconds,
         tiling=tiling,
     )

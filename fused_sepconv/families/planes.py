@@ -147,7 +147,7 @@ def _shared_bytes(problem: DepthwiseProblem, traits: PlaneTraits, images: int, r
     x = _slot_bytes(min(traits.x_window(rows, bool(p.mid_activation)), p.H) * p.W, dtype)
     grad = _slot_bytes(min(traits.window(rows), p.out_h) * p.out_w, dtype)
     sums = THREADS // 32 * p.taps * 4
-    return max(sums, images * (2 * grad + (3 if p.pre_activation else 2) * x))
+    return max(sums, images * (2 * grad + (2 if p.pre_activation in (None, "relu") else 3) * x))
 
 
 def _span(problem: DepthwiseProblem, traits: PlaneTraits, axis: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from ..problem import ELEMENT_BYTES, DepthwiseProblem, Tiling
 COLUMNS = 4  # of a thread: kDepthwiseColumns in csrc/kernels/depthwise_strips.cuh
 WARP = 32
 COPY_INSTRUCTIONS = 8  # of a piece of 16 bytes: its addresses, whether it is inside, the copy
+ACTIVATION_INSTRUCTIONS = 25  # of a value: those that are more than a comparison
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Traits:
     @property
     def rows(self) -> int:
         """A group's: of the output in the forward, of x in the backward."""
-        return 4 if self.forward and self.stride == 1 else 2
+        return 4 if self.stride == 1 and (self.forward or self.kernel == 3) else 2
 
     @property
     def lane_channels(self) -> int:
@@ -79,41 +80,50 @@ class Traits:
         they are made, those under their window: those before are as many as the kernel reaches."""
         return (self.window(count) - 1) * self.stride + self.kernel if mid_activation else count
 
-    def shared_bytes(self, warps: int, pre_activation: bool, mid_activation: bool) -> int:
+    def shared_bytes(self, warps: int, pre_activation: str | None, mid_activation: bool) -> int:
         """Dynamic shared memory of a block: two windows of rows, and a group of outputs on their way out (forward) or
-        two windows of x, raw and active (backward)."""
+        two windows of x (backward), raw and active where the latter does not show the activation's derivative."""
         columns = warps * COLUMNS
         pixels = 2 * self.window(self.rows) * self.window(columns)
         if self.forward:
             pixels += self.rows * columns
         else:
             x = self.x_window(self.rows, mid_activation) * self.x_window(columns, mid_activation)
-            pixels += (4 if pre_activation else 2) * x
+            pixels += (2 if pre_activation in (None, "relu") else 4) * x
         return pixels * self.pixel_bytes
 
-    def instructions(self, warps: int, mid_activation: bool) -> float:
-        """Of a thread a group, about: window reads and conversions, multiply-adds, copies and stores. Narrow tiles copy
-        more of their neighbours."""
-        values = self.rows * COLUMNS * self.lane_channels
-        window = self.window(self.rows) * self.window(COLUMNS) * (1 + self.lane_channels)
-        multiply_adds = values * self.kernel**2 if self.forward else 2 * values * self.kernel**2 / self.stride**2
+    def instructions(self, warps: int, pre_activation: str | None, mid_activation: bool) -> float:
+        """Of a thread a group, about, as nvcc 13.0 makes them for sm_90a: window reads and conversions, multiply-adds,
+        copies, stores, and what is left of addresses and bounds. Narrow tiles copy more of their neighbours."""
+        values, words = self.rows * COLUMNS * self.lane_channels, self.rows * COLUMNS
+        word = 1 + (0 if self.dtype == "float32" else self.lane_channels)  # to read it, and each value made float32
         columns = warps * COLUMNS
         copied = self.window_step(self.rows) * self.window(columns)
-        again = 0.0
-        if not self.forward:
-            copied += self.rows * self.x_window(columns, mid_activation)
+        total = self.window(self.rows) * self.window(COLUMNS) * word + 2 * words
+        if self.forward:
+            total += values * self.kernel**2 + 100 + 17 * self.rows
+            activated = copied
+        else:
+            total += 2 * values * self.kernel**2 / self.stride**2 + words * word + 110 + 48 * self.rows
+            activated = self.rows * self.x_window(columns, mid_activation)
+            copied += activated
+            if pre_activation:  # its derivative
+                total += values * (2 if pre_activation == "relu" else ACTIVATION_INSTRUCTIONS)
             if mid_activation:  # its argument, for the rows that the group adds: a warp takes whole columns
                 rows, turns = self.window_step(self.rows), ceil(self.window(columns) / warps)
-                read = ((rows - 1) * self.stride + self.kernel) * self.kernel * (1 + self.lane_channels)
-                again = turns * (read + rows * self.lane_channels * (self.kernel**2 + 8) + 20)
-        copies = copied * self.pixel_bytes / 16 / (WARP * warps)
-        return window + multiply_adds + 4 * values + 60 + COPY_INSTRUCTIONS * copies + again
+                read = ((rows - 1) * self.stride + self.kernel) * self.kernel * word
+                total += turns * (read + rows * self.lane_channels * (self.kernel**2 + 8) + 20)
+        pieces = self.pixel_bytes / 16 / (WARP * warps)
+        if pre_activation:
+            a_value = ACTIVATION_INSTRUCTIONS * 16 / ELEMENT_BYTES[self.dtype]
+            total += activated * pieces * (15 if pre_activation == "relu" else a_value)
+        return total + COPY_INSTRUCTIONS * copied * pieces
 
 
 # A thread's, at most, by kernel size and channels of a lane: what nvcc gave, on the architecture where it is most.
 _REGISTERS = {
     "forward": {(3, 1): 96, (3, 2): 96, (5, 1): 120, (5, 2): 168, (7, 1): 144, (7, 2): 224},
-    "backward": {(3, 1): 120, (3, 2): 128, (5, 1): 160, (5, 2): 224, (7, 1): 208},
+    "backward": {(3, 1): 128, (3, 2): 128, (5, 1): 160, (5, 2): 224, (7, 1): 208},
 }
 
 
@@ -260,7 +270,7 @@ def cuts(problem: DepthwiseProblem, traits: Traits, device: Device) -> Iterator[
         warps = ceil(columns / COLUMNS)
         if not traits.forward:
             columns = warps * COLUMNS
-        shared_bytes = traits.shared_bytes(warps, bool(problem.pre_activation), bool(problem.mid_activation))
+        shared_bytes = traits.shared_bytes(warps, problem.pre_activation, bool(problem.mid_activation))
         if columns in seen or shared_bytes > device.shared_bytes:
             continue
         seen.add(columns)

@@ -42,8 +42,8 @@ EQUIVALENT: tuple[Group, ...] = (
     (
         "Rows that are there already come again: more bytes, which tests/test_depthwise_kernels.py counts.",
         {
-            "depthwise_forward.cuh": ("const bool whole = {coming.group == 0 -> true}",),
-            "depthwise_backward.cuh": ("whole = {coming.group == 0 -> true}",),
+            "depthwise_forward.cuh": ("whole = {coming.group == 0 -> true}",),
+            "depthwise_backward.cuh": ("whole = {group.group == 0 -> true}",),
         },
     ),
     (
