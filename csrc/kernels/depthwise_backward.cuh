@@ -219,46 +219,41 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
     for (int tap = 0; tap < Traits::kTaps; ++tap) weight_sums[tap / kKernel][tap % kKernel][v] = 0;
   }
 
-  int top = 0;       // where the group's window of grad_output begins
-  int arriving = 0;  // where the rows begin that were asked for last
-  int rows = Window::kRows;
-  int x_top = 0, x_arriving = 0, x_rows = x_window;  // the same of x
+  int top = 0, x_top = 0;  // where the group's windows of grad_output and x begin
+  bool whole = true;       // whether all their rows have come, or those that the group before did not have
   start_copies();
   start_stores();
-  grads.bring_first(ring, arriving, rows);
-  inputs.bring_first(raw, x_arriving, x_rows);
+  grads.bring_first(ring, top, Window::kRows);
+  inputs.bring_first(raw, x_top, x_window);
   async_copy_commit();
   for (int32_t left = static_cast<int32_t>(end - begin); left > 0; --left) {
     async_copy_wait<0>();
-    if (shape.pre_activation != Activation::none)
-      raw.for_each_own_piece(x_arriving, x_rows, [&](unsigned char* from) {
+    if (shape.pre_activation != Activation::none) {
+      const int arrived = whole ? x_window : kRows;
+      raw.for_each_own_piece(raw.after(x_top, x_window - arrived), arrived, [&](unsigned char* from) {
         activate_piece<Traits>(shape.pre_activation, from, active.bytes + (from - raw.bytes));
       });
+    }
     __syncthreads();  // the windows are there, and the ones before them are read
     if (mid) {
-      through_mid_activation(ring, active, params, weights, first_channel, group, top, x_top, rows);
+      through_mid_activation(ring, active, params, weights, first_channel, group, top, x_top,
+                             whole ? Window::kRows : Window::kNewRows);
       __syncthreads();
     }
 
-    // At a strip's start all rows of the windows come, and otherwise those that the group before did not have.
-    arriving = ring.after(arriving, rows);
-    x_arriving = raw.after(x_arriving, x_rows);
-    int next_top = 0, next_x_top = 0;
-    bool whole = false;
+    // The next rows come below the windows. All of a window's at a strip's start, and else those that it moves on by.
+    const int bottom = ring.after(top, Window::kRows), x_bottom = raw.after(x_top, x_window);
+    whole = false;
     if (left > 1) {
       group.advance(tiling);
       whole = group.group == 0;
       if (whole) {
         start_copies();
-        rows = Window::kRows, x_rows = x_window;
-        next_top = arriving, next_x_top = x_arriving;
-        grads.bring_first(ring, arriving, rows);
-        inputs.bring_first(raw, x_arriving, x_rows);
+        grads.bring_first(ring, bottom, Window::kRows);
+        inputs.bring_first(raw, x_bottom, x_window);
       } else {
-        rows = Window::kNewRows, x_rows = kRows;
-        next_top = ring.after(top, Window::kNewRows), next_x_top = raw.after(x_top, kRows);
-        grads.template bring<Window::kNewRows>(ring, arriving);
-        inputs.template bring<kRows>(raw, x_arriving);
+        grads.template bring<Window::kNewRows>(ring, bottom);
+        inputs.template bring<kRows>(raw, x_bottom);
       }
     }
     async_copy_commit();
@@ -343,8 +338,8 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
       outputs.store([&](int row, int column) { return own_words(active, row, column); });
     }
     if (whole) start_stores();
-    top = next_top;
-    x_top = next_x_top;
+    top = whole ? bottom : ring.after(top, Window::kNewRows);
+    x_top = whole ? x_bottom : raw.after(x_top, kRows);
   }
 
   __syncthreads();  // the rows are read, and their memory is free

@@ -104,36 +104,33 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
                  coming.group * kRows, column + warp * kColumns, column + tiling.tile_columns);
   };
 
-  int top = 0;       // where the current group's window begins
-  int arriving = 0;  // where the rows begin that were asked for last
-  int rows = Window::kRows;
+  int top = 0;        // where the group's window begins
+  bool whole = true;  // whether all its rows have come, or those that the group before did not have
   start_copies();
   start_stores();
-  if (begin < end) copies.bring_first(ring, arriving, rows);
+  if (begin < end) copies.bring_first(ring, top, Window::kRows);
   async_copy_commit();
   for (int32_t left = static_cast<int32_t>(end - begin); left > 0; --left) {
     async_copy_wait<0>();
-    if (shape.pre_activation != Activation::none)
-      ring.for_each_own_piece(
-          arriving, rows, [&](unsigned char* piece) { activate_piece<Traits>(shape.pre_activation, piece, piece); });
+    if (shape.pre_activation != Activation::none) {
+      const int arrived = whole ? Window::kRows : Window::kNewRows;
+      ring.for_each_own_piece(ring.after(top, Window::kRows - arrived), arrived, [&](unsigned char* piece) {
+        activate_piece<Traits>(shape.pre_activation, piece, piece);
+      });
+    }
     __syncthreads();  // the window is there, and the one before it is read
 
-    // At a strip's start all rows of the window come, and otherwise those that the group before did not have.
-    arriving = ring.after(arriving, rows);
-    int next_top = 0;
-    bool whole = false;
+    // The next rows come below the window. All of one at a strip's start, and else those that it moves on by.
+    const int bottom = ring.after(top, Window::kRows);
+    whole = false;
     if (left > 1) {
       coming.advance(tiling);
       whole = coming.group == 0;
       if (whole) {
         start_copies();
-        rows = Window::kRows;
-        next_top = arriving;
-        copies.bring_first(ring, arriving, rows);
+        copies.bring_first(ring, bottom, Window::kRows);
       } else {
-        rows = Window::kNewRows;
-        next_top = ring.after(top, Window::kNewRows);
-        copies.template bring<Window::kNewRows>(ring, arriving);
+        copies.template bring<Window::kNewRows>(ring, bottom);
       }
     }
     async_copy_commit();
@@ -205,7 +202,7 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     if (whole) start_stores();
 
     current = coming;
-    top = next_top;
+    top = whole ? bottom : ring.after(top, Window::kNewRows);
   }
 }
 

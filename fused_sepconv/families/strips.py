@@ -37,7 +37,7 @@ class Traits:
     @property
     def rows(self) -> int:
         """A group's: of the output in the forward, of x in the backward."""
-        return 4 if self.stride == 1 and (self.forward or self.kernel == 3) else 2
+        return 4 if self.stride == 1 else 2
 
     @property
     def lane_channels(self) -> int:
@@ -104,7 +104,7 @@ class Traits:
             total += values * self.kernel**2 + 100 + 17 * self.rows
             activated = copied
         else:
-            total += 2 * values * self.kernel**2 / self.stride**2 + words * word + 110 + 48 * self.rows
+            total += 2 * values * self.kernel**2 / self.stride**2 + words * word + 100 + 40 * self.rows
             activated = self.rows * self.x_window(columns, mid_activation)
             copied += activated
             if pre_activation:  # its derivative
@@ -123,7 +123,7 @@ class Traits:
 # A thread's, at most, by kernel size and channels of a lane: what nvcc gave, on the architecture where it is most.
 _REGISTERS = {
     "forward": {(3, 1): 96, (3, 2): 96, (5, 1): 120, (5, 2): 168, (7, 1): 144, (7, 2): 224},
-    "backward": {(3, 1): 128, (3, 2): 128, (5, 1): 160, (5, 2): 224, (7, 1): 208},
+    "backward": {(3, 1): 128, (3, 2): 128, (5, 1): 160, (5, 2): 255, (7, 1): 232},
 }
 
 
