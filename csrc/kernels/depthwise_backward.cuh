@@ -168,14 +168,7 @@ depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
   const int channels = shape.K - first_channel;  // from the chunk's first on
 
   float weights[Traits::kTaps][kChannels];
-  FSC_UNROLL
-  for (int v = 0; v < kChannels; ++v) {
-    const int k = first_channel + lane * kChannels + v < shape.K ? first_channel + lane * kChannels + v : 0;
-    const Scalar* weight =
-        static_cast<const Scalar*>(params.depthwise_weight) + static_cast<int64_t>(k) * Traits::kTaps;
-    FSC_UNROLL
-    for (int tap = 0; tap < Traits::kTaps; ++tap) weights[tap][v] = convert<float>(weight[tap]);
-  }
+  load_weights<Traits>(params.depthwise_weight, first_channel, shape.K, shared, weights);
 
   // Rows of grad_output; rows of x, two windows of them, and as many of what the pre-activation makes of them: relu's
   // result shows its derivative, and takes their place.

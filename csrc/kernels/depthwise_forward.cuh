@@ -68,14 +68,11 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
 
   float weights[Traits::kTaps][kChannels], bias[kChannels];
   int input_of[kChannels];  // where the lane's channels find their input
+  load_weights<Traits>(params.depthwise_weight, first_channel, shape.K, shared, weights);
   FSC_UNROLL
   for (int v = 0; v < kChannels; ++v) {
     const bool exists = own_channel + v < shape.K;
     const int k = exists ? own_channel + v : 0;
-    const Scalar* weight =
-        static_cast<const Scalar*>(params.depthwise_weight) + static_cast<int64_t>(k) * Traits::kTaps;
-    FSC_UNROLL
-    for (int tap = 0; tap < Traits::kTaps; ++tap) weights[tap][v] = convert<float>(weight[tap]);
     const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
     bias[v] = biases == nullptr ? 0.0f : convert<float>(biases[k]);
     input_of[v] = exists ? k / shape.multiplier - first_input : 0;

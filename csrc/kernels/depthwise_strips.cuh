@@ -255,6 +255,31 @@ class RowCopies {
   int32_t row_, column_, column_end_;  // of the image
 };
 
+// The weights of a lane's channels; of channels past the last those of another. Those of large kernels go through the
+// block's shared memory, to be read from memory in the order in which they lie.
+template <class Traits>
+FSC_DEVICE void load_weights(const void* weight, int first_channel, int K, unsigned char* shared,
+                             float (&weights)[Traits::kTaps][Traits::kChannels]) {
+  using Scalar = typename Traits::Scalar;
+  constexpr bool kStaged = Traits::kTaps > 9;  // 3x3 has too few to wait for twice
+  const Scalar* source = static_cast<const Scalar*>(weight) + static_cast<int64_t>(first_channel) * Traits::kTaps;
+  const int channels = K - first_channel < Traits::kChunk ? K - first_channel : Traits::kChunk;
+  Scalar* staged = reinterpret_cast<Scalar*>(shared);
+  if (kStaged) {
+    for (int i = threadIdx.x; i < channels * Traits::kTaps; i += blockDim.x) staged[i] = source[i];
+    __syncthreads();
+  }
+  FSC_UNROLL
+  for (int v = 0; v < Traits::kChannels; ++v) {
+    const int own = threadIdx.x % kWarpSize * Traits::kChannels + v;
+    const int channel = own < channels ? own : 0;
+    FSC_UNROLL
+    for (int tap = 0; tap < Traits::kTaps; ++tap)
+      weights[tap][v] = convert<float>((kStaged ? staged : source)[channel * Traits::kTaps + tap]);
+  }
+  if (kStaged) __syncthreads();
+}
+
 // Adds the taps of neighbouring outputs to their sums: read(a, window) gives row a of the window that they share.
 template <int kKernel, int kStride, int kRows, int kColumns, int kChannels, class Read>
 FSC_DEVICE void add_taps(float (&sums)[kRows][kColumns][kChannels],
