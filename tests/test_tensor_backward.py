@@ -338,6 +338,14 @@ def test_what_can_not_run_has_its_reason(case):
     assert bool(candidate.refusal) == (call.layout != "nhwc" or call.C % 8 != 0 or call.F % 8 != 0)
 
 
+def test_what_is_too_large_has_its_reason():
+    call = in_nhwc(OWN[0])
+    wide = dataclasses.replace(call, H=2**11, W=2**11, out_h=2**11, out_w=2**11, F=2**13)
+    for large, why in ((wide, "32-bit places"), (dataclasses.replace(call, N=2**31), "tiles of pixels")):
+        assert why in tensor_weight.best(large, DEVICES["H200"], ALL_KERNELS).refusal
+    assert "shared memory" in tensor_weight.best(call, dataclasses.replace(FEW, shared_bytes=4096), ALL_KERNELS).refusal
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.cases(XCEPTION)
 def test_the_plan_weighs_it_against_the_others(case, device):

@@ -155,6 +155,13 @@ class TensorBackwardPointwiseWeight {
   // A place in a pixel's line is exchanged with another one's.
   FSC_DEVICE static unsigned swizzle(unsigned pixel) { return sizeof(Scalar) == 2 ? pixel % 8 * 16 : pixel % 4 * 32; }
 
+  // Which word of a line of t holds word `word` of a slab's channels. In 16 bits those of 16 channels are dealt out to
+  // two chunks, and so to two products: lane (g, t) of the warp gets columns 2t and 2t + 1 of each, and with them 4
+  // neighbouring channels, which it stores at once.
+  FSC_DEVICE static unsigned place_in_line(unsigned word) {
+    return sizeof(Scalar) == 2 ? word / 8 * 8 + word % 2 * 4 + word / 2 % 4 : word;
+  }
+
   // What is the same for all tiles: the depthwise weights and biases as float32; and the first tile.
   FSC_DEVICE void prepare(int begin) {
     const Scalar* weight = static_cast<const Scalar*>(params_.depthwise_weight);
@@ -359,7 +366,7 @@ class TensorBackwardPointwiseWeight {
           for (int i = 0; i < Traits::kRun * Traits::kPerWord; ++i)
             if (i / Traits::kPerWord >= inside) results[i] = 0.0f;
         }
-        const unsigned place = word * 4 ^ swizzle((run + r) * Traits::kRun);
+        const unsigned place = place_in_line(word) * 4 ^ swizzle((run + r) * Traits::kRun);
         FSC_UNROLL
         for (unsigned p = 0; p < Traits::kRun; ++p) {
           Vector<uint32_t, 1> out;
@@ -556,10 +563,12 @@ class TensorBackwardPointwiseWeight {
         float* row = partial + static_cast<int64_t>(f) * shape_.K;
         if constexpr (sizeof(Scalar) == 2) {
           FSC_UNROLL
-          for (int column = 0; column < kColumnTiles; ++column) {
-            const int k = first_k + column * 8 + 2 * t;
-            const auto& sums = acc_[tile][column];
-            if (k < shape_.K) store(row + k, Vector<float, 2>{{sums[half * 2], sums[half * 2 + 1]}});
+          for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+            const int k = first_k + pair * 16 + 4 * t;
+            Vector<float, 4> vector;
+            FSC_UNROLL
+            for (int j = 0; j < 4; ++j) vector[j] = acc_[tile][2 * pair + j / 2][half * 2 + j % 2];
+            if (k < shape_.K) store(row + k, vector);
           }
         } else {
           FSC_UNROLL

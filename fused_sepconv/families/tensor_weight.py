@@ -60,16 +60,17 @@ def best(problem: Problem, device: Device, kernels: Kernels) -> Candidate:
     """The step in the cut that is predicted to be the fastest, its ordered reduction included; or why it can't run."""
     name = f"tensor_backward_pointwise_weight_{_kind(problem)}_{operand_of(problem.dtype)}"
     reduction = f"reduce_splits_{problem.dtype}"
-    refusal = why_not(problem, [name, reduction], kernels)
-    if not refusal and problem.bytes_of(problem.F * problem.out_h * problem.out_w) > 16 * _INT32:
-        refusal = "an image of y is too large for 32-bit places"
-    cuts = [] if refusal else list(_cuts(problem, device))
-    if not refusal and not cuts:
-        refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
-    if not refusal and min(cut.pixel_tiles for cut in cuts) > _INT32:
-        refusal = "more tiles than 32 bits number"
-    if refusal:
+    if refusal := why_not(problem, [name, reduction], kernels):
         return Candidate("tensor", name, refusal=refusal)
+    if problem.bytes_of(problem.F * problem.out_h * problem.out_w) > 8 * _INT32:
+        return Candidate("tensor", name, refusal="an image of y is too large for 32-bit places")
+    cuts = list(_cuts(problem, device))
+    if not cuts:
+        refusal = f"needs more shared memory a block than {device.name} has: {device.shared_bytes} bytes"
+        return Candidate("tensor", name, refusal=refusal)
+    cuts = [cut for cut in cuts if cut.pixel_tiles <= _INT32 // 2]
+    if not cuts:
+        return Candidate("tensor", name, refusal="more tiles of pixels than 32 bits number")
     cut = min(cuts, key=lambda cut: (cut.seconds, cut.requested_bytes))
     blocks = cut.weight_tiles * cut.parts
     return Candidate(
@@ -328,10 +329,12 @@ class Cut:
     def _tile_seconds(self) -> float:
         """A tile of a block on an SM: instructions and matrix work, which overlap but for a part; or shared memory."""
         device, p = self.device, self.problem
-        clock = device.fma_float32 / (2 * 128 * device.sms)  # 128 multiply-adds a cycle
-        issue = WARPS * self._instructions / 4 / ISSUE_FRACTION / clock
+        issue = WARPS * self._instructions / 4 / ISSUE_FRACTION / device.clock
+        multiply_adds = self.pixels * self.channels * p.taps / device.fma_lanes / device.clock
+        arithmetic = max(issue, multiply_adds)
         matrix = 2 * self.pixels * self.features * self.channels / (device.matrix_sync(p.dtype) / device.sms)
-        return max(max(issue, matrix) + (1 - OVERLAP) * min(issue, matrix), self._shared_accesses / clock)
+        longest, second, _ = sorted((arithmetic, matrix, self._shared_accesses / device.clock), reverse=True)
+        return longest + (1 - OVERLAP) * second
 
     @property
     def _rounds(self) -> int:
