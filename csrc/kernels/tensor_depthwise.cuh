@@ -2,29 +2,33 @@
 //
 // What the tensor-core kernels share. x is in NHWC.
 //
-//   x (N, H, W, C)            depthwise weight (K, taps), bias (K)
-//      | cp.async, 16 bytes a copy        | cp.async
-//      v                                  v
-//   patch[input pixel][64 bytes]       taps[channel][tap], bias[channel]         a slab, in shared memory
-//      |                                  |
-//      '--- a word of a 2x4 or 4x4 cell --'
+//   x (N, H, W, C)                   depthwise weight (K, taps), bias (K)
+//      | cp.async, 16 bytes a copy      | cp.async
+//      v                                v
+//   patch[input pixel][slab]         taps[channel][tap], bias[channel]       a slab of channels, in shared memory
+//      |                                |
+//      '---- a word of a cell ----------'
 //              | float32, + bias, mid_act
 //              v
-//   t[kPixels rows][64 bytes]  as Scalar; float32 rounded to TF32                 in shared memory
+//   t[kPixels rows][slab]            as Scalar; float32 rounded to TF32      in shared memory
 //
-// Who owns what. A tile is 16 cells of 2 (128 pixels) or 4 (256 pixels) rows by 4 columns. Thread 16b + w convolves
-// word w of the slab's channels (two of 16 bits, or one float32) of cell b: it reads each input pixel once, 3 words a
-// pixel of a 2x4 cell under 3x3, and keeps its taps in registers. A warp reads two neighbouring cells: 4 * stride
-// pixels apart, a multiple of the banks' 128 bytes. So every other 4 * stride columns of a patch are exchanged with
-// their neighbours, and the two read different banks.
+// A slab is 64 or 128 bytes of a pixel's channels: 16 or 32 words.
 //
-// The rows of t. Pixel (r, c) of cell b is row (4r + c) * 16 + b, and chunk j of 16 bytes of a row lies at chunk
-// j ^ (row / 2 % 4) of it: then a warp's stores, 16-byte loads of 8 lanes that take two whole rows, and ldmatrix of 8
-// neighbouring rows, transposing or not, all meet every bank once. Cells that a tile has not, and pixels past the
-// image, hold finite or not finite nonsense; with kZeroOutside zeros, for sums over pixels.
+// Who owns what. A tile is 16 cells of 2 (128 pixels) or 4 (256 pixels) rows by 4 columns. A thread convolves one word
+// of the slab's channels (two of 16 bits, or one float32) of one cell, or of two cells where a slab is 128 bytes, with
+// the same taps. It reads each input pixel once for all outputs of the cell: 3 words a pixel of a 2x4 cell under 3x3,
+// where a row of 4 takes 4.5. A warp reads a whole pixel of 128 bytes, all banks once. Of 64 bytes it reads two
+// neighbouring cells, 4 * stride pixels apart, which is a multiple of the banks' 128 bytes. So every other 4 * stride
+// columns of such a patch are exchanged with their neighbours, and the two read different banks.
 //
-// The calls, and who sees what: enter() a tile; load() each of its slabs, from the same thread that calls arrived()
-// once async_copy_wait has said that they are there; then a __syncthreads, and any thread may convolve().
+// The rows of t. Pixel (r, c) of cell b is row (4r + c) * 16 + b, and the chunks of 16 bytes of a row are exchanged
+// (t_offset), so that a warp's stores, and ldmatrix of 8 neighbouring rows, transposing or not, meet every bank once.
+// Cells that a tile has not, and pixels past the image, hold nonsense, finite or not; with kZeroOutside they are zeros,
+// for sums over pixels.
+//
+// The calls, and who sees what: enter() a tile; load() each of its slabs; arrived(), by the thread that loaded, once
+// async_copy_wait has said that its copies are there; then a __syncthreads, and any thread may convolve(). What it has
+// written others may read after another.
 #pragma once
 
 #include "../primitives/async_copy.h"
