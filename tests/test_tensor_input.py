@@ -4,6 +4,7 @@ rules, the same in every order, and reading just what the plan says."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,7 +18,7 @@ from fused_sepconv import launching, tensor_execution
 from fused_sepconv.devices import DEVICES
 from fused_sepconv.execution import ALL_KERNELS
 from fused_sepconv.families import tensor_backward, tensor_input
-from fused_sepconv.problem import Candidate, Problem
+from fused_sepconv.problem import Candidate, Problem, TensorInputTiling
 from tests.cases import CASES, XCEPTION, Case, depthwise_convolution
 from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
 from tests.emulation import SCHEDULES, emulated_kernels, planned_for
@@ -92,14 +93,15 @@ def planned(case: Case, dtype: torch.dtype, device=SMALL_DEVICE) -> tuple[Proble
 
 
 def cuts(case: Case, dtype: torch.dtype) -> Iterator[Candidate]:
-    """The planned cut, the one with the most strips, and the one with the most parts."""
+    """The planned cut, and with fewer stages itself, the one with the most strips, and the one with the most parts."""
     whole, candidate = planned(case, dtype)
     yield candidate
     found = tensor_input.cuts(whole, SMALL_DEVICE)
-    for cut in {max(found, key=lambda cut: cut.strips), max(found, key=lambda cut: cut.parts)}:
-        tiling = tensor_input.TensorInputTiling(cut.strips, cut.part, cut.parts, cut.stages)
-        if tiling != candidate.tiling:
-            yield dataclasses.replace(candidate, tiling=tiling, shared_bytes=cut.shared_bytes)
+    others = (found[0], max(found, key=lambda cut: cut.strips), max(found, key=lambda cut: cut.parts))
+    for stages, cut in zip((2, 3, 4), others, strict=True):
+        cut = dataclasses.replace(cut, stages=stages)
+        tiling = TensorInputTiling(cut.strips, cut.part, cut.parts, cut.stages)
+        yield dataclasses.replace(candidate, tiling=tiling, shared_bytes=cut.shared_bytes)
 
 
 def inputs(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
@@ -155,7 +157,7 @@ def test_and_in_float16(plain, case):
 
 @pytest.mark.cases(OWN)
 def test_every_schedule_gives_the_same_bits(native, case):
-    for candidate in cuts(case, torch.bfloat16):
+    for candidate in itertools.islice(cuts(case, torch.bfloat16), 2):
         results = []
         for order, seed in SCHEDULES:
             native.set_schedule(order, seed)
@@ -223,12 +225,13 @@ def test_nan_and_infinity_pass_where_relus_do(native):
     assert torch.equal(grad_x[~changed], right[~changed])
 
 
-LAYERS = tuple(dataclasses.replace(case, N=1) for case in XCEPTION)
+LAYERS = tuple({case.H: dataclasses.replace(case, N=1) for case in XCEPTION}.values())
 
 
 @pytest.mark.cases(LAYERS)
 def test_a_layer_reads_and_writes_what_the_plan_says(checked, case):
-    """One chunk of channels (and a vector of the next) and few features: the rest would be the same once more."""
+    """Of each size of images. One chunk of channels and a vector of the next, and few features: the rest would be the
+    same once more."""
     case = dataclasses.replace(case, C=72, F=40)
     _, candidate = planned(case, torch.bfloat16)
     checked.reset_counters()

@@ -7,7 +7,7 @@
 //   grad_z (N, out_h, out_w, F)       pointwise weight (F, K)
 //      | cp.async, 16 bytes a copy       | cp.async
 //      v                                 v
-//   z[256 positions][16 features]     w[16 features][64 channels]        kStages of them
+//   z[256 positions][16 features]     w[16 features][64 channels]        2 to 5 of them
 //      | ldmatrix                        | ldmatrix, transposed
 //      '--------------> mma.sync <-------'
 //                          | acc[256 positions x 64 channels], registers
@@ -46,6 +46,7 @@
 #include "../primitives/vector.h"
 #include "../primitives/warp.h"
 #include "activation.cuh"
+#include "divisor.cuh"
 #include "tensor_stream.cuh"
 
 namespace fused_sepconv {
@@ -63,7 +64,6 @@ struct TensorInputTraits {
   static constexpr int kChannels = 2 * kWarpSize;  // of a block
   static constexpr int kVector = 16 / sizeof(Scalar);
   static constexpr int kFeatures = 16;  // of a slab: a step of mma.sync in depth
-  static constexpr int kMostStages = 5;
 
   static constexpr int kZBytes = kTile * kFeatures * sizeof(Scalar);
   static constexpr int kStageBytes = kZBytes + kFeatures * kChannels * sizeof(Scalar);
@@ -137,9 +137,8 @@ class TensorBackwardInput {
  public:
   FSC_DEVICE TensorBackwardInput(const TensorInputLaunch<Traits>& launch, unsigned char* shared)
       : launch_(launch), call_(launch.call), shape_(launch.call.shape), stream_(launch.stream), shared_(shared) {
-    uint32_t block = blockIdx.x;
-    first_channel_ = static_cast<int>(launch.by_chunks.divide(block)) * Traits::kChannels;
-    part_ = static_cast<int>(block);
+    part_ = blockIdx.x;
+    first_channel_ = launch.by_chunks.split(part_) * Traits::kChannels;
   }
 
   FSC_DEVICE void run() {
@@ -286,16 +285,16 @@ class TensorBackwardInput {
     }
 
     // A pair of threads copies the positions number pair and pair + 128 of a tile; each finds one of them.
-    FSC_DEVICE void enter(unsigned thread, unsigned position) {
+    FSC_DEVICE void enter(unsigned thread, int position) {
       slab_ = 0;
       position_ = position;
-      const uint32_t own = position + thread / 2 + thread % 2 * (Traits::kTile / 2);
+      const int own = position + thread / 2 + thread % 2 * (Traits::kTile / 2);
       const auto place = k_.stream_.place(own);
       const StreamAxis &vertical = k_.stream_.vertical, &horizontal = k_.stream_.horizontal;
       uint32_t offset =
           k_.launch_.grad_z.of(place.n, vertical.output(place.phase_h, place.row),
                                horizontal.output(place.phase_w, place.column), vertical.outputs, horizontal.outputs);
-      if (own >= static_cast<uint32_t>(k_.stream_.length)) offset = PixelOffsets::kNone;
+      if (own >= k_.stream_.length) offset = PixelOffsets::kNone;
       FSC_UNROLL
       for (int half = 0; half < 2; ++half)
         gradient_[half] = warp_shuffle(offset, thread % kWarpSize / 2 * 2 + half) + thread % 2;
@@ -304,8 +303,7 @@ class TensorBackwardInput {
     const TensorBackwardInput& k_;
     const int slabs_;
     int left_;  // slabs, of all tiles
-    unsigned position_;
-    int slab_, stage_;
+    int position_, slab_, stage_;
     uint32_t z_, w_;        // where the thread's chunks lie in a slab
     uint32_t gradient_[2];  // where this thread's next chunks are
   };
@@ -368,8 +366,7 @@ class TensorBackwardInput {
     uint32_t own;
     bool owned;
     {
-      const uint32_t position = begin() + first + seat.lane;
-      const auto place = stream_.place(position);
+      const auto place = stream_.place(begin() + first + seat.lane);
       const StreamAxis &vertical = stream_.vertical, &horizontal = stream_.horizontal;
       own = launch_.x.of(place.n, vertical.input(place.phase_h, place.row),
                          horizontal.input(place.phase_w, place.column), vertical.inputs, horizontal.inputs);

@@ -19,26 +19,9 @@
 
 #include "../params.h"
 #include "../primitives/platform.h"
+#include "divisor.cuh"
 
 namespace fused_sepconv {
-
-// Division of n < 2^31 by what the host knows: a product and a shift (Granlund and Montgomery, "Division by Invariant
-// Integers using Multiplication", 1994).
-struct Divisor {
-  uint32_t divisor, multiplier;
-  int32_t shift;
-
-  explicit Divisor(int32_t by) : divisor(by), shift(31) {
-    while ((uint64_t{1} << (shift - 31)) < divisor) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
-  }
-  // Divides n; gives the rest.
-  FSC_DEVICE uint32_t divide(uint32_t& n) const {
-    const uint32_t dividend = n;
-    n = static_cast<uint32_t>(static_cast<uint64_t>(dividend) * multiplier >> shift);
-    return dividend - n * divisor;
-  }
-};
 
 // One direction of the images' phases. Index q is output q of a phase; x's index q lies under the last tap of output q.
 struct StreamAxis {
@@ -94,17 +77,18 @@ struct TensorStream {
         by_phases_w(horizontal.phases),
         by_phases_h(vertical.phases) {}
 
+  // Of a position that is not negative; past the last one, n is past the last image.
   struct Place {
     int32_t n, phase_h, phase_w, row, column;  // row and column: positions of the phase
     bool owned;                                // false in the columns that a strip has from its neighbour
   };
-  FSC_DEVICE Place place(uint32_t position) const {
+  FSC_DEVICE Place place(int32_t position) const {
     Place place;
-    const int32_t column = by_pitch.divide(position);
-    place.row = by_rows.divide(position);
-    const int32_t strip = by_strips.divide(position);
-    place.phase_w = by_phases_w.divide(position);
-    place.phase_h = by_phases_h.divide(position);
+    const int32_t column = by_pitch.split(position);
+    place.row = by_rows.split(position);
+    const int32_t strip = by_strips.split(position);
+    place.phase_w = by_phases_w.split(position);
+    place.phase_h = by_phases_h.split(position);
     place.n = position;
     place.column = strip * strip_columns + column;
     place.owned = column < strip_columns;

@@ -263,8 +263,9 @@ def _what_is_wrong_with_the_tensor_input(module: ModuleType) -> str:
         oracle = _towards_x(case, {name: tensor.double() for name, tensor in tensors.items()}, grad_z.double())
         call = replace(problem(case, "backward", torch.bfloat16), layout="nhwc", aligned=True)
         cuts = tensor_input.cuts(call, replace(DEVICES["H200"], sms=2))
-        for cut in (cuts[0], max(cuts, key=lambda cut: cut.strips)):
-            tiling = TensorInputTiling(cut.strips, cut.part, cut.parts, cut.stages)
+        most_strips = max(cuts, key=lambda cut: cut.strips)
+        for cut, stages in ((cuts[0], 5), (most_strips, 4), (cuts[0], 3), (most_strips, 2)):
+            tiling = TensorInputTiling(cut.strips, cut.part, cut.parts, stages)
             step = Candidate("tensor", "tensor_backward_input_3x3_bfloat16", tiling=tiling)
             for order, seed in SCHEDULES[module.is_checked()]:
                 module.set_schedule(order, seed)
