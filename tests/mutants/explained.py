@@ -133,6 +133,16 @@ EQUIVALENT: tuple[Group, ...] = (
         },
     ),
     (
+        "The way of any pre-activation serves none and relu as well, and takes longer.",
+        {
+            "tensor_backward_input.cuh": (
+                "if ({shape_.pre_activation == Activation::none -> false} || shape_.pre_activation ==…",
+                "…tion == Activation::none || {shape_.pre_activation == Activation::relu -> false}) gather<Traits::kGroup, fal…",  # noqa: E501
+                "… Activation::none || shape_.{pre_activation -> mid_activation} == Activation::relu) gather…",
+            ),
+        },
+    ),
+    (
         "Redundant as it stands. The places are last read before the barrier that comes before the product, the slab "
         "is next written after the barrier that follows the writing of the next places.",
         {
@@ -160,6 +170,7 @@ UNSEEN: tuple[Group, ...] = (
                 "i {< -> <=} Traits::kCorner #2",
                 "j {< -> <=} Traits::kCorner",
             ),
+            "tensor_backward_input.cuh": ("c + 1 {< -> <=} Traits::kKernel",),
         },
     ),
 )
