@@ -143,13 +143,14 @@ def test_every_schedule_gives_the_same_bits(native, served, tile):
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
-def test_every_instance_is_executed(native):
+def test_every_instance_is_executed_and_its_matrices_are_loaded_without_bank_conflicts(native):
     native.reset_counters()
     dtypes, tiles = (torch.bfloat16, torch.float16, torch.float32), (tensor.WIDE, tensor.NARROW)
     for case, dtype, tile in itertools.product((case for case in OWN if case in LIGHT), dtypes, tiles):
         with planned_for(3, tile=tile):
             fused_sepconv.separable_conv2d(**inputs(case, dtype), **case.options)
     assert set(native.executed()) == set(tensor.INSTANCES)
+    assert not any(native.counters()["bank_conflicts"].values())
 
 
 def test_nan_and_infinity_pass_through_the_pre_activation(native):
