@@ -19,8 +19,7 @@ from fused_sepconv.families import tensor
 from tests.cases import CASES, SMALL, XCEPTION, Case, two_convolutions
 from tests.closeness import assert_as_close_as_eager
 from tests.emulation import SCHEDULES, emulated_kernels, planned_for
-from tests.test_plan import problem
-from tests.tf32 import pointwise_in_tf32
+from tests.test_plan import MIDDLE, problem
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
@@ -200,3 +199,10 @@ def test_what_can_not_run_has_its_reason(case):
     call = problem(case, "forward", torch.bfloat16)
     (candidate,) = tensor.candidates(call, launching.DEVICES["H200"], fused_sepconv.execution.ALL_KERNELS)
     assert bool(candidate.refusal) == (call.layout != "nhwc" or call.C % 8 != 0 or call.F % 8 != 0)
+
+
+@pytest.mark.parametrize("larger, reason", [({"N": 2**28}, "32 bits"), ({"H": 2**17, "W": 2**17}, "32-bit offsets")])
+def test_what_its_integers_can_not_number_is_refused(larger, reason):
+    call = dataclasses.replace(MIDDLE, **larger)
+    (candidate,) = tensor.candidates(call, launching.DEVICES["H200"], fused_sepconv.execution.ALL_KERNELS)
+    assert reason in candidate.refusal

@@ -152,8 +152,9 @@ def why_not(problem: Problem, names: Iterable[str], kernels: Kernels) -> str:
     top, bottom, left, right = problem.padding
     if max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.F, problem.taps) > _INT32 // 2:
         return "a dimension is too large for 32-bit coordinates"
+    # The kernel numbers vectors of 16 bytes in 31 bits; half of them, as x's pixels may lie apart.
     if max(problem.bytes_of(problem.H * problem.W * problem.C), problem.bytes_of(problem.F * problem.K)) > 8 * _INT32:
-        return "an image, or the pointwise weight, has more vectors of 16 bytes than 31 bits number"
+        return "an image, or the pointwise weight, is too large for 32-bit offsets"
     return ""
 
 
