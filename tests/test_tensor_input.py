@@ -304,10 +304,13 @@ def test_a_backward_runs_it_and_writes_nothing_between_the_convolutions(checked,
         torch.testing.assert_close(mine, other)
 
 
-def test_the_plan_says_why_another_step_leads_to_x():
-    step = planned(OWN[5], torch.bfloat16)[0]
-    strided = dataclasses.replace(step, stride=(2, 2), H=7, W=5)
-    middle = dataclasses.replace(step, N=64, C=728, F=728, H=19, W=19, out_h=19, out_w=19)
-    for call, reason in ((strided, "is for stride 1"), (middle, "would take")):
-        (candidate,) = tensor_backward.candidates(call, DEVICES["H200"], ALL_KERNELS)
-        assert reason in candidate.note
+def test_the_plan_has_both_ways_to_x_and_says_why_not():
+    call = planned(OWN[5], torch.bfloat16)[0]
+    fused, unfused = tensor_backward.candidates(call, DEVICES["H200"], ALL_KERNELS)
+    assert fused.steps[-1].name in tensor_input.INSTANCES
+    assert unfused.steps[-1].name not in tensor_input.INSTANCES
+    assert fused.bytes < unfused.bytes  # by the gradient between the convolutions, out and in again
+    (unfused,) = tensor_backward.candidates(
+        dataclasses.replace(call, stride=(2, 2), out_h=2, out_w=2), DEVICES["H200"], ALL_KERNELS
+    )
+    assert "is for stride 1" in unfused.note

@@ -20,6 +20,7 @@ from tests.cases import CASES, SMALL, XCEPTION, Case, two_convolutions
 from tests.closeness import assert_as_close_as_eager
 from tests.emulation import SCHEDULES, emulated_kernels, planned_for
 from tests.test_plan import MIDDLE, problem
+from tests.tf32 import pointwise_in_tf32
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
