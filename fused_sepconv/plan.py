@@ -61,6 +61,15 @@ class Plan:
         reasons = "; ".join(dict.fromkeys(c.refusal for c in self.candidates if c.refusal))
         raise RuntimeError(f'use_backend("fused"): no kernel serves {self.problem}: {reasons}')
 
+    def _why(self, candidate: Candidate) -> str:
+        """What bounds a candidate, and how far behind the chosen one that leaves it."""
+        if candidate is self.chosen:
+            return f"; bound by {candidate.bound}"
+        times = [
+            c.predicted_seconds if c.measured_seconds is None else c.measured_seconds for c in (candidate, self.chosen)
+        ]
+        return f"; {times[0] / times[1]:.2f} times as long: bound by {candidate.bound}"
+
     def __str__(self) -> str:
         lines = [f"{self.problem} on {self.device.name}"]
         if self.device.source:
@@ -79,6 +88,7 @@ class Plan:
                     + f"predicted {candidate.predicted_seconds * 1e6:.1f} us, "
                     f"{candidate.bytes / 1e6:.1f} MB, {candidate.flops / 1e9:.2f} Gflop"
                     + (f", {candidate.blocks} blocks in {candidate.waves:.2f} waves" if candidate.blocks else "")
+                    + self._why(candidate)
                     + (f"; {candidate.note}" if candidate.note else "")
                 )
         return "\n".join(lines)

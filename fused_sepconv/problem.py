@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from .devices import Device
@@ -281,6 +282,19 @@ class TensorInputTiling:
 AnyTiling = Tiling | PlaneTiling | TensorTiling | TensorWeightTiling | TensorInputTiling
 
 
+def slowest(seconds: Mapping[str, float]) -> str:
+    """What takes longest, of what goes on side by side."""
+    return max(seconds, key=seconds.__getitem__)
+
+
+def mostly(steps: Iterable[tuple[str, float]]) -> str:
+    """What most of the time goes to, of steps that follow one another: (bound, seconds) of each."""
+    totals: dict[str, float] = {}
+    for bound, seconds in steps:
+        totals[bound] = totals.get(bound, 0.0) + seconds
+    return slowest(totals)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """Something that could run a problem, with its predicted cost on the plan's device, or why it can't."""
@@ -294,6 +308,7 @@ class Candidate:
     waves: float = 0.0  # blocks over those that the device holds at once
     shared_bytes: int = 0
     predicted_seconds: float = float("inf")
+    bound: str = ""  # what most of that time goes to
     measured_seconds: float | None = None  # by autotuning, on the device
     refusal: str = ""  # why it can't run; empty if it can
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut

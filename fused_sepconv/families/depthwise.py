@@ -19,6 +19,8 @@ from ..problem import (
     DepthwiseProblem,
     Instance,
     Kernels,
+    mostly,
+    slowest,
 )
 from . import planes, simt, strips
 from .library import LIBRARY_DEPTHWISE_BANDWIDTH
@@ -101,6 +103,7 @@ def _reference(problem: DepthwiseProblem, device: Device) -> Candidate:
         bytes=depthwise + plain,
         flops=flops,
         predicted_seconds=seconds / device.bandwidth + launches * LAUNCH_SECONDS,
+        bound="the library's depthwise kernels",
     )
 
 
@@ -134,14 +137,13 @@ def _generic(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Can
             (y + x * (2 if problem.pre_activation else 1), problem.flops),
             (x + y + partials, problem.flops),
         ]
-    seconds = sum(
-        LAUNCH_SECONDS
-        + max(
-            byte_count / (device.bandwidth * LIBRARY_BANDWIDTH),
-            flops / (device.fma(problem.dtype) * GENERIC_FMA_FRACTION),
-        )
+    times = [
+        {
+            "memory": byte_count / (device.bandwidth * LIBRARY_BANDWIDTH),
+            "arithmetic": flops / (device.fma(problem.dtype) * GENERIC_FMA_FRACTION),
+        }
         for byte_count, flops in steps
-    )
+    ]
     candidate = Candidate(
         family="simt",
         name=needed[0],
@@ -149,7 +151,8 @@ def _generic(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Can
         flops=sum(flops for _, flops in steps),
         blocks=ceil(elements / simt.THREADS),
         waves=ceil(elements / simt.THREADS) / (device.sms * 8),
-        predicted_seconds=seconds,
+        predicted_seconds=sum(LAUNCH_SECONDS + max(step.values()) for step in times),
+        bound=mostly((slowest(step), max(step.values())) for step in times),
         depthwise_splits=splits,
     )
     return _after_a_step_through_mid(candidate, problem, device, kernels)
@@ -266,12 +269,12 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | PlaneCut) -> 
     waves = blocks / (device.sms * per_sm)
     issue_rate = device.fma_float32 / 2 / device.sms * ISSUE_FRACTION
     sm_bytes = blocks_of_fullest * steps * byte_count / max(columns_of_blocks * total, 1)
-    seconds = max(
-        byte_count / (device.bandwidth * BANDWIDTH_FRACTION),
-        sm_bytes / (device.bandwidth / device.sms * SM_BANDWIDTH),
-        blocks_of_fullest * steps * step_instructions / issue_rate,
-        ceil(waves) * steps * (GROUP_SECONDS + step_instructions / issue_rate),
-    )
+    seconds = {
+        "memory": byte_count / (device.bandwidth * BANDWIDTH_FRACTION),
+        "the fullest SM's memory": sm_bytes / (device.bandwidth / device.sms * SM_BANDWIDTH),
+        "instructions": blocks_of_fullest * steps * step_instructions / issue_rate,
+        "latency": ceil(waves) * steps * (GROUP_SECONDS + step_instructions / issue_rate),
+    }
     return Candidate(
         family="depthwise",
         name=traits.name,
@@ -280,6 +283,7 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | PlaneCut) -> 
         blocks=blocks,
         waves=waves,
         shared_bytes=tiling.shared_bytes,
-        predicted_seconds=overhead + BLOCK_SECONDS * ceil(waves) + seconds,
+        predicted_seconds=overhead + BLOCK_SECONDS * ceil(waves) + max(seconds.values()),
+        bound=slowest(seconds),
         tiling=tiling,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..devices import Device
-from ..problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Problem
+from ..problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Problem, mostly
 
 # cuDNN's NHWC depthwise kernel has been measured 3.5 to 7 times slower than a plain good one (on a B200; see also
 # pytorch/pytorch#18631); PyTorch's native NCHW one is taken to be alike.
@@ -15,17 +15,18 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
     """PyTorch's own operators, one kernel each: every tensor goes through device memory between them."""
     x, t, y, weights = problem.x_bytes, problem.intermediate_bytes, problem.y_bytes, problem.weight_bytes
     matrix = device.matrix(problem.dtype, problem.tf32) * LIBRARY_MATRIX
-    passes: list[tuple[int, float]] = []  # (bytes, seconds) of each kernel
+    passes: list[tuple[int, float, str]] = []  # (bytes, seconds, what) of each kernel
 
     def elementwise(byte_count: int) -> None:
-        passes.append((byte_count, byte_count / (device.bandwidth * LIBRARY_BANDWIDTH)))
+        passes.append((byte_count, byte_count / (device.bandwidth * LIBRARY_BANDWIDTH), "elementwise passes"))
 
     def depthwise(byte_count: int) -> None:
-        passes.append((byte_count, byte_count / (device.bandwidth * LIBRARY_DEPTHWISE_BANDWIDTH)))
+        seconds = byte_count / (device.bandwidth * LIBRARY_DEPTHWISE_BANDWIDTH)
+        passes.append((byte_count, seconds, "the depthwise convolution"))
 
     def pointwise(byte_count: int) -> None:
         seconds = max(byte_count / (device.bandwidth * LIBRARY_BANDWIDTH), problem.pointwise_flops / matrix)
-        passes.append((byte_count, seconds))
+        passes.append((byte_count, seconds, "the 1x1"))
 
     # The forward, which the backward computes again up to the depthwise result.
     if problem.pre_activation:
@@ -56,8 +57,9 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
     candidate = Candidate(
         family="reference",
         name="reference",
-        bytes=sum(byte_count for byte_count, _ in passes),
+        bytes=sum(byte_count for byte_count, _, _ in passes),
         flops=flops,
-        predicted_seconds=sum(seconds + LAUNCH_SECONDS for _, seconds in passes),
+        predicted_seconds=sum(seconds + LAUNCH_SECONDS for _, seconds, _ in passes),
+        bound=mostly((what, seconds) for _, seconds, what in passes),
     )
     return [candidate]

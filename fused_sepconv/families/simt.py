@@ -15,6 +15,8 @@ from ..problem import (
     Kernels,
     Problem,
     Splits,
+    mostly,
+    slowest,
 )
 
 FMA_FRACTION = 0.35  # assumed, until measured: register tiles of 4 x 4 and taps read through L1, of the FMA peak
@@ -73,6 +75,7 @@ def _forward(problem: Problem, name: str, device: Device) -> Candidate:
         waves=blocks / _concurrent(device),
         shared_bytes=INSTANCES[name].shared_bytes,
         predicted_seconds=_seconds(problem, device, byte_count, blocks, block_flops),
+        bound=_bound(problem, device, byte_count, blocks, block_flops),
     )
 
 
@@ -92,6 +95,7 @@ def _backward(problem: Problem, name: str, device: Device) -> Candidate:
         waves=blocks / _concurrent(device),
         shared_bytes=INSTANCES[f"simt_backward_intermediate_{problem.dtype}_{problem.layout}"].shared_bytes,
         predicted_seconds=seconds,
+        bound=mostly((_bound(problem, device, *step), _seconds(problem, device, *step)) for step in steps),
         depthwise_splits=depthwise_splits(problem, device),
         pointwise_splits=_splits(problem, device, ceil(problem.K / TILE) * ceil(problem.F / TILE)),
     )
@@ -155,9 +159,19 @@ def _concurrent(device: Device) -> int:
 
 def _seconds(problem: Problem, device: Device, byte_count: int, blocks: int, block_flops: int) -> float:
     """A launch: bytes or arithmetic, whichever takes longer; the last wave of blocks takes as long as a full one."""
+    return LAUNCH_SECONDS + max(_times(problem, device, byte_count, blocks, block_flops).values())
+
+
+def _bound(problem: Problem, device: Device, byte_count: int, blocks: int, block_flops: int) -> str:
+    return slowest(_times(problem, device, byte_count, blocks, block_flops))
+
+
+def _times(problem: Problem, device: Device, byte_count: int, blocks: int, block_flops: int) -> dict[str, float]:
     waves = ceil(blocks / _concurrent(device))
-    arithmetic = waves * _concurrent(device) * block_flops / (device.fma(problem.dtype) * FMA_FRACTION)
-    return LAUNCH_SECONDS + max(byte_count / (device.bandwidth * LIBRARY_BANDWIDTH), arithmetic)
+    return {
+        "memory": byte_count / (device.bandwidth * LIBRARY_BANDWIDTH),
+        "arithmetic": waves * _concurrent(device) * block_flops / (device.fma(problem.dtype) * FMA_FRACTION),
+    }
 
 
 def _splits(problem: Problem | DepthwiseProblem, device: Device, tiles: int) -> Splits:

@@ -6,10 +6,11 @@ memory; the backward computes it again, once, for the gradient of the pointwise 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..devices import Device
-from ..problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Problem
+from ..problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Problem, mostly
 from . import depthwise
 from .library import LIBRARY_MATRIX
 
@@ -50,11 +51,18 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             shared_bytes=max(step.shared_bytes for step in steps),
             predicted_seconds=sum(step.predicted_seconds for step in steps)
             + sum(p.seconds(problem, device) for p in passes),
+            bound=bound(steps, passes, problem, device),
             steps=tuple(steps),
             pointwise=how,
             note=f"1x1 by {how}",
         )
     ]
+
+
+def bound(steps: Sequence[Candidate], passes: Sequence[Pass], problem: Problem, device: Device) -> str:
+    """What most of the time goes to: of our kernels, or of PyTorch's."""
+    ours = ((f"{step.bound} in {step.name}", step.predicted_seconds) for step in steps)
+    return mostly((*ours, *(("PyTorch's 1x1" if p.flops else p.name, p.seconds(problem, device)) for p in passes)))
 
 
 def pointwise(problem: Problem) -> tuple[str, list[Pass]]:

@@ -21,6 +21,7 @@ from ..problem import (
     Kernels,
     Problem,
     TensorTiling,
+    slowest,
 )
 from .depthwise import inner_stride
 
@@ -111,6 +112,7 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             waves=cut.tiles / device.sms,
             shared_bytes=cut.shared_bytes(cut.stages),
             predicted_seconds=cut.seconds,
+            bound=slowest(cut.times),
             tiling=TensorTiling(cut.rows, cut.columns, cut.blocks, cut.stages),
             note=f"{cut.feature_tiles} x {cut.shape.features} features, "
             f"tiles of {cut.rows}x{cut.columns} pixels, halo {cut.halo:.2f}, {cut.stages} stages",
@@ -301,25 +303,40 @@ class Cut:
 
     @property
     def seconds(self) -> float:
-        """Device memory, L2 or the SMs, whichever takes longest; the last wave of tiles takes as long as a full one."""
+        """Device memory, L2 or the SMs, whichever takes longest."""
+        return LAUNCH_SECONDS + (BLOCK_SECONDS if self.tiles else 0) + max(self.times.values())
+
+    @property
+    def times(self) -> dict[str, float]:
+        """What goes on side by side; the last wave of tiles takes an SM as long as a full one."""
         device = self.device
-        memory = self.device_bytes / (device.bandwidth * LIBRARY_BANDWIDTH)
-        l2 = self.requested_bytes / (device.bandwidth * L2_BANDWIDTH)
-        work = ceil(self.tiles / device.sms) * (self.slabs * self._slab_seconds + self._issue_seconds(self._of_tile))
-        return LAUNCH_SECONDS + (BLOCK_SECONDS if self.tiles else 0) + max(memory, l2, work)
+        longest, slab_seconds = self._of_slab_on_an_sm
+        work = ceil(self.tiles / device.sms) * (self.slabs * slab_seconds + self._issue_seconds(self._of_tile))
+        return {
+            "memory": self.device_bytes / (device.bandwidth * LIBRARY_BANDWIDTH),
+            "L2": self.requested_bytes / (device.bandwidth * L2_BANDWIDTH),
+            f"the SMs' {longest}": work,
+        }
 
     def _issue_seconds(self, instructions: float) -> float:
         """Of every warp of a block, on an SM with four schedulers."""
         return WARPS * instructions / 4 / ISSUE_FRACTION / self.device.clock
 
     @property
-    def _slab_seconds(self) -> float:
-        """One slab of one tile on an SM: instructions, matrix work and shared memory, which overlap but for a part."""
+    def _of_slab_on_an_sm(self) -> tuple[str, float]:
+        """What takes longest of a slab of a tile, and the seconds of all of it: but for a part they overlap."""
         device, p, shape = self.device, self.problem, self.shape
-        issue = self._issue_seconds(self._of_slab)
-        matrix = 2 * shape.pixels * shape.features * self.slab / (device.matrix_sync(p.dtype) / device.sms)
-        longest, second, _ = sorted((issue, matrix, self._shared_cycles / device.clock), reverse=True)
-        return longest + (1 - OVERLAP) * second
+        return overlapping(
+            {
+                "instructions": self._issue_seconds(self._of_slab),
+                "matrix work": 2
+                * shape.pixels
+                * shape.features
+                * self.slab
+                / (device.matrix_sync(p.dtype) / device.sms),
+                "shared memory": self._shared_cycles / device.clock,
+            }
+        )
 
     @property
     def _window(self) -> int:
@@ -363,6 +380,12 @@ class Cut:
         """The same a tile: where it lies, its first sums, and the epilogue."""
         plain = not self.problem.residual and self.problem.activation is None
         return 730 if plain else 1500
+
+
+def overlapping(seconds: dict[str, float], overlap: float = OVERLAP) -> tuple[str, float]:
+    """What takes longest on an SM, and how long all of it takes: of the second longest, `overlap` is hidden."""
+    longest, second, *_ = sorted(seconds.values(), reverse=True)
+    return slowest(seconds), longest + (1 - overlap) * second
 
 
 def _aligned(value: int) -> int:

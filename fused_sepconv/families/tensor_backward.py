@@ -66,6 +66,7 @@ def _candidate(
         waves=weight.waves,
         shared_bytes=max(step.shared_bytes for step in steps),
         predicted_seconds=_seconds(steps, passes, problem, device),
+        bound=split.bound(steps, passes, problem, device),
         steps=(weight, again, to_input),
         pointwise=how,
         note=f"gradient of the pointwise weight in {weight.predicted_seconds * 1e6:.1f} us: {weight.note}; {note}",

@@ -22,8 +22,9 @@ from ..problem import (
     Kernels,
     Problem,
     TensorInputTiling,
+    slowest,
 )
-from .tensor import BLOCK_SECONDS, ISSUE_FRACTION, L2_BANDWIDTH, OVERLAP
+from .tensor import BLOCK_SECONDS, ISSUE_FRACTION, L2_BANDWIDTH, OVERLAP, overlapping
 
 # `TensorInputTraits` in csrc/kernels/tensor_backward_input.cuh.
 WARPS = 8
@@ -79,6 +80,7 @@ def step(problem: Problem, device: Device, kernels: Kernels) -> Candidate:
         waves=cut.blocks / (device.sms * cut.blocks_per_sm),
         shared_bytes=cut.shared_bytes,
         predicted_seconds=cut.seconds,
+        bound=slowest(cut.times),
         tiling=TensorInputTiling(cut.strips, cut.part, cut.parts, cut.stages),
         note=f"{cut.chunks} x {CHANNELS} channels, {cut.parts} parts, "
         f"{cut.computed / max(problem.pixels, 1):.2f} positions a pixel, {cut.blocks_per_sm} blocks an SM",
@@ -313,20 +315,28 @@ class Cut:
     @property
     def seconds(self) -> float:
         """Device memory, L2 or the fullest SM, whichever takes longest, and the sums over the parts."""
+        return 3 * LAUNCH_SECONDS + BLOCK_SECONDS + max(self.times.values())
+
+    @property
+    def times(self) -> dict[str, float]:
+        """What goes on side by side."""
         device = self.device
-        memory = self.device_bytes / (device.bandwidth * LIBRARY_BANDWIDTH)
         # The parts' pixels are counted one by one, but for comparing cuts their tiles say as much.
         read = self.computed * self.problem.pixels / max(self.length, 1)
         p = self.problem
         asked = self.chunks * read * p.bytes_of(p.F) + self.total_tiles * p.bytes_of(p.F * p.K) + 2 * p.x_bytes
-        l2 = asked / (device.bandwidth * L2_BANDWIDTH)
-        work = ceil(self.blocks / device.sms) * min(self.tiles, self.total_tiles) * self._tile_seconds
-        return 3 * LAUNCH_SECONDS + BLOCK_SECONDS + max(memory, l2, work)
+        longest, tile_seconds = self._tile_on_an_sm
+        return {
+            "memory": self.device_bytes / (device.bandwidth * LIBRARY_BANDWIDTH),
+            "L2": asked / (device.bandwidth * L2_BANDWIDTH),
+            f"the SMs' {longest}": ceil(self.blocks / device.sms) * min(self.tiles, self.total_tiles) * tile_seconds,
+        }
 
     @property
-    def _tile_seconds(self) -> float:
-        """A tile on an SM: instructions, multiply-adds, matrix work and shared memory. Where two blocks share it, they
-        overlap but for a part; one by itself has the windows after the product."""
+    def _tile_on_an_sm(self) -> tuple[str, float]:
+        """What takes longest of a tile, and the seconds of all of it: instructions, multiply-adds, matrix work and
+        shared memory. Where two blocks share an SM, they overlap but for a part; one by itself has the windows after
+        the product."""
         device, clock = self.device, self.device.clock
         windows = TILE // WARPS * POSITION_INSTRUCTIONS
         issue = WARPS * (windows + self.slabs * SLAB_INSTRUCTIONS + TILE_INSTRUCTIONS) / 4 / ISSUE_FRACTION / clock
@@ -336,12 +346,15 @@ class Cut:
         # At 128 bytes a cycle: a slab in and its operands out, the product in, and three rows of each window out.
         operands = WARPS * 2 * FEATURES * (TILE // WARPS + CHANNELS)
         shared = (self.slabs * (STAGE_BYTES + operands) + TILE * 2 * CHANNELS * 4) / 128 / clock
-        longest, second, *_ = sorted((max(issue, multiply_adds), matrix, shared), reverse=True)
         resident = min(self.blocks_per_sm, ceil(self.blocks / device.sms))
-        overlap = OVERLAP if resident > 1 else 0
+        longest, seconds = overlapping(
+            {"instructions": max(issue, multiply_adds), "matrix work": matrix, "shared memory": shared},
+            OVERLAP if resident > 1 else 0,
+        )
         # A block by itself waits for its slabs, and then has its windows.
         alone = self.slabs * SLAB_SECONDS / (self.stages - 1) + WARPS * windows / 4 / ISSUE_FRACTION / clock
-        return max(longest + (1 - overlap) * second, alone / max(resident, 1))
+        alone /= max(resident, 1)
+        return (longest, seconds) if seconds >= alone else ("latency", alone)
 
 
 def _whole_groups(positions: int) -> int:

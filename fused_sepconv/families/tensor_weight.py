@@ -22,9 +22,10 @@ from ..problem import (
     Kernels,
     Problem,
     TensorWeightTiling,
+    slowest,
 )
 from .depthwise import inner_stride
-from .tensor import BLOCK_SECONDS, ISSUE_FRACTION, L2_BANDWIDTH, OVERLAP, operand_of, why_not
+from .tensor import BLOCK_SECONDS, ISSUE_FRACTION, L2_BANDWIDTH, operand_of, overlapping, why_not
 
 # `TensorWeightTraits` in csrc/kernels/tensor_weight_tiles.cuh.
 WARPS = 8
@@ -83,6 +84,7 @@ def best(problem: Problem, device: Device, kernels: Kernels) -> Candidate:
         waves=blocks / device.sms,
         shared_bytes=cut.shared_bytes,
         predicted_seconds=cut.seconds,
+        bound=slowest(cut.times),
         tiling=TensorWeightTiling(
             cut.columns, cut.cells, cut.feature_warps, cut.channel_warps, cut.stages, max(cut.parts, 1)
         ),
@@ -304,14 +306,18 @@ class Cut:
     @cached_property
     def seconds(self) -> float:
         """Device memory, L2 or the SMs, whichever takes longest, and then the reduction."""
+        return LAUNCH_SECONDS + max(self.times.values()) + self._reduction(self.parts)
+
+    @cached_property
+    def times(self) -> dict[str, float]:
+        """What goes on side by side, before the reduction."""
         device, p = self.device, self.problem
         memory = p.x_bytes + p.y_bytes + self._partial_bytes(self.parts)
-        longest = max(
-            memory / (device.bandwidth * LIBRARY_BANDWIDTH),
-            self.requested_bytes / (device.bandwidth * L2_BANDWIDTH),
-            self._work(self.parts),
-        )
-        return LAUNCH_SECONDS + longest + self._reduction(self.parts)
+        return {
+            "memory": memory / (device.bandwidth * LIBRARY_BANDWIDTH),
+            "L2": self.requested_bytes / (device.bandwidth * L2_BANDWIDTH),
+            f"the SMs' {self._tile_on_an_sm[0]}": self._work(self.parts),
+        }
 
     def _reduction(self, parts: int) -> float:
         p = self.problem
@@ -323,18 +329,17 @@ class Cut:
         if not parts:
             return 0.0
         waves = ceil(self.weight_tiles * parts / self.device.sms)
-        return waves * (BLOCK_SECONDS + ceil(self.pixel_tiles / parts) * self._tile_seconds)
+        return waves * (BLOCK_SECONDS + ceil(self.pixel_tiles / parts) * self._tile_on_an_sm[1])
 
     @cached_property
-    def _tile_seconds(self) -> float:
-        """A tile of a block on an SM: instructions and matrix work, which overlap but for a part; or shared memory."""
+    def _tile_on_an_sm(self) -> tuple[str, float]:
+        """What takes longest of a tile of a block, and the seconds of all of it: but for a part they overlap."""
         device, p = self.device, self.problem
         issue = WARPS * self._instructions / 4 / ISSUE_FRACTION / device.clock
         multiply_adds = self.pixels * self.channels * p.taps / device.fma_lanes / device.clock
-        arithmetic = max(issue, multiply_adds)
         matrix = 2 * self.pixels * self.features * self.channels / (device.matrix_sync(p.dtype) / device.sms)
-        longest, second, _ = sorted((arithmetic, matrix, self._shared_accesses / device.clock), reverse=True)
-        return longest + (1 - OVERLAP) * second
+        shared = self._shared_accesses / device.clock
+        return overlapping({"instructions": max(issue, multiply_adds), "matrix work": matrix, "shared memory": shared})
 
     @property
     def _rounds(self) -> int:
