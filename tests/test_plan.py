@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -62,6 +63,18 @@ def test_every_case_has_a_plan_in_both_directions(case):
         assert made.choose("fused", "simt").family == "simt"
         assert made.choose("reference").family == "reference"
         assert made.chosen.name in str(made)
+
+
+@pytest.mark.cases(CASES)
+def test_every_candidate_that_can_run_says_what_bounds_it(case):
+    for direction, dtype in itertools.product(("forward", "backward"), (torch.bfloat16, torch.float32)):
+        made = plan(dataclasses.replace(problem(case, direction, dtype), layout="nhwc", tf32=True), H200, ALL_KERNELS)
+        assert all(bool(candidate.bound) != bool(candidate.refusal) for candidate in made.candidates)
+        chosen, *others = str(made).splitlines()[1:]
+        assert f"bound by {made.chosen.bound}" in chosen
+        for line, candidate in zip(others, made.candidates[1:], strict=True):
+            ratio = candidate.predicted_seconds / made.chosen.predicted_seconds
+            assert candidate.refusal or f"{ratio:.2f} times as long: bound by {candidate.bound}" in line
 
 
 @pytest.mark.cases(CASES)

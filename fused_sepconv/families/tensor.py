@@ -325,15 +325,12 @@ class Cut:
     @property
     def _of_slab_on_an_sm(self) -> tuple[str, float]:
         """What takes longest of a slab of a tile, and the seconds of all of it: but for a part they overlap."""
-        device, p, shape = self.device, self.problem, self.shape
+        device, shape = self.device, self.shape
+        flops = 2 * shape.pixels * shape.features * self.slab
         return overlapping(
             {
                 "instructions": self._issue_seconds(self._of_slab),
-                "matrix work": 2
-                * shape.pixels
-                * shape.features
-                * self.slab
-                / (device.matrix_sync(p.dtype) / device.sms),
+                "matrix work": flops / (device.matrix_sync(self.problem.dtype) / device.sms),
                 "shared memory": self._shared_cycles / device.clock,
             }
         )
