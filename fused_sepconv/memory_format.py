@@ -54,6 +54,12 @@ def as_output(x: Tensor, y: Tensor) -> Tensor:
     return y if y.stride() == strides else empty_output(x, y.shape).copy_(y)
 
 
+def as_nhwc(image: Tensor) -> Tensor:
+    """A copy of an image with the strides of NHWC, of every dimension."""
+    empty = torch.empty(image.shape, dtype=image.dtype, device=image.device, memory_format=torch.channels_last)
+    return empty.copy_(image)
+
+
 def as_gradient(tensor: Tensor, grad: Tensor) -> Tensor:
     """grad with the strides of `torch.empty_like(tensor)` and memory of its own; copied only where it has not."""
     like = torch.empty_like(tensor)

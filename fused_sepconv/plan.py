@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .devices import Device
-from .families import depthwise, library, simt, split, tensor, tensor_backward, tensor_input, tensor_weight
+from .families import depthwise, library, simt, split, tensor, tensor_backward, tensor_input, tensor_nchw, tensor_weight
 from .problem import Candidate, DepthwiseProblem, Kernels, Problem
 
-FAMILIES = (library, simt, split, tensor, tensor_backward)
+FAMILIES = (library, simt, split, tensor, tensor_backward, tensor_nchw)
 
 INSTANCES = simt.INSTANCES | depthwise.INSTANCES | tensor.INSTANCES | tensor_weight.INSTANCES | tensor_input.INSTANCES
 """Every kernel of a complete native module, by name."""

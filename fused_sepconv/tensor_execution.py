@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from . import _native, split_execution
 from .launching import Tensors, address, aligned, contiguous, conv_shape, image_of, stream_of
-from .memory_format import empty_output
+from .memory_format import as_nhwc, as_output, empty_output
 from .problem import Candidate, Problem, TensorInputTiling
 from .simt_execution import reduced
 
@@ -15,6 +17,8 @@ from .simt_execution import reduced
 def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
     """y."""
     x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
+    if problem.layout == "nchw":
+        return as_output(x, forward(candidate, _in_nhwc(problem), (as_nhwc(x), *tensors[1:])))
     y = empty_output(x, (problem.N, problem.F, problem.out_h, problem.out_w))
     if problem.N == 0:
         return y
@@ -51,6 +55,10 @@ def backward(
     """The six gradients, None where not asked for."""
     want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
     x, _, pointwise_weight, *_ = tensors
+    if problem.layout == "nchw":
+        images = (as_nhwc(grad_output), (as_nhwc(x), *tensors[1:]), None if output is None else as_nhwc(output))
+        grad_x, *others = backward(candidate, _in_nhwc(problem), *images, output_mask)
+        return None if grad_x is None else torch.empty_like(x).copy_(grad_x), *others
     weight_step, again, input_step = candidate.steps
     grad_z, _ = split_execution.gradient_of_argument(candidate, again, problem, grad_output, tensors, output)
     grad_pointwise = grad_bias = grad_x = grad_depthwise = grad_depthwise_bias = None
@@ -142,11 +150,16 @@ def input_gradients(
     return grad_x, *sums
 
 
+def _in_nhwc(problem: Problem) -> Problem:
+    """The problem that `families/tensor_nchw.py` has planned."""
+    return replace(problem, layout="nhwc", aligned=True)
+
+
 def _readable(image: Tensor) -> Tensor:
     """An image as the kernels can read it, NHWC and aligned to 16 bytes: copied if it is not."""
     if image.is_contiguous(memory_format=torch.channels_last) and aligned(image):
         return image
-    return torch.empty_like(image, memory_format=torch.channels_last).copy_(image)
+    return as_nhwc(image)
 
 
 def _vectors(weight: Tensor | None) -> Tensor | None:

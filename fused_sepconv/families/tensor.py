@@ -85,8 +85,9 @@ _INT32 = 2**31 - 1
 
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
-    """The fused forward in the tiling that is predicted to be the fastest; the backward is tensor_backward.py's."""
-    if problem.direction != "forward":
+    """The fused forward in the tiling that is predicted to be the fastest; the backward is tensor_backward.py's, and
+    NCHW tensor_nchw.py's."""
+    if problem.direction != "forward" or problem.layout != "nhwc":
         return []
     kind, operand = kind_of(problem), operand_of(problem.dtype)
     names = {shape: f"tensor_forward_{kind}_{shape}_{operand}" for shape in SHAPES[kind]}
@@ -141,8 +142,6 @@ def why_not(problem: Problem, names: Iterable[str], kernels: Kernels) -> str:
         return f"the tensor-core kernels do not compute in {problem.dtype}"
     if problem.dtype == "float32" and not problem.tf32:
         return "float32 on tensor cores is TF32, which PyTorch's flags for convolutions do not allow"
-    if problem.layout != "nhwc":
-        return "the tensor-core kernels are for NHWC"
     for what, channels in (("x", problem.C), ("y", problem.F)):
         if problem.bytes_of(channels) % 16:
             return f"the {channels} channels of {what} are no multiple of 16 bytes"

@@ -14,12 +14,12 @@ from . import depthwise, split, tensor_input, tensor_weight
 
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
-    """Backwards; the forward is tensor.py's.
+    """Backwards of NHWC; the forward is tensor.py's, and NCHW tensor_nchw.py's.
 
     Their steps: the pointwise weight's gradient; the depthwise result, which runs only where z is computed again; and
     what leads to x: tensor_input.py's step, or after PyTorch's product the split family's.
     """
-    if problem.direction != "backward":
+    if problem.direction != "backward" or problem.layout != "nhwc":
         return []
     weight = tensor_weight.best(problem, device, kernels)
     again, one_pass = (depthwise.best(problem.depthwise(d), device, kernels) for d in ("forward", "backward"))

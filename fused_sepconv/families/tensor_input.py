@@ -93,8 +93,6 @@ def _refusal(problem: Problem, name: str, kernels: Kernels) -> str:
         return kernels.why_none
     if problem.dtype not in _OPERANDS:
         return f"the tensor-core gradient of x is computed from float16 and bfloat16, not {problem.dtype}"
-    if problem.layout != "nhwc":
-        return "the tensor-core kernels are for NHWC"
     if problem.kernel != (3, 3):
         return f"the tensor-core gradient of x is for 3x3, not {problem.kernel[0]}x{problem.kernel[1]}"
     if problem.stride != (1, 1):
