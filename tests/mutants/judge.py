@@ -28,7 +28,8 @@ from torch import Tensor
 import fused_sepconv
 from fused_sepconv import _native, launching, tensor_execution
 from fused_sepconv.devices import DEVICES
-from fused_sepconv.families import tensor_input
+from fused_sepconv.execution import ALL_KERNELS
+from fused_sepconv.families import tensor_input, tensor_weight
 from fused_sepconv.families.tensor import NARROW, WIDE
 from fused_sepconv.problem import Candidate, TensorInputTiling
 from tests.cases import Case, depthwise_convolution, named, two_convolutions
@@ -136,9 +137,8 @@ def _tensors(case: Case) -> dict[str, Tensor]:
 def _forward_and_back(function: Callable[..., Tensor], tensors: dict[str, Tensor], options: dict) -> dict[str, Tensor]:
     y = function(**tensors, **options)
     grad_output = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(y.dtype)
-    asking = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    gradients = torch.autograd.grad(y, list(asking.values()), grad_output)
-    return {"y": y.detach(), **{f"the gradient of {name}": g for name, g in zip(asking, gradients, strict=True)}}
+    gradients = torch.autograd.grad(y, list(tensors.values()), grad_output)
+    return {"y": y.detach(), **{f"the gradient of {name}": g for name, g in zip(tensors, gradients, strict=True)}}
 
 
 # The depthwise kernels, as the split family runs them: several strips, chunks, groups of rows and parts, a chunk that
@@ -215,33 +215,43 @@ TENSOR_TOLERANCE = {"bfloat16": 2e-2, "float32": 4e-3}
 
 def _what_is_wrong_with_the_tensor_family(module: ModuleType) -> str:
     for case, (dtype, tolerance) in product(TENSOR_CASES, TENSOR_TOLERANCE.items()):
-        # Without the last activation there is no bend that a rounded argument may be on the other side of.
-        straight = replace(case, activation=None)
         tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in case.tensors().items()}
         tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+        grad_z = torch.randn(case.output_shape, generator=torch.Generator().manual_seed(7)).to(tensors["x"].dtype)
+        grad_z = grad_z.contiguous(memory_format=torch.channels_last)
         exact = {name: tensor.double() for name, tensor in tensors.items()}
-        asking, exactly = (
-            {name: tensor.detach().requires_grad_(name in TENSOR_GRADIENTS) for name, tensor in some.items()}
-            for some in (tensors, exact)
-        )
-        oracle = _forward_and_back(two_convolutions, exactly, straight.options)
-        oracle["y"] = two_convolutions(**exact, **case.options)
+        oracle = {"y": two_convolutions(**exact, **case.options), **_of_pointwise_weight(case, exact, grad_z.double())}
         tiles = (WIDE, NARROW) if case.kernel == 3 and case.dilation == 1 else (None,)
         for (order, seed), sms, tile in product(SCHEDULES[module.is_checked()], (2, 132), tiles):
             module.set_schedule(order, seed)
             where = f"{case.name}, {dtype} on tensor cores, tiles {tile}, {order}, {sms} SMs"
             try:
                 with fused_sepconv.use_backend("fused"), launching.preferring("tensor"), planned_for(sms, tile=tile):
-                    if tile == tiles[0]:  # the backward has no such tiles
-                        ours = _forward_and_back(fused_sepconv.separable_conv2d, asking, straight.options)
-                    else:
-                        ours = {}
-                    ours["y"] = fused_sepconv.separable_conv2d(**tensors, **case.options)
+                    ours = {"y": fused_sepconv.separable_conv2d(**tensors, **case.options)}
+                if tile == tiles[0]:  # the other step has no such tiles
+                    ours |= _by_tensor_cores(case, tensors, grad_z, sms)
             except module.EmulatorError as error:
                 return f"{where}: {error}"
             if wrong := _difference(ours, oracle, tolerance):
                 return f"{where}: {wrong}"
     return ""
+
+
+def _of_pointwise_weight(case: Case, tensors: dict[str, Tensor], grad_z: Tensor) -> dict[str, Tensor]:
+    """The gradients of the pointwise weight and bias, by definition, from that of the last activation's argument."""
+    leaves = {name: tensors[name].detach().requires_grad_() for name in TENSOR_GRADIENTS if name in tensors}
+    z = two_convolutions(**{**tensors, **leaves}, **{**case.options, "activation": None})
+    return dict(zip(leaves, torch.autograd.grad(z, list(leaves.values()), grad_z), strict=True))
+
+
+def _by_tensor_cores(case: Case, tensors: dict[str, Tensor], grad_z: Tensor, sms: int) -> dict[str, Tensor]:
+    call = replace(problem(case, "backward", grad_z.dtype), layout="nhwc", aligned=True, tf32=True)
+    step = tensor_weight.best(call, replace(DEVICES["H200"], sms=sms), ALL_KERNELS)
+    names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
+    found = tensor_execution.pointwise_weight_gradient(
+        step, call, grad_z, tuple(tensors.get(name) for name in names), want_bias=case.bias
+    )
+    return {name: gradient for name, gradient in zip(TENSOR_GRADIENTS, found, strict=True) if gradient is not None}
 
 
 # The tensor-core kernel towards x: a chunk of channels and a vector, paddings that leave x without dT and dT without x,
