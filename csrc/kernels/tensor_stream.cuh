@@ -1,4 +1,5 @@
-// tensor_stream.cuh - how the tensor-core backward lays out its work: all images as one stream of positions.
+// tensor_stream.cuh - how the tensor-core backward towards x lays out its work: all images as one stream of positions,
+// and what a block keeps in shared memory.
 //
 // A 3x3 gather reads dT above, below and beside a pixel, and zeros past the image. Lay the rows of the images end to
 // end, with room for those zeros between them, and each neighbour lies a fixed distance further down the stream:
@@ -18,7 +19,7 @@
 #pragma once
 
 #include "../params.h"
-#include "../primitives/platform.h"
+#include "../primitives/warp.h"
 #include "divisor.cuh"
 
 namespace fused_sepconv {
@@ -94,6 +95,83 @@ struct TensorStream {
     place.owned = column < strip_columns;
     return place;
   }
+};
+
+template <class Scalar_, int kernel>
+struct TensorInputTraits {
+  using Scalar = Scalar_;
+  static constexpr int kKernel = kernel;
+  static constexpr int kTaps = kernel * kernel;
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kRun = 32;                  // positions of a warp
+  static constexpr int kTile = kWarps * kRun;      // positions that are computed at a time
+  static constexpr int kGroup = 8;                 // positions of x that are read ahead
+  static constexpr int kChannels = 2 * kWarpSize;  // of a block
+  static constexpr int kVector = 16 / sizeof(Scalar);
+  static constexpr int kFeatures = 16;  // of a slab: a step of mma.sync in depth
+
+  static constexpr int kZBytes = kTile * kFeatures * sizeof(Scalar);
+  static constexpr int kStageBytes = kZBytes + kFeatures * kChannels * sizeof(Scalar);
+  // A position of the ring: 16 bytes more than its channels, so that neighbours' chunks lie in different banks.
+  static constexpr int kPitch = kChannels * sizeof(Scalar) + 16;
+
+  static_assert(sizeof(Scalar) == 2, "a lane's two channels are a word, and what ldmatrix transposes has 16 bits");
+  static_assert(kernel == 3, "sums and windows of more taps do not fit the registers of two blocks");
+  static_assert(kThreads == kTile, "a thread finds the place of one position of a tile");
+};
+
+// Where things lie in a block's shared memory, in bytes. What the plan computes as `shared_bytes`.
+template <class Traits>
+struct TensorInputLayout {
+  int32_t capacity;                   // of the ring, in positions; its first 8 are there again past its end
+  int32_t bias, ring, stages, bytes;  // the weights lie at 0
+
+  explicit TensorInputLayout(const TensorStream& stream, int32_t stage_count) {
+    capacity = Traits::kTile + stream.lag;
+    bias = Traits::kTaps * Traits::kChannels * sizeof(typename Traits::Scalar);  // (taps, channels)
+    ring = bias + Traits::kThreads * 2 * sizeof(float);                          // two channels' sums of each thread
+    stages = ring + (capacity + Traits::kGroup) * Traits::kPitch;
+    bytes = stages + stage_count * Traits::kStageBytes;
+  }
+  static_assert(Traits::kTaps * Traits::kChannels * sizeof(typename Traits::Scalar) % 128 == 0 &&
+                    Traits::kGroup * Traits::kPitch % 128 == 0,
+                "the stages' swizzles count on their beginning");
+};
+
+// An image's strides in units of 16 bytes: the plan sees to it that offsets fit 32 bits.
+struct PixelOffsets {
+  static constexpr uint32_t kNone = 0x80000000u;  // and what is above: the plan refuses images of 32 GiB
+  uint32_t n, h, w;
+
+  PixelOffsets(const Image& image, int element_bytes)
+      : n(image.stride_n * element_bytes / 16),
+        h(image.stride_h * element_bytes / 16),
+        w(image.stride_w * element_bytes / 16) {}
+  // Of a pixel, kNone where it is outside of an image of so many rows and columns.
+  FSC_DEVICE uint32_t of(int32_t image, int32_t row, int32_t column, int32_t rows, int32_t columns) const {
+    const bool inside = static_cast<uint32_t>(row) < static_cast<uint32_t>(rows) &&
+                        static_cast<uint32_t>(column) < static_cast<uint32_t>(columns);
+    return inside ? image * n + row * h + column * w : kNone;
+  }
+};
+
+// What a launch adds to the call: computed once on the host, and read from constant memory.
+template <class Traits>
+struct TensorInputLaunch {
+  TensorInputParams call;
+  TensorStream stream;
+  TensorInputLayout<Traits> layout;
+  PixelOffsets x, grad_z;
+  Divisor by_chunks;  // of channels
+
+  explicit TensorInputLaunch(const TensorInputParams& params)
+      : call(params),
+        stream(params.shape, params.tiling),
+        layout(stream, params.tiling.stages),
+        x(params.x, sizeof(typename Traits::Scalar)),
+        grad_z(params.grad_z, sizeof(typename Traits::Scalar)),
+        by_chunks((params.shape.K + Traits::kChannels - 1) / Traits::kChannels) {}
 };
 
 }  // namespace fused_sepconv

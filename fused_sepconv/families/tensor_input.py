@@ -26,7 +26,7 @@ from ..problem import (
 )
 from .tensor import BLOCK_SECONDS, ISSUE_FRACTION, L2_BANDWIDTH, OVERLAP, overlapping
 
-# `TensorInputTraits` in csrc/kernels/tensor_backward_input.cuh.
+# `TensorInputTraits` in csrc/kernels/tensor_stream.cuh.
 WARPS = 8
 THREADS = 32 * WARPS
 TILE = 256  # positions that are computed at a time
