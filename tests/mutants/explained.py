@@ -143,6 +143,23 @@ EQUIVALENT: tuple[Group, ...] = (
         },
     ),
     (
+        "It saves work: the windows past the part's last position are of dT that is there, and of no pixel of x.",
+        {"tensor_backward_input.cuh": ("…nst int left = whole_count(){- own_first -> }",)},
+    ),
+    (
+        "The kernel is square.",
+        {
+            "tensor_stream.cuh": (
+                "…g& tiling) : vertical(shape.{kernel_h -> kernel_w}, shape.dilation_h, shape.pa…",
+                "…ength * pitch), lag(((shape.{kernel_h -> kernel_w} - 1) * pitch + shape.kernel…",
+            ),
+        },
+    ),
+    (
+        "A longer ring than the plan says, which tests/test_tensor_input.py counts.",
+        {"tensor_stream.cuh": ("…ch + shape.kernel_w - 1 + 7){/ 8 -> } * 8), part(tiling.part), by…",)},
+    ),
+    (
         "Redundant as it stands. The places are last read before the barrier that comes before the product, the slab "
         "is next written after the barrier that follows the writing of the next places.",
         {
