@@ -26,6 +26,7 @@ EQUIVALENT: tuple[Group, ...] = (
                 "return v * (gate {< -> <=} Compute(0) ? Compute(0) : g…",
                 "…Compute(0) ? Compute(0) : v {> -> >=} Compute(6) ? Compute(6) : v",
             ),
+            "tensor_stream.cuh": ("…onst int32_t first = before {> -> >=} 0 ? (before + pitch - 1) / …",),
         },
     ),
     (
