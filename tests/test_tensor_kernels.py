@@ -63,6 +63,7 @@ OWN = (
         for k in (3, 5, 7)
         for s in (1, 2)
     ),
+    Case("more pieces of taps than threads", 1, 8, 6, 7, 8, kernel=9, padding=4, depthwise_bias=True),
     Case("4x2, stride 3", 1, 24, 14, 17, 8, kernel=(4, 2), stride=3, pre_activation="relu"),
     Case("stride 2, dilation 3", 1, 8, 19, 22, 8, stride=2, dilation=3, padding=3),
     Case("stride 2, dilation 4", 1, 8, 19, 22, 8, stride=2, dilation=4, padding=4),

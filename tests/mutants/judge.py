@@ -207,6 +207,7 @@ TENSOR_CASES = (
     Case("strides and dilations", 1, 8, 13, 19, 8, padding=((1, 2), (3, 0)), stride=(2, 1), dilation=(3, 4)),
     Case("a row and a column", 2, 8, 9, 11, 8, kernel=(3, 1), padding=((1, 0), (0, 2)), stride=(1, 2)),
     Case("more channels than threads", 1, 264, 3, 4, 8, depthwise_bias=True),
+    Case("more pieces of taps than threads", 1, 8, 6, 7, 8, kernel=9, padding=4, depthwise_bias=True),
     Case("multiplier 5", 1, 16, 6, 6, 16, multiplier=5, pre_activation="relu", depthwise_bias=True),
 )
 TENSOR_GRADIENTS = ("pointwise_weight", "bias")
