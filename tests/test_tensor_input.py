@@ -261,7 +261,6 @@ def test_at_batch_64_little_is_computed_or_read_twice(case):
     "change, reason",
     [
         ({"dtype": "float32"}, "float16 and bfloat16"),
-        ({"layout": "nchw"}, "NHWC"),
         ({"kernel": (5, 5)}, "3x3"),
         ({"stride": (2, 2)}, "stride 1"),
         ({"multiplier": 2}, "depth multiplier"),
