@@ -267,7 +267,7 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | PlaneCut) -> 
     per_sm = device.blocks_per_sm(threads, traits.registers, tiling.shared_bytes)
     blocks_of_fullest = ceil(blocks / device.sms)
     waves = blocks / (device.sms * per_sm)
-    issue_rate = device.fma_float32 / 2 / device.sms * ISSUE_FRACTION
+    issue_rate = 128 * device.clock * ISSUE_FRACTION  # instructions of a lane: an SM has four schedulers
     sm_bytes = blocks_of_fullest * steps * byte_count / max(columns_of_blocks * total, 1)
     seconds = {
         "memory": byte_count / (device.bandwidth * BANDWIDTH_FRACTION),
