@@ -33,7 +33,7 @@ struct Family {
   template <class Scalar, int kernel, int stride>
   static DepthwiseBackwardInstance make(const std::string& name) {
     constexpr int kChannels = kernel == 7 ? 1 : 4 / sizeof(Scalar);
-    using Traits = DepthwiseTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, kChannels, 8, kernel == 3 ? 2 : 1>;
+    using Traits = DepthwiseTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, kChannels, 8, 1>;
     auto made = make_instance<DepthwiseBackwardInstance, Scalar, float, depthwise_backward<Traits>>(
         name, Traits::kThreads, largest_shared_bytes<Traits>());
     made.run = [](const Instance& instance, const DepthwiseBackwardParams& params, Stream stream) {

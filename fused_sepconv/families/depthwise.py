@@ -33,7 +33,7 @@ ISSUE_FRACTION = 0.7  # assumed, until measured: instructions issued, of the pea
 BLOCK_SECONDS = 1.5e-6  # assumed, until measured: a block's start and its first rows' latency, which nothing covers
 GROUP_SECONDS = 0.8e-6  # assumed, until measured: latency of a group's rows and of its barrier
 REDUCED_PART_SECONDS = 0.6e-6 / 16  # assumed, until measured: as many loads of a thread as wait at a time
-AS_FAST = 1.05  # predictions are no more exact than that: among cuts as fast as this, fewer bytes decide
+AS_FAST = 1.08  # predictions are no more exact than that: among cuts as fast as this, fewer bytes decide
 
 GENERIC_FMA_FRACTION = 0.05  # assumed, until measured: each multiply-add has its address, bounds and two loads
 
