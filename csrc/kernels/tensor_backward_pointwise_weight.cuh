@@ -28,9 +28,8 @@
 //
 // Which pixel is called which row of the product is ours to choose, so long as t and z agree: both are laid out pixel
 // after pixel. In 16 bits, chunk c of pixel p lies at chunk c ^ (p % 8) of its line, so that the 8 rows that ldmatrix
-// reads at once meet all banks. TF32 has no transposing load: lane (g, t) reads 16 bytes of pixels t and t + 4, and as
-// chunk c lies at c ^ 2 * (p % 4), the 8 lanes that one access serves meet all banks too. The 4 features or channels of
-// 16 bytes are then rows or columns of different products.
+// reads at once meet all banks. TF32 has no transposing load: lane (g, t) reads pixels t and t + 4 by itself, and as
+// chunk c lies at c ^ 2 * (p % 4), the lanes that one access serves meet all banks too.
 //
 // What overlaps. Tiles run through a ring of 2 to 4 stages; all but one of them are on their way. Half of the warps,
 // two on each of the SM's four schedulers with the other two, convolve tile i and then multiply tile i - 1; the other
@@ -155,11 +154,12 @@ class TensorBackwardPointwiseWeight {
   // A place in a pixel's line is exchanged with another one's.
   FSC_DEVICE static unsigned swizzle(unsigned pixel) { return sizeof(Scalar) == 2 ? pixel % 8 * 16 : pixel % 4 * 32; }
 
-  // Which word of a line of t holds word `word` of a slab's channels. In 16 bits those of 16 channels are dealt out to
-  // two chunks, and so to two products: lane (g, t) of the warp gets columns 2t and 2t + 1 of each, and with them 4
-  // neighbouring channels, which it stores at once.
+  // Which word of a line of t holds word `word` of a slab's channels. Pairs of channels of 16 are dealt out to two
+  // products: lane (g, t) of the warp gets columns 2t and 2t + 1 of each, and with them 4 neighbouring channels, which
+  // it stores at once.
   FSC_DEVICE static unsigned place_in_line(unsigned word) {
-    return sizeof(Scalar) == 2 ? word / 8 * 8 + word % 2 * 4 + word / 2 % 4 : word;
+    return sizeof(Scalar) == 2 ? word / 8 * 8 + word % 2 * 4 + word / 2 % 4
+                               : word / 16 * 16 + word / 2 % 2 * 8 + word % 16 / 4 * 2 + word % 2;
   }
 
   // What is the same for all tiles: the depthwise weights and biases as float32; and the first tile.
@@ -486,33 +486,32 @@ class TensorBackwardPointwiseWeight {
     }
   }
 
-  // 8 pixels in TF32: lane (g, t) reads 4 features, or channels, 4g to 4g + 3 of a slab at pixels t and t + 4.
+  // 8 pixels in TF32: lane (g, t) reads features 2g and 2g + 1 of 16, and channel g of 8, at pixels t and t + 4: the
+  // operands then lie in registers as mma.sync wants them.
   FSC_DEVICE void multiply_tf32(const unsigned char* z, const unsigned char* t, int slab_bytes) {
     const unsigned column = threadIdx.x % 32 / 4, pixel = threadIdx.x % 4;
-    const unsigned place = pixel * Traits::kLine + (column * 16 ^ swizzle(pixel));
     uint32_t a[kRowTiles][4];
     FSC_UNROLL
-    for (int slab = 0; slab < Traits::kSlabsOfWarp; ++slab) {
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      const unsigned place = (tile % 2 * 64 + column * 8) ^ swizzle(pixel);
       FSC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const auto values = fused_sepconv::load<4>(
-            reinterpret_cast<const float*>(z + slab * slab_bytes + place + half * 4 * Traits::kLine));
-        FSC_UNROLL
-        for (int i = 0; i < 4; ++i) a[slab * 2 + i / 2][half * 2 + i % 2] = to_tf32(values[i]);
+        const auto values = fused_sepconv::load<2>(
+            reinterpret_cast<const float*>(z + tile / 2 * slab_bytes + (pixel + half * 4) * Traits::kLine + place));
+        a[tile][half * 2] = to_tf32(values[0]);
+        a[tile][half * 2 + 1] = to_tf32(values[1]);
       }
     }
     FSC_UNROLL
-    for (int slab = 0; slab < Traits::kSlabsOfWarp; ++slab) {
-      Vector<uint32_t, 4> b[2];
+    for (int i = 0; i < kColumnTiles; ++i) {
+      const unsigned place = (i % 4 * 32 + column * 4) ^ swizzle(pixel);
+      uint32_t b[2];
       FSC_UNROLL
       for (int half = 0; half < 2; ++half)
-        b[half] = fused_sepconv::load<4>(
-            reinterpret_cast<const uint32_t*>(t + slab * slab_bytes + place + half * 4 * Traits::kLine));
+        b[half] = fused_sepconv::load<1>(
+            reinterpret_cast<const uint32_t*>(t + i / 4 * slab_bytes + (pixel + half * 4) * Traits::kLine + place))[0];
       FSC_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        FSC_UNROLL
-        for (int tile = 0; tile < kRowTiles; ++tile) mma<Scalar>(acc_[tile][slab * 4 + i], a[tile], b[0][i], b[1][i]);
-      }
+      for (int tile = 0; tile < kRowTiles; ++tile) mma<Scalar>(acc_[tile][i], a[tile], b[0], b[1]);
     }
   }
 
@@ -557,31 +556,16 @@ class TensorBackwardPointwiseWeight {
     for (int tile = 0; tile < kRowTiles; ++tile) {
       FSC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int f = first_f + (sizeof(Scalar) == 2 ? tile * 16 + half * 8 + g
-                                                     : tile / 2 * Traits::kSlab + 4 * g + tile % 2 * 2 + half);
+        const int f = first_f + tile * 16 + (sizeof(Scalar) == 2 ? half * 8 + g : 2 * g + half);
         if (f >= shape_.F) continue;
         float* row = partial + static_cast<int64_t>(f) * shape_.K;
-        if constexpr (sizeof(Scalar) == 2) {
+        FSC_UNROLL
+        for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+          const int k = first_k + pair * 16 + 4 * t;
+          Vector<float, 4> vector;
           FSC_UNROLL
-          for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
-            const int k = first_k + pair * 16 + 4 * t;
-            Vector<float, 4> vector;
-            FSC_UNROLL
-            for (int j = 0; j < 4; ++j) vector[j] = acc_[tile][2 * pair + j / 2][half * 2 + j % 2];
-            if (k < shape_.K) store(row + k, vector);
-          }
-        } else {
-          FSC_UNROLL
-          for (int slab = 0; slab < Traits::kSlabsOfWarp; ++slab) {
-            FSC_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              const int k = first_k + slab * Traits::kSlab + 4 * (2 * t + i);
-              Vector<float, 4> vector;
-              FSC_UNROLL
-              for (int j = 0; j < 4; ++j) vector[j] = acc_[tile][slab * 4 + j][half * 2 + i];
-              if (k < shape_.K) store(row + k, vector);
-            }
-          }
+          for (int j = 0; j < 4; ++j) vector[j] = acc_[tile][2 * pair + j / 2][half * 2 + j % 2];
+          if (k < shape_.K) store(row + k, vector);
         }
       }
     }

@@ -371,7 +371,7 @@ class Cut:
         if _kind(p) == "any":
             cell += 3 * self._window
         convolve = self._rounds * (RUNS_AT_ONCE // self.cell_rows * cell + p.taps + 30)
-        multiply = self._steps * (55 if per_word == 2 else 186) + 15
+        multiply = self._steps * (55 if per_word == 2 else 122) + 15
         patch = self._slabs * (40 + 9 * ceil(self._patch[0] * self._patch[1] * CHUNKS / THREADS))
         grad = 15 + 59 * ceil(self.features // self._slab * self.runs * CHUNKS / THREADS)
         return convolve + multiply + patch + grad + 110
