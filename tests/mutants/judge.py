@@ -150,6 +150,7 @@ DEPTHWISE_CASES = (
     Case("dilation and stride", 1, 8, 12, 11, 2, kernel=5, padding=(3, 2), dilation=3, stride=2, depthwise_bias=True),
     Case("dilation and stride with a common factor", 1, 8, 9, 8, 2, padding=2, dilation=2, stride=2),
     Case("windows in the padding alone", 1, 4, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),
+    Case("through the mid-activation", 1, 40, 9, 45, 2, depthwise_bias=True, mid_activation="silu"),
     Case("multiplier", 1, 12, 5, 6, 2, multiplier=3, depthwise_bias=True, mid_activation="gelu"),
     Case("many small images", 7, 4, 3, 2, 2, pre_activation="relu"),
     Case("more outputs than threads", 1, 4, 13, 12, 2, pre_activation="silu", mid_activation="silu"),
