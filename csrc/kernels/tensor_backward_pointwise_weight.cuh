@@ -52,6 +52,7 @@
 #include "../primitives/vector.h"
 #include "../primitives/warp.h"
 #include "activation.cuh"
+#include "operand.cuh"
 #include "tensor_weight_tiles.cuh"
 
 namespace fused_sepconv {
@@ -370,7 +371,7 @@ class TensorBackwardPointwiseWeight {
         FSC_UNROLL
         for (unsigned p = 0; p < Traits::kRun; ++p) {
           Vector<uint32_t, 1> out;
-          out[0] = operand(&results[p * Traits::kPerWord]);
+          out[0] = operand_of<Scalar>(&results[p * Traits::kPerWord]);
           store(reinterpret_cast<uint32_t*>(t + (place ^ swizzle(p)) + (r * Traits::kRun + p) * Traits::kLine), out);
         }
       }
@@ -378,7 +379,7 @@ class TensorBackwardPointwiseWeight {
     }
   }
 
-  using PerWord = Values<Traits::kPerWord>;  // of each channel of a word
+  using PerWord = WordOf<Scalar>;  // of each channel of a word
 
   using Sums = PerWord[Traits::kCellRows][Traits::kRun];  // of a cell
 
@@ -391,7 +392,7 @@ class TensorBackwardPointwiseWeight {
     for (int row = 0; row < kRows; ++row, window += layout_.columns * Traits::kLine) {
       FSC_UNROLL
       for (int column = 0; column < kColumns; ++column) {
-        const PerWord x = as_float(load_word<kRelu>(window + column * Traits::kLine));
+        const PerWord x = floats_of<Scalar>(load_word<kRelu>(window + column * Traits::kLine));
         FSC_UNROLL
         for (int r = 0; r < Traits::kCellRows; ++r) {
           FSC_UNROLL
@@ -420,8 +421,8 @@ class TensorBackwardPointwiseWeight {
           for (int p = 0; p < Traits::kRun; ++p) {
             const int pixel = (i + r * stride_h()) * layout_.columns + j + p * stride_w();
             const unsigned char* line = window + pixel * Traits::kLine;
-            const PerWord x = as_float(shape_.multiplier == 1 ? load_word<kRelu>(line + word * 4)
-                                                              : repeated<kRelu>(line, slab, word));
+            const PerWord x = floats_of<Scalar>(shape_.multiplier == 1 ? load_word<kRelu>(line + word * 4)
+                                                                       : repeated<kRelu>(line, slab, word));
             FSC_UNROLL
             for (int e = 0; e < Traits::kPerWord; ++e) sum[r][p][e] += weight[e] * x[e];
           }
@@ -582,7 +583,7 @@ class TensorBackwardPointwiseWeight {
     PerWord tile = {};
     for (int pixel = threadIdx.x / words(); pixel < layout_.pixels; pixel += Traits::kThreads / words()) {
       const unsigned char* place = z + pixel * Traits::kLine + (of_line * 4 ^ swizzle(pixel));
-      const PerWord values = as_float(fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(place))[0]);
+      const PerWord values = floats_of<Scalar>(fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(place))[0]);
       FSC_UNROLL
       for (int e = 0; e < Traits::kPerWord; ++e) tile[e] += values[e];
     }
@@ -611,26 +612,6 @@ class TensorBackwardPointwiseWeight {
     FSC_UNROLL
     for (int e = 0; e < Traits::kPerWord; ++e) values[e] = vector[e];
     return values;
-  }
-
-  FSC_DEVICE static PerWord as_float(uint32_t word) {
-    PerWord values;
-    if constexpr (sizeof(Scalar) == 4) {
-      memcpy(&values[0], &word, sizeof word);
-    } else {
-      const float2 pair = unpack<Scalar>(word);
-      values[0] = pair.x;
-      values[1] = pair.y;
-    }
-    return values;
-  }
-
-  // A word of an operand: two 16-bit values, or one of TF32.
-  FSC_DEVICE static uint32_t operand(const float* values) {
-    if constexpr (sizeof(Scalar) == 4)
-      return to_tf32(values[0]);
-    else
-      return pack<Scalar>(values[0], values[1]);
   }
 
   static constexpr int kRowTiles = Traits::kWarpTile / 16;

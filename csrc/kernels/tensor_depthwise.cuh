@@ -36,6 +36,7 @@
 #include "../primitives/vector.h"
 #include "../primitives/warp.h"
 #include "activation.cuh"
+#include "operand.cuh"
 #include "tensor_tiles.cuh"
 
 namespace fused_sepconv {
@@ -205,7 +206,7 @@ class TensorDepthwise {
     const unsigned char* const weights = stage + layout_.patch_bytes;
     const uint32_t* const biases = reinterpret_cast<const uint32_t*>(weights + taps * Traits::kSlabBytes);
     Sums bias{};
-    if (params_.bias != nullptr) bias = floats(fused_sepconv::load<1>(biases + word)[0]);
+    if (params_.bias != nullptr) bias = floats_of<Scalar>(fused_sepconv::load<1>(biases + word)[0]);
     [[maybe_unused]] Sums weight[kTaps];
     if constexpr (kHoldsTaps) {
       FSC_UNROLL
@@ -238,7 +239,7 @@ class TensorDepthwise {
         FSC_UNROLL
         for (int c = 0; c < Traits::kCellColumns; ++c) {
           Vector<uint32_t, 1> value;
-          value[0] = operand(&row[c * Traits::kPerWord]);
+          value[0] = operand_of<Scalar>(&row[c * Traits::kPerWord]);
           if constexpr (kZeroOutside) {
             const bool inside = own.row != kNowhere && tiles_.output_row(tile, own.row + r) < shape_.out_h &&
                                 tiles_.output_column(tile, own.column + c) < shape_.out_w;
@@ -252,7 +253,7 @@ class TensorDepthwise {
   }
 
  private:
-  using Sums = Values<Traits::kPerWord>;  // of a pixel
+  using Sums = WordOf<Scalar>;  // of a pixel
 
   static constexpr int kScalarBytes = sizeof(Scalar);
   static constexpr int kNowhere = -1;
@@ -336,7 +337,8 @@ class TensorDepthwise {
     FSC_UNROLL
     for (int e = 0; e < Traits::kPerWord; ++e) {
       const int scalar = e * kTaps + index;
-      weight[e] = floats(fused_sepconv::load<1>(taps + scalar / Traits::kPerWord)[0])[scalar % Traits::kPerWord];
+      weight[e] =
+          floats_of<Scalar>(fused_sepconv::load<1>(taps + scalar / Traits::kPerWord)[0])[scalar % Traits::kPerWord];
     }
     return weight;
   }
@@ -371,27 +373,7 @@ class TensorDepthwise {
   FSC_DEVICE Sums input(const unsigned char* place) const {
     uint32_t word = fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(place))[0];
     if (shape_.pre_activation == Activation::relu) word = relu_packed<Scalar>(word);
-    return floats(word);
-  }
-
-  FSC_DEVICE static Sums floats(uint32_t word) {
-    Sums values;
-    if constexpr (sizeof(Scalar) == 4) {
-      memcpy(&values[0], &word, sizeof word);
-    } else {
-      const float2 pair = unpack<Scalar>(word);
-      values[0] = pair.x;
-      values[1] = pair.y;
-    }
-    return values;
-  }
-
-  // A word of an operand: two 16-bit values, or one of TF32.
-  FSC_DEVICE static uint32_t operand(const float* values) {
-    if constexpr (sizeof(Scalar) == 4)
-      return to_tf32(values[0]);
-    else
-      return pack<Scalar>(values[0], values[1]);
+    return floats_of<Scalar>(word);
   }
 
   // All in constant memory: none of it takes a register.
