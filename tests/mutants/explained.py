@@ -48,6 +48,20 @@ EQUIVALENT: tuple[Group, ...] = (
         },
     ),
     (
+        "A shuffle takes a lane's number modulo 32.",
+        {
+            "tensor_backward_input.cuh": (
+                "… warp_shuffle(offset, thread{% kWarpSize -> } / 2 * 2 + half) + thread % …",
+            ),
+        },
+    ),
+    (
+        "The larger of the two: in every cut so far the stages are.",
+        {
+            "tensor_weight_tiles.cuh": ("return {all > sums -> true} ? all : sums",),
+        },
+    ),
+    (
         "kh and kw are -1 together, for the bias.",
         {
             "simt_backward_depthwise_weight.cuh": ("if ({kh -> kw} >= 0)",),

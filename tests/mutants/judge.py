@@ -146,7 +146,9 @@ def _forward_and_back(function: Callable[..., Tensor], tensors: dict[str, Tensor
 DEPTHWISE_CASES = (
     Case("two strips of several groups", 2, 40, 9, 45, 2, pre_activation="silu", depthwise_bias=True),
     Case("stride 2", 2, 36, 11, 13, 2, kernel=5, stride=2, padding=((3, 1), (1, 4)), mid_activation="silu"),
-    Case("dilation", 1, 8, 9, 8, 2, padding=((2, 3), (4, 1)), dilation=(2, 3), depthwise_bias=True),
+    Case(
+        "dilation", 1, 8, 9, 8, 2, padding=((2, 3), (4, 1)), dilation=(2, 3), depthwise_bias=True, mid_activation="relu"
+    ),
     Case("dilation and stride", 1, 8, 12, 11, 2, kernel=5, padding=(3, 2), dilation=3, stride=2, depthwise_bias=True),
     Case("dilation and stride with a common factor", 1, 8, 9, 8, 2, padding=2, dilation=2, stride=2),
     Case("windows in the padding alone", 1, 4, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),

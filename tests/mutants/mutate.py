@@ -28,8 +28,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from random import Random
 
 KERNELS = Path("csrc/kernels")
 
@@ -339,9 +339,11 @@ RULES = (_barriers, _boundaries, _guards, _loops, _terms, _twins, _bypasses, _st
 
 
 def sample(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
-    """So many of them, in the order of the text: the choice is by chance, but every kind and file gets its turn."""
-    shuffled = sorted(mutants, key=str)
-    Random(seed).shuffle(shuffled)
+    """So many of them, in the order of the text: the choice is by chance, but every kind and file gets its turn.
+
+    The place of a mutant in the draw is its own: a change of one kernel leaves most of what is drawn of the others.
+    """
+    shuffled = sorted(mutants, key=lambda mutant: sha256(f"{seed} {mutant.file} {mutant.name}".encode()).digest())
     taken: list[Mutant] = []
     while shuffled and len(taken) < count:
         kinds, files = Counter(m.kind for m in taken), Counter(m.file for m in taken)
