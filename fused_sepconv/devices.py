@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -84,7 +85,7 @@ DEVICES = {
 
 @lru_cache(maxsize=64)
 def cuda_device(index: int) -> Device:
-    """The CUDA device of that index: the table's of its name, or else an H200, scaled by the number of its SMs.
+    """The CUDA device of that index: the table's of its name, or else its generation's, scaled by its number of SMs.
 
     A MIG slice, or a smaller card of the same name, is no device of the table: it has fewer SMs.
     """
@@ -92,11 +93,12 @@ def cuda_device(index: int) -> Device:
     sms = properties.multi_processor_count
     shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     for name, device in DEVICES.items():
-        if name in properties.name.split() and sms == device.sms:
+        if name in re.split(r"[\s-]", properties.name) and sms == device.sms:  # "NVIDIA A100-SXM4-80GB"
             return replace(device, shared_bytes=shared_bytes)
-    model = DEVICES["H200"]
+    capability = (properties.major, properties.minor)
+    model = DEVICES["A100" if capability == (8, 0) else "H200"]
     scale = sms / model.sms
-    datacenter = (properties.major, properties.minor) in ((8, 0), (9, 0), (10, 0))
+    datacenter = capability in ((8, 0), (9, 0), (10, 0))
     return Device(
         name=properties.name,
         sms=sms,
@@ -106,5 +108,7 @@ def cuda_device(index: int) -> Device:
         fma_float64=model.fma_float64 * scale / (1 if datacenter else 32),  # elsewhere 1/64 of float32
         matrix_16bit=model.matrix_16bit * scale,
         matrix_tf32=model.matrix_tf32 * scale,
-        source="an H200's, by the number of SMs",
+        source=f"an {model.name}'s, by the number of SMs",
+        sync_fraction=model.sync_fraction if capability == (9, 0) else 1.0,
+        fma_lanes=model.fma_lanes,
     )

@@ -215,7 +215,7 @@ def problem_of(direction: str, tensors: Tensors, arguments: Arguments) -> Proble
         kernel=kernel,
         stride=arguments.stride,
         padding=arguments.padding,
-        dilation=arguments.dilation,
+        dilation=_dilation(arguments.dilation, kernel),
         out_h=out_h,
         out_w=out_w,
         dtype=str(x.dtype).removeprefix("torch."),
@@ -227,6 +227,11 @@ def problem_of(direction: str, tensors: Tensors, arguments: Arguments) -> Proble
         tf32=tf32(),
         aligned=aligned(x),
     )
+
+
+def _dilation(dilation: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    """That of more than one tap: one alone is where it is."""
+    return tuple(1 if taps == 1 else apart for apart, taps in zip(dilation, kernel, strict=True))
 
 
 def depthwise_problem_of(direction: str, tensors: DepthwiseTensors, arguments: DepthwiseArguments) -> DepthwiseProblem:
@@ -245,7 +250,7 @@ def depthwise_problem_of(direction: str, tensors: DepthwiseTensors, arguments: D
         kernel=kernel,
         stride=arguments.stride,
         padding=arguments.padding,
-        dilation=arguments.dilation,
+        dilation=_dilation(arguments.dilation, kernel),
         out_h=out_h,
         out_w=out_w,
         dtype=str(x.dtype).removeprefix("torch."),

@@ -163,14 +163,18 @@ def tilings_of(tiling: Tiling | PlaneTiling | None) -> tuple[Any, Any]:
 
 
 def aligned(image: Tensor) -> bool:
-    """Whether the fast kernels can read an image 16 bytes at a time: pixels of an NHWC one, or an NCHW one whole."""
+    """Whether the fast kernels can read an image 16 bytes at a time: pixels of an NHWC one, or an NCHW one whole.
+
+    Not where one image spans more than 31 bits can number in units of 16 bytes, as a view with gaps may.
+    """
     if image.data_ptr() % 16:
         return False
     if memory_format_of(image) != torch.channels_last:
         return image.is_contiguous()
     size = image.element_size()
-    strides = (stride for dim, stride in enumerate(image.stride()) if dim != 1 and image.shape[dim] > 1)
-    return image.stride(1) == 1 and all(stride * size % 16 == 0 for stride in strides)
+    steps = {dim: stride * size for dim, stride in enumerate(image.stride()) if dim != 1 and image.shape[dim] > 1}
+    reach = sum((image.shape[dim] - 1) * step for dim, step in steps.items() if dim > 1)
+    return image.stride(1) == 1 and all(step % 16 == 0 for step in steps.values()) and reach < 16 << 31
 
 
 def tf32() -> bool:

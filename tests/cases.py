@@ -401,6 +401,8 @@ DEPTHWISE = (
     Case("stride 2, three tiles", 2, 40, 13, 85, 4, padding=((0, 1), (1, 0)), stride=2, depthwise_bias=True),
     Case("5x5, stride 2", 1, 40, 13, 15, 4, kernel=5, padding=((3, 1), (1, 4)), stride=2, pre_activation="hardswish"),
     Case("7x7, stride 2", 1, 40, 23, 15, 4, kernel=7, padding=((3, 1), (1, 4)), stride=2, depthwise_bias=True),
+    Case("strips in the padding alone", 1, 8, 4, 5, 4, padding=((2, 0), (50, 9)), depthwise_bias=True),
+    Case("and a mid-activation", 1, 8, 4, 5, 4, padding=((0, 3), (50, 9)), depthwise_bias=True, mid_activation="relu"),
     Case("dilation 2", 1, 40, 23, 15, 4, padding=2, dilation=2, depthwise_bias=True),
     Case("dilation 3, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=3, stride=2, depthwise_bias=True),
     Case("dilation 2, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=2, stride=2, depthwise_bias=True),

@@ -197,7 +197,7 @@ class RowCopies {
     row_ = vertical.at(row);
     column_ = horizontal.at(column + own_column());
     const int32_t end = horizontal.at(column_end);
-    column_end_ = end < width_ ? end : width_;
+    column_end_ = end < 0 ? 0 : end < width_ ? end : width_;  // a strip may lie in the padding alone
     source_ = reinterpret_cast<const unsigned char*>(static_cast<const Scalar*>(image_.data) +
                                                      offset(image_, n, first_channel_, row_, column_));
   }
@@ -233,8 +233,8 @@ class RowCopies {
       const unsigned char* source = next_column;
       int32_t to = place, row = row_;
       repeat([&] {
-        async_copy<kPieceBytes>(shared_address(ring.own_piece(to, j)), source,
-                                inside && static_cast<uint32_t>(row) < static_cast<uint32_t>(height_));
+        const bool is_there = inside && static_cast<uint32_t>(row) < static_cast<uint32_t>(height_);
+        async_copy<kPieceBytes>(shared_address(ring.own_piece(to, j)), is_there ? source : image_.data, is_there);
         to = ring.after(to, 1);
         source += steps_.row;
         row += pitch_h_;
