@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 import fused_sepconv
-from fused_sepconv import _native, launching, tensor_execution
+from fused_sepconv import _native, depthwise_execution, launching, tensor_execution
 from fused_sepconv.devices import DEVICES
 from fused_sepconv.execution import ALL_KERNELS
-from fused_sepconv.families import tensor_input, tensor_weight
+from fused_sepconv.families import depthwise, tensor_input, tensor_weight
 from fused_sepconv.families.tensor import NARROW, WIDE
 from fused_sepconv.problem import Candidate, TensorInputTiling
-from tests.cases import Case, depthwise_convolution, named, two_convolutions
+from tests.cases import ACTIVATIONS, Case, depthwise_convolution, named, two_convolutions
 from tests.emulation import planned_for
 from tests.test_plan import problem
 
@@ -146,6 +146,7 @@ def _forward_and_back(function: Callable[..., Tensor], tensors: dict[str, Tensor
 DEPTHWISE_CASES = (
     Case("two strips of several groups", 2, 40, 9, 45, 2, pre_activation="silu", depthwise_bias=True),
     Case("stride 2", 2, 36, 11, 13, 2, kernel=5, stride=2, padding=((3, 1), (1, 4)), mid_activation="silu"),
+    Case("stride 2 and a bias", 1, 8, 9, 13, 2, kernel=5, stride=2, padding=2, depthwise_bias=True),
     Case(
         "dilation", 1, 8, 9, 8, 2, padding=((2, 3), (4, 1)), dilation=(2, 3), depthwise_bias=True, mid_activation="relu"
     ),
@@ -194,6 +195,29 @@ def _what_is_wrong_with_the_split_family(module: ModuleType) -> str:
                     return f"{where}: {error}"
                 if wrong := _difference(ours, oracle, TOLERANCE[dtype]):
                     return f"{where}: {wrong}"
+    return ""
+
+
+def _what_is_wrong_with_the_step_through_the_mid_activation(module: ModuleType) -> str:
+    """The forward that a backward runs first where its own kernel does not: not in cases as small as these."""
+    for case in (case for case in DEPTHWISE_CASES if case.mid_activation and case.multiplier == 1):
+        tensors = {name: tensor.float() for name, tensor in _tensors(case).items()}
+        x = tensors["x"].contiguous(memory_format=torch.channels_last)
+        inputs = x, tensors["depthwise_weight"], tensors.get("depthwise_bias")
+        options = {name: case.options[name] for name in ("stride", "padding", "dilation", "pre_activation")}
+        t = depthwise_convolution(*(None if i is None else i.double() for i in inputs), **options).requires_grad_()
+        grad = torch.randn(t.shape, generator=torch.Generator().manual_seed(7))
+        (expected,) = torch.autograd.grad(ACTIVATIONS[case.mid_activation](t), t, grad.double())
+        call = replace(problem(case), layout="nhwc", aligned=True).depthwise("forward")
+        for sms in (1, 132):
+            step = depthwise.best(call, replace(DEVICES["H200"], sms=sms), ALL_KERNELS)
+            where = f"{case.name}, through the mid-activation, {sms} SMs"
+            try:
+                ours = depthwise_execution.forward(step, call, *inputs, grad)
+            except module.EmulatorError as error:
+                return f"{where}: {error}"
+            if wrong := _difference({"the gradient of t": ours}, {"the gradient of t": expected}, TOLERANCE["float32"]):
+                return f"{where}: {wrong}"
     return ""
 
 
@@ -343,6 +367,7 @@ def _what_is_wrong(native: Path) -> tuple[str, list[str]]:
         _what_is_wrong_with_the_split_family,
         _what_is_wrong_with_the_tensor_family,
         _what_is_wrong_with_the_tensor_input,
+        _what_is_wrong_with_the_step_through_the_mid_activation,
     )
     for family in families:
         if wrong := family(module):
