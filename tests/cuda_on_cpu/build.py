@@ -20,6 +20,7 @@ COMMON_FLAGS = [
     "-std=c++17",
     "-fPIC",
     "-g1",  # line tables: reports name lines
+    "-gno-column-info",  # and nothing else: objects of the same code are then the same
     "-fvisibility=hidden",
     "-march=haswell",  # half conversions (F16C) and FMA
     "-fno-strict-aliasing",  # kernels reinterpret vectors of one type as another

@@ -27,7 +27,7 @@ COLUMNS = ("mutants", *CAUGHT_BY, "equivalent", "survived", "caught")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--file", help="only kernel files whose name contains this")
+    parser.add_argument("--file", nargs="+", default=[""], help="only kernel files whose name contains one of these")
     parser.add_argument("--kind", help="only this kind of mutant")
     parser.add_argument("--sample", type=int, metavar="N", help="only N of them")
     parser.add_argument("--seed", type=int, default=0, help="which N")
@@ -40,7 +40,7 @@ def main() -> int:
         mutants = [
             mutant
             for mutant in all_mutants(trials.scratch.pristine if trials else Path(__file__).parents[2])
-            if (arguments.file or "") in mutant.file and arguments.kind in (None, mutant.kind)
+            if any(part in mutant.file for part in arguments.file) and arguments.kind in (None, mutant.kind)
         ]
         if arguments.sample is not None:
             mutants = sample(mutants, arguments.sample, arguments.seed)

@@ -7,6 +7,8 @@ then compiled. To make that quick the copies keep two instances of a family, `IN
 from __future__ import annotations
 
 import fcntl
+import filecmp
+import functools
 import re
 import shutil
 import subprocess
@@ -66,6 +68,16 @@ class Scratch:
         """The emulated native module of a copy."""
         return _build(root, checked)
 
+    def kernels_with(self, file: str) -> frozenset[str]:
+        """The kernels whose code has that of a kernel file in it, by the names of the files that launch them."""
+        launching = (self.pristine / "csrc/launch").glob("*.cu")
+        return frozenset(path.stem for path in launching if file in _files_in(path))
+
+    def has_the_same_code(self, root: Path, kernels: frozenset[str]) -> bool:
+        """Whether the compiler has made the same of these kernels in a copy as in `pristine`."""
+        files = [BUILD / "plain/_native/csrc/launch" / f"{kernel}.o" for kernel in kernels]
+        return all(filecmp.cmp(self.pristine / file, root / file, shallow=False) for file in files)
+
 
 def _with_few_instances(text: str) -> str:
     def kept(match: re.Match[str]) -> str:
@@ -75,6 +87,14 @@ def _with_few_instances(text: str) -> str:
         return match.group() if keep else ""
 
     return _OTHER_KERNELS.sub("", _MADE.sub(kept, text))
+
+
+@functools.cache
+def _files_in(path: Path) -> frozenset[str]:
+    """The names of a file of csrc, and of all that it includes from there."""
+    included = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+    here = [(path.parent / name).resolve() for name in included]
+    return frozenset({path.name}.union(*(_files_in(other) for other in here if other.exists())))
 
 
 def _build(root: Path, checked: bool) -> Path:
