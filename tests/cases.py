@@ -407,6 +407,11 @@ DEPTHWISE = (
     Case("dilation 3, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=3, stride=2, depthwise_bias=True),
     Case("dilation 2, stride 2", 1, 40, 23, 15, 4, padding=2, dilation=2, stride=2, depthwise_bias=True),
     Case("dilation across alone", 1, 16, 23, 15, 4, padding=0, dilation=(1, 2), depthwise_bias=True),
+    Case("dilation, in bands", 2, 8, 75, 33, 4, padding=(3, 5), dilation=(3, 5), pre_activation="relu"),
+    Case(
+        "5x5, dilation", 3, 8, 21, 18, 4, kernel=5, padding=((3, 9), (7, 2)), dilation=(3, 2), pre_activation="silu",
+        mid_activation="silu", depthwise_bias=True,
+    ),
     Case("multiplier 2", 1, 40, 9, 9, 4, multiplier=2),
     Case("multiplier 3", 2, 40, 9, 9, 4, multiplier=3, depthwise_bias=True, pre_activation="relu6"),
     Case("windows in the padding alone", 1, 8, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),

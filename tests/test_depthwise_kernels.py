@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -120,9 +121,11 @@ def test_every_instance_is_executed(native):
     for kernel in (3, 5, 7):
         for stride in (1, 2):
             case = Case("one", 1, 8, 5, 5, 1, kernel=kernel, padding=kernel // 2, stride=stride)
+            dilated = dataclasses.replace(case, stride=1, padding=kernel - 1, dilation=2)
             for dtype in DTYPES:
                 for layout in FORMATS:
                     ours(case, inputs(case, dtype, layout))
+                ours(dilated, inputs(dilated, dtype, "nchw"))
     generic = Case("generic", 1, 3, 3, 3, 1, kernel=2)
     for dtype in (torch.float64, *DTYPES):
         for layout in FORMATS:
@@ -138,7 +141,7 @@ def test_the_fast_kernels_run_where_they_can(plain, layout):
             ours(case, inputs(case, torch.bfloat16, layout))
         ran = plain.executed()
         dilated = case.dilation != 1
-        fast = layout == "nhwc" or not dilated
+        fast = layout == "nhwc" or not dilated or case.stride in (1, case.dilation)
         fast_back = fast and case.multiplier == 1 and not (dilated and case.stride == case.dilation)
         assert any(name.startswith(f"depthwise_forward_{layout}") for name in ran) == fast, case
         assert any(name.startswith(f"depthwise_backward_{layout}") for name in ran) == fast_back, case
@@ -234,13 +237,29 @@ def test_the_split_family_gives_every_case_right(plain, dtype, layout):
         tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
         with launching.preferring("split"):
             mine = forward_and_back(fused_sepconv.separable_conv2d, tensors, case.options)
-        eager = forward_and_back(two_convolutions, tensors, case.options)
         exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
         oracle = forward_and_back(two_convolutions, exact, case.options)
-        for name, a, b, right in zip(("y", *tensors), mine, eager, oracle, strict=True):
+        eager = list(zip(*all_of_eager(case, tensors), strict=True))
+        for name, a, those, right in zip(("y", *tensors), mine, eager, oracle, strict=True):
             close = assert_as_close_as_eager if name == "y" else assert_gradient_as_close_as_eager
-            # In float32 rounding is all there is, and it falls differently in PyTorch's matmul and convolution.
-            close(a, b, right, name=f"{case}: {name}", factor=2.5 if dtype == torch.float32 else 2.0)
+            close(a, max(those, key=lambda b: (b.double() - right).norm()), right, name=f"{case}: {name}")
+
+
+def all_of_eager(case: Case, tensors: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+    """PyTorch's results. In float32 rounding is all there is, and it falls differently in its convolution and its
+    product, in either layout: in a small tensor one ill-conditioned element shows up to four times as much of it."""
+    yield forward_and_back(two_convolutions, tensors, case.options)
+    if tensors["x"].dtype == torch.float32:
+        for memory_format in FORMATS.values():
+            x = tensors["x"].detach().contiguous(memory_format=memory_format).requires_grad_()
+            for pointwise in (F.conv2d, product):
+                two = functools.partial(two_convolutions, pointwise=pointwise)
+                yield forward_and_back(two, {**tensors, "x": x}, case.options)
+
+
+def product(t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    z = t.movedim(-3, -1) @ weight.flatten(1).t()
+    return (z if bias is None else z + bias).movedim(-1, -3)
 
 
 def test_the_split_family_ran(plain):

@@ -13,7 +13,8 @@ constexpr int kPlaneThreads = 128;
 constexpr int kPlaneColumns = 2;  // neighbouring columns that a thread owns
 
 // What is fixed when a kernel for NCHW is compiled. A word is 4 bytes: what an activation is applied to at a time.
-template <class Scalar_, int kernel, int stride, int rows, int blocks_per_sm>
+// A dilated kernel has stride 1 in each phase of the image (phases.cuh); what the call's stride is it asks the shape.
+template <class Scalar_, int kernel, int stride, bool dilated, int rows, int blocks_per_sm>
 struct PlaneTraits {
   using Scalar = Scalar_;
   static constexpr int kChannels = 4 / sizeof(Scalar);  // elements of a word, which here are of one channel
@@ -22,6 +23,7 @@ struct PlaneTraits {
   static constexpr int kKernel = kernel;
   static constexpr int kTaps = kernel * kernel;
   static constexpr int kStride = stride;
+  static constexpr bool kDilated = dilated;
   static constexpr int kRows = rows;
   static constexpr int kColumns = kPlaneColumns;
   static constexpr int kPieceElements = kPieceBytes / sizeof(Scalar);
@@ -30,7 +32,39 @@ struct PlaneTraits {
 
   static_assert(kKernel % 2 == 1 && (kStride == 1 || kStride == 2), "what the windows are computed for");
   static_assert(kRows % kStride == 0 && kColumns % kStride == 0, "threads begin in the same phase");
+  static_assert(!kDilated || kStride == 1, "what the pitches are computed for");
 };
+
+// How far apart neighbours lie, along an axis: those of a window in x, and those of a thread. A dilated convolution is
+// several plain ones side by side, and a thread's outputs and their windows are of one of them. Constants without
+// dilation.
+struct PlanePitch {
+  int32_t stride;  // of the convolution: from an output to the next, in x
+  int32_t taps;    // from a tap to the next, in x
+  int32_t own;     // from an output of a thread to its next
+};
+
+template <class Traits>
+FSC_DEVICE PlanePitch vertical_pitch(const ConvShape& shape) {
+  if (!Traits::kDilated) return {Traits::kStride, 1, 1};
+  return {shape.stride_h, shape.dilation_h, shape.dilation_h / shape.stride_h};
+}
+template <class Traits>
+FSC_DEVICE PlanePitch horizontal_pitch(const ConvShape& shape) {
+  if (!Traits::kDilated) return {Traits::kStride, 1, 1};
+  return {shape.stride_w, shape.dilation_w, shape.dilation_w / shape.stride_w};
+}
+
+// Items along an axis, each of `count` rows (or columns) that lie `pitch` apart: how many cover `size`, and where one
+// begins. Those of one item in turn take what lies between its rows.
+template <int count>
+FSC_DEVICE int items_over(int size, int pitch) {
+  return (size + count * pitch - 1) / (count * pitch) * pitch;
+}
+template <int count>
+FSC_DEVICE int item_begin(int item, int pitch) {
+  return item / pitch * (count * pitch) + item % pitch;
+}
 
 // A slot for a run of so many elements, wherever it begins.
 template <class Scalar>
@@ -127,15 +161,16 @@ struct PlaneRows {
   }
 };
 
-// Reads a thread's window of a run of rows of W elements, whose `rows` rows begin at `pixels`: `count` elements from
-// column `column` of row `row` on; zeros stand for what is beyond.
+// Reads a thread's window of a run of rows of W elements, whose `rows` rows begin at `pixels`: every pitch-th of row
+// `row` from `column` on; zeros stand for what is beyond.
 template <class Scalar, int count>
-FSC_DEVICE void read_window(const Scalar* pixels, int rows, int W, int row, int column, float (&window)[count][1]) {
+FSC_DEVICE void read_window(const Scalar* pixels, int rows, int W, int row, int column, int pitch,
+                            float (&window)[count][1]) {
   const bool row_inside = static_cast<uint32_t>(row) < static_cast<uint32_t>(rows);
   FSC_UNROLL
   for (int b = 0; b < count; ++b) {
-    const bool inside = row_inside && static_cast<uint32_t>(column + b) < static_cast<uint32_t>(W);
-    window[b][0] = inside ? convert<float>(pixels[row * W + column + b]) : 0.0f;
+    const bool inside = row_inside && static_cast<uint32_t>(column + b * pitch) < static_cast<uint32_t>(W);
+    window[b][0] = inside ? convert<float>(pixels[row * W + column + b * pitch]) : 0.0f;
   }
 }
 

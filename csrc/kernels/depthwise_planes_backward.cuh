@@ -49,32 +49,33 @@ FSC_DEVICE void through_mid_activation(const PlaneRows<Traits>& grads, const Pla
   constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride, kColumns = Traits::kColumns;
   constexpr int kWindowColumns = (kColumns - 1) * kStride + kKernel;
   const ConvShape& shape = params.shape;
+  const PlanePitch down = vertical_pitch<Traits>(shape), across = horizontal_pitch<Traits>(shape);
   const int rows = grads.count / shape.out_w, x_rows = x.count / shape.W;
-  const int across = (shape.out_w + kColumns - 1) / kColumns;
+  const int item_columns = items_over<kColumns>(shape.out_w, across.own);
   FSC_ROLLED
-  for (int item = threadIdx.x; item < images * rows * across; item += Traits::kThreads) {
-    const int column = item % across * kColumns;
-    const int row = item / across % rows;
-    const int image = item / across / rows;
+  for (int item = threadIdx.x; item < images * rows * item_columns; item += Traits::kThreads) {
+    const int column = item_begin<kColumns>(item % item_columns, across.own);
+    const int row = item / item_columns % rows;
+    const int image = item / item_columns / rows;
     const Scalar* pixels = x.slot(image);
     float t[1][kColumns][1];
     FSC_UNROLL
     for (int c = 0; c < kColumns; ++c) t[0][c][0] = bias;
     add_taps<kKernel, kStride>(t, weights, [&](int a, float (&window)[kWindowColumns][1]) {
-      read_window(pixels, x_rows, shape.W, (grad_row + row) * kStride - shape.pad_top + a - x_row,
-                  column * kStride - shape.pad_left, window);
+      read_window(pixels, x_rows, shape.W, (grad_row + row) * kStride - shape.pad_top + a * down.taps - x_row,
+                  column * kStride - shape.pad_left, across.taps, window);
     });
     Scalar* gradients = grads.slot(image) + row * shape.out_w + column;
     Values<kColumns> grad, at;
     FSC_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      grad[c] = column + c < shape.out_w ? convert<float>(gradients[c]) : 0.0f;
+      grad[c] = column + c * across.own < shape.out_w ? convert<float>(gradients[c * across.own]) : 0.0f;
       at[c] = convert<float>(convert<Scalar>(t[0][c][0]));
     }
     differentiate_all(shape.mid_activation, grad, at);
     FSC_UNROLL
     for (int c = 0; c < kColumns; ++c)
-      if (column + c < shape.out_w) gradients[c] = convert<Scalar>(grad[c]);
+      if (column + c * across.own < shape.out_w) gradients[c * across.own] = convert<Scalar>(grad[c]);
   }
 }
 
@@ -89,6 +90,8 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
   FSC_SHARED_BYTES(shared);
   const ConvShape& shape = params.shape;
   const PlaneTiling& tiling = params.planes;
+  const PlanePitch down = vertical_pitch<Traits>(shape), across = horizontal_pitch<Traits>(shape);
+  const int reach_h = kReach * down.taps, reach_w = kReach * across.taps;  // from the first tap to the last
 
   const int k = static_cast<int>(blockIdx.x % shape.K);
   const int64_t part = blockIdx.x / shape.K;
@@ -110,11 +113,11 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
   const bool relu = shape.pre_activation == Activation::relu;  // whose result shows its derivative
   const bool beside = shape.pre_activation != Activation::none && !relu;
   const bool mid = shape.mid_activation != Activation::none;
-  const int grad_rows = (tiling.rows - 1 + kReach) / kStride + 1;
+  const int grad_rows = (tiling.rows - 1 + reach_h) / kStride + 1;
   // Of x a band's own rows; with a mid-activation, of whose argument they are made, all rows under those of its
   // gradient.
-  const int x_window = mid ? (grad_rows - 1) * kStride + kKernel : tiling.rows;
-  const int before = mid ? kReach : 0;  // of them, those before the band's own
+  const int x_window = mid ? (grad_rows - 1) * kStride + reach_h + 1 : tiling.rows;
+  const int before = mid ? reach_h : 0;  // of them, those before the band's own
   const int x_pitch = slot_bytes<Scalar>((x_window < shape.H ? x_window : shape.H) * shape.W);
   const int grad_pitch = slot_bytes<Scalar>((grad_rows < shape.out_h ? grad_rows : shape.out_h) * shape.out_w);
   unsigned char* x_slots = shared + 2 * tiling.images * grad_pitch;
@@ -134,11 +137,11 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
                              x + offset(params.x, unit.n, k, row, 0), params.x.stride_n, (row_end - row) * shape.W};
   };
   const auto first_of_grad = [&](const PlaneUnit& unit) {
-    return clipped((first_padded(unit) - kReach) / kStride, shape.out_h);
+    return clipped((first_padded(unit) - reach_h) / kStride, shape.out_h);
   };
   const auto rows_of_grad = [&](const PlaneUnit& unit, int parity) {
     const int row = first_of_grad(unit);
-    const int row_end = clipped((first_padded(unit) - kReach) / kStride + grad_rows, shape.out_h);
+    const int row_end = clipped((first_padded(unit) - reach_h) / kStride + grad_rows, shape.out_h);
     return PlaneRows<Traits>{shared + parity * tiling.images * grad_pitch, grad_pitch,
                              grad_output + offset(params.grad_output, unit.n, k, row, 0), params.grad_output.stride_n,
                              (row_end - row) * shape.out_w};
@@ -175,33 +178,35 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
       through_mid_activation(grads, active, params, weights, bias, unit.images, grad_row, x_row);
       __syncthreads();
     }
-    const int across = (tiling.columns + kColumns - 1) / kColumns;
-    const int down = (tiling.rows + kRows - 1) / kRows;
-    for (int item = threadIdx.x; item < unit.images * down * across; item += Traits::kThreads) {
-      const int column = tiling.first_column + item % across * kColumns;  // counted from the first of padding on
-      const int row = padded_row + item / across % down * kRows;
-      const int image = item / across / down;
+    const int item_columns = items_over<kColumns>(tiling.columns, across.own);
+    const int item_rows = items_over<kRows>(tiling.rows, down.own);
+    for (int item = threadIdx.x; item < unit.images * item_rows * item_columns; item += Traits::kThreads) {
+      // Counted from the first of padding on.
+      const int column = tiling.first_column + item_begin<kColumns>(item % item_columns, across.own);
+      const int row = padded_row + item_begin<kRows>(item / item_columns % item_rows, down.own);
+      const int image = item / item_columns / item_rows;
       Scalar* pixels = active.slot(image);
       const Scalar* gradients = grads.slot(image);
       const int first_h = row - shape.pad_top - x_row, first_w = column - shape.pad_left;
       const auto inside = [&](int r, int c) {
-        return static_cast<uint32_t>(first_h + r - own_begin) < static_cast<uint32_t>(own_end - own_begin) &&
-               static_cast<uint32_t>(first_w + c) < static_cast<uint32_t>(shape.W);
+        return static_cast<uint32_t>(first_h + r * down.own - own_begin) < static_cast<uint32_t>(own_end - own_begin) &&
+               static_cast<uint32_t>(first_w + c * across.own) < static_cast<uint32_t>(shape.W);
       };
+      const auto own = [&](int r, int c) { return (first_h + r * down.own) * shape.W + first_w + c * across.own; };
       float values[kRows][kColumns], grad_x[kRows][kColumns];
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSC_UNROLL
         for (int c = 0; c < kColumns; ++c) {
-          values[r][c] = inside(r, c) ? convert<float>(pixels[(first_h + r) * shape.W + first_w + c]) : 0.0f;
+          values[r][c] = inside(r, c) ? convert<float>(pixels[own(r, c)]) : 0.0f;
           grad_x[r][c] = 0;
         }
       }
       FSC_UNROLL
       for (int a = 0; a < kWindowRows; ++a) {
         float window[kWindowColumns][1];
-        read_window(gradients, in_grad_rows, shape.out_w, (row - kReach) / kStride + a - grad_row,
-                    (column - kReach) / kStride, window);
+        read_window(gradients, in_grad_rows, shape.out_w, (row - reach_h) / kStride + a * down.own - grad_row,
+                    (column - reach_w) / kStride, across.own, window);
         FSC_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const int i = r + kReach - a * kStride;  // the tap under which output row a has x's row r
@@ -230,7 +235,7 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
         FSC_UNROLL
         for (int c = 0; c < kColumns; ++c) {
           if (relu) grad_x[r][c] = differentiate(Activation::relu, grad_x[r][c], values[r][c]);
-          if (inside(r, c)) pixels[(first_h + r) * shape.W + first_w + c] = convert<Scalar>(grad_x[r][c]);
+          if (inside(r, c)) pixels[own(r, c)] = convert<Scalar>(grad_x[r][c]);
         }
       }
     }

@@ -10,7 +10,8 @@
 // Who owns what. A block owns one channel of the output and a part of its units: a band of rows of a large image, or
 // some small images whole (PlaneTiling in params.h). While a unit is computed, the next one is on its way.
 //
-// Why it is legal. Channels do not mix, and a band needs k - s rows of its neighbours, which it reads again.
+// Why it is legal. Channels do not mix, and a band needs (k - 1) * dilation + 1 - stride rows of its neighbours, which
+// it reads again.
 //
 // Floor. Device bytes: x + y, each once, and the bands' overlap. Arithmetic: for 3x3 about 28 instructions a thread and
 // output, as every element of a window is a 16-bit load of its own: about 70 % of the bandwidth.
@@ -24,12 +25,14 @@ template <class Traits>
 FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
 depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   using Scalar = typename Traits::Scalar;
-  constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride;
+  constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride;  // the latter in x's window, of a thread
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns;
   constexpr int kWindowColumns = (kColumns - 1) * kStride + kKernel;
   FSC_SHARED_BYTES(shared);
   const ConvShape& shape = params.shape;
   const PlaneTiling& tiling = params.planes;
+  const PlanePitch down = vertical_pitch<Traits>(shape), across = horizontal_pitch<Traits>(shape);
+  const int height = (kKernel - 1) * down.taps + 1;  // of a window of one output
 
   const int k = static_cast<int>(blockIdx.x % shape.K);
   const int64_t begin = static_cast<int64_t>(blockIdx.x / shape.K) * tiling.units_per_part;
@@ -44,7 +47,8 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   const float bias = biases == nullptr ? 0.0f : convert<float>(biases[k]);
 
   // Slots hold a run, what it is off a multiple of 16, and what its last piece is longer.
-  const int in_rows = (tiling.rows - 1) * kStride + kKernel < shape.H ? (tiling.rows - 1) * kStride + kKernel : shape.H;
+  const int window = (tiling.rows - 1) * down.stride + height;
+  const int in_rows = window < shape.H ? window : shape.H;
   const int in_pitch = slot_bytes<Scalar>(in_rows * shape.W);
   const int out_pitch = slot_bytes<Scalar>((tiling.rows < shape.out_h ? tiling.rows : shape.out_h) * shape.out_w);
   unsigned char* staging = shared + 2 * tiling.images * in_pitch;
@@ -56,12 +60,12 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     return (unit.band + 1) * tiling.rows < shape.out_h ? (unit.band + 1) * tiling.rows : shape.out_h;
   };
   const auto first_input = [&](const PlaneUnit& unit) {
-    const int row = first_output(unit) * kStride - shape.pad_top;
+    const int row = first_output(unit) * down.stride - shape.pad_top;
     return row < 0 ? 0 : row < shape.H ? row : shape.H;
   };
   const auto input = [&](const PlaneUnit& unit, int parity) {
     const int row = first_input(unit);
-    const int below = (end_output(unit) - 1) * kStride - shape.pad_top + kKernel;
+    const int below = (end_output(unit) - 1) * down.stride - shape.pad_top + height;
     const int row_end = below < row ? row : below < shape.H ? below : shape.H;
     return PlaneRows<Traits>{shared + parity * tiling.images * in_pitch, in_pitch,
                              x + offset(params.x, unit.n, k / shape.multiplier, row, 0), params.x.stride_n,
@@ -86,12 +90,12 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     Scalar* y = static_cast<Scalar*>(params.y.data) + offset(params.y, unit.n, k, first_row, 0);
     const PlaneRows<Traits> out{staging, out_pitch, y, params.y.stride_n, (end_row - first_row) * shape.out_w};
     const int in_image_rows = rows.count / shape.W;
-    const int across = (shape.out_w + kColumns - 1) / kColumns;
-    const int down = (end_row - first_row + kRows - 1) / kRows;
-    for (int item = threadIdx.x; item < unit.images * down * across; item += Traits::kThreads) {
-      const int column = item % across * kColumns;
-      const int row = item / across % down * kRows;
-      const int image = item / across / down;
+    const int item_columns = items_over<kColumns>(shape.out_w, across.own);
+    const int item_rows = items_over<kRows>(end_row - first_row, down.own);
+    for (int item = threadIdx.x; item < unit.images * item_rows * item_columns; item += Traits::kThreads) {
+      const int column = item_begin<kColumns>(item % item_columns, across.own);
+      const int row = item_begin<kRows>(item / item_columns % item_rows, down.own);
+      const int image = item / item_columns / item_rows;
       const Scalar* pixels = rows.slot(image);
       float sums[kRows][kColumns][1];
       FSC_UNROLL
@@ -100,16 +104,17 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
         for (int c = 0; c < kColumns; ++c) sums[r][c][0] = bias;
       }
       add_taps<kKernel, kStride>(sums, weights, [&](int a, float (&window)[kWindowColumns][1]) {
-        read_window(pixels, in_image_rows, shape.W, (first_row + row) * kStride - shape.pad_top + a - image_row,
-                    column * kStride - shape.pad_left, window);
+        read_window(pixels, in_image_rows, shape.W,
+                    (first_row + row) * down.stride - shape.pad_top + a * down.taps - image_row,
+                    column * across.stride - shape.pad_left, across.taps, window);
       });
       Scalar* staged = out.slot(image) + row * shape.out_w + column;
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSC_UNROLL
         for (int c = 0; c < kColumns; ++c)
-          if (first_row + row + r < end_row && column + c < shape.out_w)
-            staged[r * shape.out_w + c] = convert<Scalar>(sums[r][c][0]);
+          if (first_row + row + r * down.own < end_row && column + c * across.own < shape.out_w)
+            staged[r * down.own * shape.out_w + c * across.own] = convert<Scalar>(sums[r][c][0]);
       }
     }
     __syncthreads();

@@ -13,24 +13,42 @@ void run(const Instance& instance, const DepthwiseBackwardParams& params, Stream
          {blocks, instance.threads, params.planes.shared_bytes}, stream, params);
 }
 
+template <class Scalar, int kernel, int stride, bool dilated>
+using Traits = PlaneTraits<Scalar, kernel, stride, dilated, stride == 1 && kernel == 3 ? 4 : 2,
+                           kernel == 3   ? 4
+                           : kernel == 5 ? 3
+                                         : 2>;
+
+template <class Traits>
+DepthwiseBackwardInstance instance_of(const std::string& name) {
+  auto made =
+      make_instance<DepthwiseBackwardInstance, typename Traits::Scalar, float, depthwise_planes_backward<Traits>>(
+          name, Traits::kThreads, kLargestSharedBytes);
+  made.run = run<Traits>;
+  return made;
+}
+
 struct Family {
   template <class Scalar, int kernel, int stride>
   static DepthwiseBackwardInstance make(const std::string& name) {
-    using Traits = PlaneTraits<Scalar, kernel, stride, stride == 1 && kernel == 3 ? 4 : 2,
-                               kernel == 3   ? 4
-                               : kernel == 5 ? 3
-                                             : 2>;
-    auto made = make_instance<DepthwiseBackwardInstance, Scalar, float, depthwise_planes_backward<Traits>>(
-        name, Traits::kThreads, kLargestSharedBytes);
-    made.run = run<Traits>;
-    return made;
+    return instance_of<Traits<Scalar, kernel, stride, false>>(name);
+  }
+};
+
+struct DilatedFamily {
+  template <class Scalar, int kernel, int stride>
+  static DepthwiseBackwardInstance make(const std::string& name) {
+    return instance_of<Traits<Scalar, kernel, stride, true>>(name);
   }
 };
 
 }  // namespace
 
 std::vector<DepthwiseBackwardInstance> depthwise_planes_backward_instances() {
-  return for_every_kernel<DepthwiseBackwardInstance, Family>("depthwise_backward_nchw");
+  const std::string family = "depthwise_backward_nchw";
+  return all_of<DepthwiseBackwardInstance>(
+      {for_every_kernel<DepthwiseBackwardInstance, Family>(family),
+       for_every_dilated_kernel<DepthwiseBackwardInstance, DilatedFamily>(family)});
 }
 
 }  // namespace fused_sepconv

@@ -13,21 +13,40 @@ void run(const Instance& instance, const DepthwiseForwardParams& params, Stream 
          {blocks, instance.threads, params.planes.shared_bytes}, stream, params);
 }
 
+template <class Scalar, int kernel, int stride, bool dilated>
+using Traits = PlaneTraits<Scalar, kernel, stride, dilated, stride == 1 ? 4 : 2,
+                           kernel == 3   ? 6
+                           : kernel == 5 ? 4
+                                         : 2>;
+
+template <class Traits>
+DepthwiseForwardInstance instance_of(const std::string& name) {
+  auto made = make_instance<DepthwiseForwardInstance, typename Traits::Scalar, float, depthwise_planes_forward<Traits>>(
+      name, Traits::kThreads, kLargestSharedBytes);
+  made.run = run<Traits>;
+  return made;
+}
+
 struct Family {
   template <class Scalar, int kernel, int stride>
   static DepthwiseForwardInstance make(const std::string& name) {
-    using Traits = PlaneTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, kernel == 3 ? 6 : kernel == 5 ? 4 : 2>;
-    auto made = make_instance<DepthwiseForwardInstance, Scalar, float, depthwise_planes_forward<Traits>>(
-        name, Traits::kThreads, kLargestSharedBytes);
-    made.run = run<Traits>;
-    return made;
+    return instance_of<Traits<Scalar, kernel, stride, false>>(name);
+  }
+};
+
+struct DilatedFamily {
+  template <class Scalar, int kernel, int stride>
+  static DepthwiseForwardInstance make(const std::string& name) {
+    return instance_of<Traits<Scalar, kernel, stride, true>>(name);
   }
 };
 
 }  // namespace
 
 std::vector<DepthwiseForwardInstance> depthwise_planes_forward_instances() {
-  return for_every_kernel<DepthwiseForwardInstance, Family>("depthwise_forward_nchw");
+  const std::string family = "depthwise_forward_nchw";
+  return all_of<DepthwiseForwardInstance>({for_every_kernel<DepthwiseForwardInstance, Family>(family),
+                                           for_every_dilated_kernel<DepthwiseForwardInstance, DilatedFamily>(family)});
 }
 
 }  // namespace fused_sepconv

@@ -4,6 +4,7 @@
 #include <cxxabi.h>
 
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
 #include <typeinfo>
 #include <vector>
@@ -74,19 +75,33 @@ auto in_every_narrow_dtype(const std::string& family) {
   };
 }
 
+template <class Made>
+std::vector<Made> all_of(std::initializer_list<std::vector<Made>> parts) {
+  std::vector<Made> all;
+  for (const std::vector<Made>& some : parts) all.insert(all.end(), some.begin(), some.end());
+  return all;
+}
+
 template <class Made, class Family>
 std::vector<Made> for_every_kernel(const std::string& family) {
-  std::vector<Made> all;
-  for (const std::vector<Made>& some : {
-           in_every_narrow_dtype<Family, 3, 1>(family + "_3x3_s1"),
-           in_every_narrow_dtype<Family, 3, 2>(family + "_3x3_s2"),
-           in_every_narrow_dtype<Family, 5, 1>(family + "_5x5_s1"),
-           in_every_narrow_dtype<Family, 5, 2>(family + "_5x5_s2"),
-           in_every_narrow_dtype<Family, 7, 1>(family + "_7x7_s1"),
-           in_every_narrow_dtype<Family, 7, 2>(family + "_7x7_s2"),
-       })
-    all.insert(all.end(), some.begin(), some.end());
-  return all;
+  return all_of<Made>({
+      in_every_narrow_dtype<Family, 3, 1>(family + "_3x3_s1"),
+      in_every_narrow_dtype<Family, 3, 2>(family + "_3x3_s2"),
+      in_every_narrow_dtype<Family, 5, 1>(family + "_5x5_s1"),
+      in_every_narrow_dtype<Family, 5, 2>(family + "_5x5_s2"),
+      in_every_narrow_dtype<Family, 7, 1>(family + "_7x7_s1"),
+      in_every_narrow_dtype<Family, 7, 2>(family + "_7x7_s2"),
+  });
+}
+
+// The same of kernels that take a dilation: "<family>_<kernel>x<kernel>_dilated_<dtype>".
+template <class Made, class Family>
+std::vector<Made> for_every_dilated_kernel(const std::string& family) {
+  return all_of<Made>({
+      in_every_narrow_dtype<Family, 3, 1>(family + "_3x3_dilated"),
+      in_every_narrow_dtype<Family, 5, 1>(family + "_5x5_dilated"),
+      in_every_narrow_dtype<Family, 7, 1>(family + "_7x7_dilated"),
+  });
 }
 
 }  // namespace fused_sepconv

@@ -53,7 +53,11 @@ ALL_TRAITS = tuple(
     for dtype in DTYPES
 )
 
-PLANE_TRAITS = tuple(PlaneTraits(t.direction, t.kernel, t.stride, t.dtype) for t in ALL_TRAITS)
+PLANE_TRAITS = tuple(
+    PlaneTraits(t.direction, t.kernel, t.stride, dilated, t.dtype)
+    for t in ALL_TRAITS
+    for dilated in ((False, True) if t.stride == 1 else (False,))
+)
 
 
 def _instance(traits: Traits) -> Instance:
@@ -187,8 +191,11 @@ def _too_large(problem: DepthwiseProblem, blocks: int) -> str:
 
 
 def _fast(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
-    key = (problem.direction, problem.kernel[0], inner_stride(problem)[0], problem.dtype)
-    traits = Traits(*key) if problem.layout == "nhwc" else PlaneTraits(*key)
+    key = (problem.direction, problem.kernel[0], inner_stride(problem)[0])
+    if problem.layout == "nhwc":
+        traits = Traits(*key, problem.dtype)
+    else:
+        traits = PlaneTraits(*key, problem.dilation != (1, 1), problem.dtype)
     refusal = _fast_refusal(problem, traits, kernels)
     if refusal:
         return Candidate("depthwise", traits.name, refusal=refusal)
@@ -234,8 +241,8 @@ def _fast_refusal(problem: DepthwiseProblem, traits: Traits | PlaneTraits, kerne
         return (
             "the fast depthwise backward is for a depth multiplier of 1, and strides that share no factor with dilation"
         )
-    if problem.layout == "nchw" and problem.dilation != (1, 1):
-        return "the fast depthwise kernels for NCHW are for a dilation of 1"
+    if problem.layout == "nchw" and problem.dilation != (1, 1) and sh != 1:
+        return "the fast depthwise kernels for NCHW take a stride and a dilation where the stride divides it"
     if problem.layout == "nhwc" and (problem.C * problem.element_bytes % 16 or problem.K * problem.element_bytes % 16):
         return f"pixels of {problem.C} and {problem.K} channels are no multiple of 16 bytes"
     if not problem.aligned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
+from math import ceil, gcd
 
 from ..devices import Device
 from ..problem import ELEMENT_BYTES, DepthwiseProblem, PlaneTiling
@@ -23,12 +23,14 @@ class PlaneTraits:
 
     direction: str
     kernel: int
-    stride: int
+    stride: int  # after dilation is taken apart
+    dilated: bool
     dtype: str
 
     @property
     def name(self) -> str:
-        return f"depthwise_{self.direction}_nchw_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}"
+        kind = "dilated" if self.dilated else f"s{self.stride}"
+        return f"depthwise_{self.direction}_nchw_{self.kernel}x{self.kernel}_{kind}_{self.dtype}"
 
     @property
     def forward(self) -> bool:
@@ -43,30 +45,55 @@ class PlaneTraits:
     def registers(self) -> int:
         return _REGISTERS[self.direction][self.kernel]
 
-    def window(self, count: int) -> int:
+    def window(self, problem: DepthwiseProblem, count: int) -> int:
         """Rows of x that `count` of the output need, or in the backward rows of its gradient that `count` of x need."""
+        if self.forward:
+            return (count - 1) * problem.stride[0] + _reach(problem, 0) + 1
+        return (count - 1 + _reach(problem, 0)) // problem.stride[0] + 1
+
+    def x_window(self, problem: DepthwiseProblem, count: int) -> int:
+        """Of the backward: rows of x that come for `count` of them. With a mid-activation, of whose argument they are
+        made, those under their window: those before are as many as the kernel reaches."""
+        if not problem.mid_activation:
+            return count
+        return (self.window(problem, count) - 1) * problem.stride[0] + _reach(problem, 0) + 1
+
+    def _own_window(self, count: int) -> int:
+        """The rows or columns of its window that a thread reads for `count` of its own."""
         if self.forward:
             return (count - 1) * self.stride + self.kernel
         return (count - 1 + self.kernel - 1) // self.stride + 1
 
-    def x_window(self, count: int, mid_activation: bool) -> int:
-        """Of the backward: rows of x that come for `count` of them. With a mid-activation, of whose argument they are
-        made, those under their window: those before are as many as the kernel reaches."""
-        return (self.window(count) - 1) * self.stride + self.kernel if mid_activation else count
-
     @property
     def instructions(self) -> float:
-        """Of a thread an item, about: every element of a window is read, converted and guarded by itself."""
+        """Of a thread an item, about: every element of a window is read, converted and guarded by itself, and where
+        there is a dilation has an address of its own."""
         values = self.rows * COLUMNS
-        window = self.window(self.rows) * self.window(COLUMNS)
+        window = self._own_window(self.rows) * self._own_window(COLUMNS)
         multiply_adds = values * self.kernel**2 if self.forward else 2 * values * self.kernel**2 / self.stride**2
-        return 4 * window + multiply_adds + 8 * values + 60
+        return (5 if self.dilated else 4) * window + multiply_adds + 8 * values + (120 if self.dilated else 60)
 
     @property
     def mid_instructions(self) -> float:
         """The same of an item of the mid-activation's argument in the backward: one row of outputs."""
         window = self.kernel * ((COLUMNS - 1) * self.stride + self.kernel)
-        return 4 * window + COLUMNS * (self.kernel**2 + 20) + 40
+        return (5 if self.dilated else 4) * window + COLUMNS * (self.kernel**2 + 20) + 40
+
+
+def _reach(problem: DepthwiseProblem, axis: int) -> int:
+    """From the first tap to the last."""
+    return (problem.kernel[axis] - 1) * problem.dilation[axis]
+
+
+def _item_pitch(problem: DepthwiseProblem, axis: int) -> int:
+    """How far a thread's rows (or columns) lie apart: `PlanePitch::own` in csrc/kernels/depthwise_planes.cuh."""
+    return problem.dilation[axis] // gcd(problem.dilation[axis], problem.stride[axis])
+
+
+def _items(problem: DepthwiseProblem, axis: int, size: int, count: int) -> int:
+    """Items of `count` rows (or columns) each that cover `size`: `items_over` in depthwise_planes.cuh."""
+    pitch = _item_pitch(problem, axis)
+    return ceil(size / (count * pitch)) * pitch
 
 
 @dataclass(frozen=True)
@@ -89,8 +116,8 @@ class PlaneCut:
     def x_window_rows(self) -> int:
         """Rows of x that all bands of an image read in a backward with a mid-activation."""
         p, t = self.problem, self.tiling
-        first = t.first_row - (p.kernel[0] - 1) - p.padding[0]
-        window = self.traits.x_window(t.rows, True)
+        first = t.first_row - _reach(p, 0) - p.padding[0]
+        window = self.traits.x_window(p, t.rows)
         begins = range(first, first + t.bands * t.rows, t.rows)
         return sum(max(0, min(begin + window, p.H) - max(begin, 0)) for begin in begins)
 
@@ -102,11 +129,12 @@ class PlaneCut:
             if self.traits.forward:
                 first = band * t.rows
                 last = min(first + t.rows, p.out_h) - 1
-                low, high = first * p.stride[0] - p.padding[0], last * p.stride[0] - p.padding[0] + p.kernel[0]
+                low = first * p.stride[0] - p.padding[0]
+                high = low + self.traits.window(p, last - first + 1)
                 total += max(0, min(high, p.H) - max(low, 0))
             else:
-                first = (t.first_row + band * t.rows - p.kernel[0] + 1) // p.stride[0]
-                total += max(0, min(first + self.traits.window(t.rows), p.out_h) - max(first, 0))
+                first = (t.first_row + band * t.rows - _reach(p, 0)) // p.stride[0]
+                total += max(0, min(first + self.traits.window(p, t.rows), p.out_h) - max(first, 0))
         return total
 
     def bytes_by_tensor(self) -> dict[str, int]:
@@ -142,10 +170,10 @@ def _shared_bytes(problem: DepthwiseProblem, traits: PlaneTraits, images: int, r
     """Two units of what is read, and one of what is made of it."""
     p, dtype = problem, problem.dtype
     if traits.forward:
-        read = _slot_bytes(min(traits.window(rows), p.H) * p.W, dtype)
+        read = _slot_bytes(min(traits.window(p, rows), p.H) * p.W, dtype)
         return images * (2 * read + _slot_bytes(min(rows, p.out_h) * p.out_w, dtype))
-    x = _slot_bytes(min(traits.x_window(rows, bool(p.mid_activation)), p.H) * p.W, dtype)
-    grad = _slot_bytes(min(traits.window(rows), p.out_h) * p.out_w, dtype)
+    x = _slot_bytes(min(traits.x_window(p, rows), p.H) * p.W, dtype)
+    grad = _slot_bytes(min(traits.window(p, rows), p.out_h) * p.out_w, dtype)
     sums = THREADS // 32 * p.taps * 4
     return max(sums, images * (2 * grad + (2 if p.pre_activation in (None, "relu") else 3) * x))
 
@@ -157,7 +185,7 @@ def _span(problem: DepthwiseProblem, traits: PlaneTraits, axis: int) -> tuple[in
     if traits.forward:
         return 0, outputs
     stride, before, size = problem.stride[axis], problem.padding[2 * axis], (problem.H, problem.W)[axis]
-    owner = (traits.kernel - 1) // 2
+    owner = _reach(problem, axis) // 2
     first, last = min(before, owner), max(size - 1 + before, stride * (outputs - 1) + owner)
     first -= first % stride
     return first, last - first + 1
@@ -167,11 +195,12 @@ def cuts(problem: DepthwiseProblem, traits: PlaneTraits, device: Device) -> Iter
     """Ways to cut a problem that are worth comparing."""
     first_row, height = _span(problem, traits, 0)
     first_column, width = _span(problem, traits, 1)
-    across, down = ceil(width / COLUMNS), ceil(height / traits.rows)
+    across, down = _items(problem, 1, width, COLUMNS), _items(problem, 0, height, traits.rows)
+    whole = traits.rows * _item_pitch(problem, 0)  # rows that items take whole
     for items in (THREADS, 2 * THREADS, 4 * THREADS):  # of a unit: whole turns of a block's threads
         images = max(1, min(problem.N, items // (across * down)))
         bands = ceil(across * down / items) if images == 1 else 1
-        rows = ceil(down / bands) * traits.rows
+        rows = ceil(ceil(height / whole) / bands) * whole
         shared_bytes = _shared_bytes(problem, traits, images, rows)
         if shared_bytes > device.shared_bytes:
             continue
@@ -201,8 +230,9 @@ def instructions_of_unit(cut: PlaneCut) -> float:
     def turns(items: int) -> int:
         return THREADS * ceil(items / THREADS)
 
-    total = turns(t.images * ceil(t.columns / COLUMNS) * ceil(t.rows / traits.rows)) * traits.instructions
+    items = _items(p, 1, t.columns, COLUMNS) * _items(p, 0, t.rows, traits.rows)
+    total = turns(t.images * items) * traits.instructions
     if p.mid_activation and not traits.forward:
-        rows = min(traits.window(t.rows), p.out_h)
-        total += turns(t.images * ceil(p.out_w / COLUMNS) * rows) * traits.mid_instructions
+        rows = min(traits.window(p, t.rows), p.out_h)
+        total += turns(t.images * _items(p, 1, p.out_w, COLUMNS) * rows) * traits.mid_instructions
     return total
