@@ -237,6 +237,7 @@ LAUNCHES = {
     "too_little_shared": ([], "", [], 1, 128),
     "overflow_stack": ([(32, "i4")], "o", [], 1, 32),
     "read_neighbour": ([(4, "i4")], "o", [], 4, 32),
+    "index_past_array": ([(32, "f4")], "o", [], 1, 32),
 }
 
 # What the report says, where only instrumented accesses show the bug, and where every build sees it.
@@ -256,6 +257,7 @@ SEEN_WHEN_CHECKED = {
     "count_threads": r"race in array 0: (read|write) at byte 0",
     "write_to_input": r"write to the input array 0 at byte \d+",
     "read_neighbour": r"race in shared memory|read of uninitialised shared memory",
+    "index_past_array": r"index 4 out of bounds of 'float \[4\]'",
 }
 SEEN_ALWAYS = {
     "abandon_copy": r"exits with 1 cp.async that it never waited for",

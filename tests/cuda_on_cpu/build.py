@@ -30,7 +30,7 @@ COMMON_FLAGS = [
     "-ffile-prefix-map=$$PWD=.",  # the shell's: a copy of the checkout then has the same commands, and its objects hold
 ]
 # One instrumented access for one access of the source: merged or vectorised ones would blur sizes and alignments.
-CHECKED_FLAGS = ["-fsanitize=thread", "-fno-tree-vectorize", "-fno-store-merging", "-Wno-tsan"]
+CHECKED_FLAGS = ["-fsanitize=thread,bounds", "-fno-tree-vectorize", "-fno-store-merging", "-Wno-tsan"]
 
 # One header of each of the packages that CUDA's headers come in.
 CUDA_HEADERS = ["vector_types.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target"]

@@ -1,8 +1,11 @@
-// instrumentation.cpp - what the compiler calls before every access of code built with -fsanitize=thread.
+// instrumentation.cpp - what the compiler calls before every access of code built with -fsanitize=thread, and where an
+// index is too large for its array in code built with -fsanitize=bounds.
 //
 // The flag is used for its instrumentation alone: these functions stand in for the ThreadSanitizer runtime, which
-// knows nothing of CUDA's barriers and is not linked. Accesses that the compiler knows to be aligned are reported by
-// size, all others (packed structs, sizes that are no power of two) as ranges.
+// knows nothing of CUDA's barriers and is not linked; likewise for UndefinedBehaviorSanitizer's. Accesses that the
+// compiler knows to be aligned are reported by size, all others (packed structs, sizes that are no power of two) as
+// ranges.
+#include "failure.h"
 #include "memory_checker.h"
 #include "state.h"
 
@@ -65,5 +68,22 @@ ATOMICS_OF(16, unsigned short)
 ATOMICS_OF(32, unsigned)
 ATOMICS_OF(64, unsigned long)
 #undef ATOMICS_OF
+
+// Of the compiler's description of the array the front alone is used: a source location, and its type.
+struct ArrayType {
+  uint16_t kind, info;
+  char name[];  // such as "float [4]", in quotes
+};
+struct ArrayBounds {
+  const char* file;
+  uint32_t line, column;
+  const ArrayType* array;
+};
+void __ubsan_handle_out_of_bounds(const ArrayBounds* bounds, uintptr_t index) {
+  if (!emulator::current_worker || !emulator::current_worker->running) return;
+  const void* call = static_cast<char*>(__builtin_return_address(0)) - 1;
+  emulator::fail(emulator::current_thread(), emulator::Origin::of_instruction(call), "index %ld out of bounds of %s",
+                 static_cast<long>(index), bounds->array->name);
+}
 
 }  // extern "C"

@@ -218,6 +218,16 @@ FSC_KERNEL(32, 1) overflow_stack(FSC_CONST_PARAM const Arguments arguments) {
 }
 const Registration overflow_stack_("overflow_stack", overflow_stack);
 
+// Bug: a loop goes one past an array of the thread's own.
+FSC_KERNEL(32, 1) index_past_array(FSC_CONST_PARAM const Arguments arguments) {
+  float values[2][4];
+  for (int i = 0; i < 8; ++i) values[i / 4][i % 4] = static_cast<float>(i);
+  float sum = 0;
+  for (int i = 0; i < (arguments.bug ? 5 : 4); ++i) sum += values[1][i];  // BUG index_past_array
+  arguments.array<float>(0)[threadIdx.x] = sum;
+}
+const Registration index_past_array_("index_past_array", index_past_array);
+
 // Loads an 8x8 matrix whose rows are numbers[0] bytes apart.
 struct Matrix {
   alignas(16) uint16_t values[8 * 64];
