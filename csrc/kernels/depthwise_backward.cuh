@@ -147,7 +147,6 @@ FSC_DEVICE void through_mid_activation(const RowRing<Traits>& ring, const RowRin
 template <class Traits>
 FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
 depthwise_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
-  using Scalar = typename Traits::Scalar;
   using Word = typename Traits::Word;
   using Lane = typename Traits::Lane;
   using Window = DepthwiseBackwardWindow<Traits>;

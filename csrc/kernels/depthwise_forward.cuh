@@ -69,9 +69,9 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   float weights[Traits::kTaps][kChannels], bias[kChannels];
   int input_of[kChannels];  // where the lane's channels find their input
   load_weights<Traits>(params.depthwise_weight, first_channel, shape.K, shared, weights);
+  const bool exists = own_channel < shape.K;  // all of a lane's or none, as pixels are whole pieces
   FSC_UNROLL
   for (int v = 0; v < kChannels; ++v) {
-    const bool exists = own_channel + v < shape.K;
     const int k = exists ? own_channel + v : 0;
     const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
     bias[v] = biases == nullptr ? 0.0f : convert<float>(biases[k]);
@@ -105,7 +105,7 @@ depthwise_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   bool whole = true;  // whether all its rows have come, or those that the group before did not have
   start_copies();
   start_stores();
-  if (begin < end) copies.bring_first(ring, top, Window::kRows);
+  copies.bring_first(ring, top, Window::kRows);
   async_copy_commit();
   for (int32_t left = static_cast<int32_t>(end - begin); left > 0; --left) {
     async_copy_wait<0>();

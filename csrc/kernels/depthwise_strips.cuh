@@ -304,7 +304,7 @@ FSC_DEVICE void add_taps(float (&sums)[kRows][kColumns][kChannels],
   }
 }
 
-// Applies an activation to `count` words, `stride` words apart. Rolled: a kernel has it once.
+// Applies an activation to `count` words. Rolled: a kernel has it once.
 template <class Traits>
 FSC_DEVICE void activate_words(Activation activation, const typename Traits::Word* from, typename Traits::Word* to,
                                int count) {
