@@ -120,7 +120,7 @@ struct StripSteps {
 // The same for the kernels of NCHW. A block has one channel. A unit is a band of rows of some images, and units, the
 // bands of the first images first, are numbered through into parts, one a block.
 struct PlaneTiling {
-  int32_t images;          // of a unit; the last units of a band may have fewer
+  int32_t images;          // of a unit; the last unit may have fewer. Where there are several, a band is all rows
   int32_t rows;            // of a band: of the output, or in the backward of x (whole items of a thread)
   int32_t bands;           // of an image
   int32_t first_row;       // 0, or in the backward where x and the pixels that own a gradient begin, padding included

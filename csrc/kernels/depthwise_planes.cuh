@@ -6,6 +6,7 @@
 #pragma once
 
 #include "depthwise_strips.cuh"
+#include "divisor.cuh"
 
 namespace fused_sepconv {
 
@@ -45,34 +46,71 @@ struct PlanePitch {
 };
 
 template <class Traits>
-FSC_DEVICE PlanePitch vertical_pitch(const ConvShape& shape) {
+FSC_HOST_DEVICE PlanePitch vertical_pitch(const ConvShape& shape) {
   if (!Traits::kDilated) return {Traits::kStride, 1, 1};
   return {shape.stride_h, shape.dilation_h, shape.dilation_h / shape.stride_h};
 }
 template <class Traits>
-FSC_DEVICE PlanePitch horizontal_pitch(const ConvShape& shape) {
+FSC_HOST_DEVICE PlanePitch horizontal_pitch(const ConvShape& shape) {
   if (!Traits::kDilated) return {Traits::kStride, 1, 1};
   return {shape.stride_w, shape.dilation_w, shape.dilation_w / shape.stride_w};
 }
 
-// Items along an axis, each of `count` rows (or columns) that lie `pitch` apart: how many cover `size`, and where one
-// begins. Those of one item in turn take what lies between its rows.
+// How many items, each of `count` rows (or columns) that lie `pitch` apart, cover `size` of them.
 template <int count>
-FSC_DEVICE int items_over(int size, int pitch) {
+FSC_HOST_DEVICE int items_over(int size, int pitch) {
   return (size + count * pitch - 1) / (count * pitch) * pitch;
 }
-template <int count>
-FSC_DEVICE int item_begin(int item, int pitch) {
-  return item / pitch * (count * pitch) + item % pitch;
-}
 
-// A slot for a run of so many elements, wherever it begins.
+// An item of a unit: what a thread computes at a time, from this image, row and column on.
+struct PlaneItem {
+  int image, row, column;
+};
+
+// The items of a unit, of kRows x kColumns each, numbered column by column, row by row, image by image. Items side by
+// side take in turn what lies between the rows (columns) of one. The host knows what numbers are divided by.
+template <class Traits, int kRows>
+class PlaneItems {
+ public:
+  // Over `height` rows of an image, where a unit has several, and `width` columns.
+  PlaneItems(const ConvShape& shape, int height, int width)
+      : pitch_h_(kRows == 1 ? 1 : vertical_pitch<Traits>(shape).own),
+        pitch_w_(horizontal_pitch<Traits>(shape).own),
+        rows_(items_over<kRows>(height, pitch_h_.divisor())),
+        columns_(items_over<Traits::kColumns>(width, pitch_w_.divisor())) {}
+
+  FSC_DEVICE int over(int images, int height) const {
+    return images * items_over<kRows>(height, Traits::kDilated ? pitch_h_.divisor() : 1) * columns_.divisor();
+  }
+  FSC_DEVICE PlaneItem at(int item, int images) const {
+    PlaneItem place{0, item, 0};
+    place.column = begin<Traits::kColumns>(columns_.split(place.row), pitch_w_);
+    if (images > 1) {
+      place.image = place.row;
+      place.row = rows_.split(place.image);
+    }
+    place.row = begin<kRows>(place.row, pitch_h_);
+    return place;
+  }
+
+ private:
+  template <int count>
+  static FSC_DEVICE int begin(int item, const Divisor& pitch) {
+    if (!Traits::kDilated || count == 1) return item * count;
+    const int within = pitch.split(item);
+    return item * count * pitch.divisor() + within;
+  }
+
+  Divisor pitch_h_, pitch_w_, rows_, columns_;
+};
+
+// Pieces of a slot for a run of so many elements, wherever it begins.
 template <class Scalar>
-FSC_HOST_DEVICE int slot_bytes(int elements) {
-  return (elements * static_cast<int>(sizeof(Scalar)) + 2 * kPieceBytes - 1) / kPieceBytes * kPieceBytes;
+int slot_pieces(int elements) {
+  return (elements * static_cast<int>(sizeof(Scalar)) + 2 * kPieceBytes - 1) / kPieceBytes;
 }
 
-// A unit: which images, and which band of their rows.
+// A unit: which images, and which band of their rows. Where the bands end, the next images begin.
 struct PlaneUnit {
   int64_t n;       // first image
   int32_t images;  // how many
@@ -82,6 +120,18 @@ struct PlaneUnit {
     const int64_t group = number / tiling.bands;
     band = static_cast<int32_t>(number - group * tiling.bands);
     n = group * tiling.images;
+    count_images(shape, tiling);
+  }
+
+  FSC_DEVICE void advance(const ConvShape& shape, const PlaneTiling& tiling) {
+    if (++band < tiling.bands) return;
+    band = 0;
+    n += tiling.images;
+    count_images(shape, tiling);
+  }
+
+ private:
+  FSC_DEVICE void count_images(const ConvShape& shape, const PlaneTiling& tiling) {
     images = static_cast<int32_t>(n + tiling.images <= shape.N ? tiling.images : shape.N - n);
   }
 };
@@ -90,49 +140,47 @@ FSC_DEVICE int64_t plane_units(const ConvShape& shape, const PlaneTiling& tiling
   return (shape.N + tiling.images - 1) / tiling.images * tiling.bands;
 }
 
-// Runs of rows, one an image of a unit, in slots of shared memory. Rows [row, row_end) of the plane at `plane` in the
-// first image; the planes of other images are stride_n elements further.
+// Runs of rows, one an image of a unit, in slots of shared memory. In the first image the run begins at `data`; those
+// of other images are stride_n elements further.
 template <class Traits>
 struct PlaneRows {
   using Scalar = typename Traits::Scalar;
   unsigned char* slots;
-  int32_t pitch;  // bytes of a slot, a multiple of 16
+  const Divisor& pieces;  // of a slot
   const Scalar* data;
   int64_t stride_n;
-  int32_t count;  // elements of a run
+  int32_t rows, count;  // rows and elements of a run
 
+  FSC_DEVICE int pitch() const { return pieces.divisor() * kPieceBytes; }
   FSC_DEVICE const Scalar* run(int image) const { return data + image * stride_n; }
   // Bytes between a multiple of 16 and the run.
   FSC_DEVICE int shift(int image) const {
     return static_cast<int>(reinterpret_cast<uintptr_t>(run(image)) % kPieceBytes);
   }
-  FSC_DEVICE Scalar* slot(int image) const { return reinterpret_cast<Scalar*>(slots + image * pitch + shift(image)); }
+  FSC_DEVICE Scalar* slot(int image) const { return reinterpret_cast<Scalar*>(slots + image * pitch() + shift(image)); }
 
   // body(image, piece): the pieces that a thread copies, and does what else is to be done to them.
   template <class Body>
   FSC_DEVICE void for_each_own_piece(int images, const Body& body) const {
-    const int pieces = pitch / kPieceBytes;
-    for (int i = threadIdx.x; i < images * pieces; i += Traits::kThreads) body(i / pieces, i % pieces);
+    for (int i = threadIdx.x; i < images * pieces.divisor(); i += Traits::kThreads) {
+      int image = 0, piece = i;
+      if (images > 1) {
+        image = i;
+        piece = pieces.split(image);
+      }
+      body(image, piece);
+    }
   }
 
-  // Starts the copies. `begin` is the tensor's first element: where a run's first piece would begin before it, its
-  // elements come one by one.
-  FSC_DEVICE void copy(int images, const Scalar* begin) const {
+  // Starts the copies, of whole pieces but for what lies past a run's end. The tensor begins at a multiple of 16, so no
+  // piece begins before it.
+  FSC_DEVICE void copy(int images) const {
     for_each_own_piece(images, [&](int image, int piece) {
       const int at = piece * kPieceBytes - shift(image);  // of the piece in the run, in bytes
       const int left = count * static_cast<int>(sizeof(Scalar)) - at;
       if (left <= 0) return;
-      unsigned char* destination = slots + image * pitch + piece * kPieceBytes;
-      const unsigned char* source = reinterpret_cast<const unsigned char*>(run(image)) + at;
-      if (source >= reinterpret_cast<const unsigned char*>(begin)) {
-        async_copy_some(shared_address(destination), source, left < kPieceBytes ? left : kPieceBytes);
-        return;
-      }
-      for (int i = 0; i < Traits::kPieceElements; ++i) {
-        const int element = at / static_cast<int>(sizeof(Scalar)) + i;
-        reinterpret_cast<Scalar*>(destination)[i] =
-            element >= 0 && element < count ? run(image)[element] : convert<Scalar>(0.0f);
-      }
+      async_copy_some(shared_address(slots + image * pitch() + piece * kPieceBytes),
+                      reinterpret_cast<const unsigned char*>(run(image)) + at, left < kPieceBytes ? left : kPieceBytes);
     });
   }
 
@@ -140,7 +188,7 @@ struct PlaneRows {
   FSC_DEVICE void activate_own(int images, Activation activation, unsigned char* to) const {
     for_each_own_piece(images, [&](int image, int piece) {
       if (piece * kPieceBytes - shift(image) >= count * static_cast<int>(sizeof(Scalar))) return;
-      const int at = image * pitch + piece * kPieceBytes;
+      const int at = image * pitch() + piece * kPieceBytes;
       activate_piece<Traits>(activation, slots + at, to + at);
     });
   }
@@ -150,7 +198,7 @@ struct PlaneRows {
     for_each_own_piece(images, [&](int image, int piece) {
       const int first = piece * Traits::kPieceElements - shift(image) / static_cast<int>(sizeof(Scalar));
       Scalar* destination = output + image * stride_n + first;
-      const Scalar* source = reinterpret_cast<const Scalar*>(slots + image * pitch + piece * kPieceBytes);
+      const Scalar* source = reinterpret_cast<const Scalar*>(slots + image * pitch() + piece * kPieceBytes);
       if (first >= begin && first + Traits::kPieceElements <= end) {
         store_global(destination, load<Traits::kPieceElements>(source));
         return;

@@ -17,9 +17,36 @@
 // mid-activation, of whose argument the rows around a band's own are made, in x too.
 #pragma once
 
+#include <algorithm>
+
 #include "depthwise_planes.cuh"
 
 namespace fused_sepconv {
+
+// What a launch adds to the call: computed once on the host, and read from constant memory.
+template <class Traits>
+struct PlanesBackwardParams {
+  DepthwiseBackwardParams call;
+  PlaneItems<Traits, Traits::kRows> items;  // of x
+  PlaneItems<Traits, 1> mid_items;          // of the output, for the mid-activation
+  int32_t grad_rows, x_rows;                // that come for a band: of grad_output, and of x
+  Divisor grad_pieces, x_pieces;            // of a slot for them, or for all there are
+
+  explicit PlanesBackwardParams(const DepthwiseBackwardParams& params)
+      : call(params),
+        items(params.shape, params.planes.rows, params.planes.columns),
+        mid_items(params.shape, params.shape.out_h, params.shape.out_w),
+        grad_rows((params.planes.rows - 1 + reach(params.shape)) / Traits::kStride + 1),
+        x_rows(params.shape.mid_activation == Activation::none
+                   ? params.planes.rows  // the band's own, or all under the rows of grad_output
+                   : (grad_rows - 1) * Traits::kStride + reach(params.shape) + 1),
+        grad_pieces(slot_pieces<Scalar>(std::min(grad_rows, params.shape.out_h) * params.shape.out_w)),
+        x_pieces(slot_pieces<Scalar>(std::min(x_rows, params.shape.H) * params.shape.W)) {}
+
+ private:
+  using Scalar = typename Traits::Scalar;
+  static int reach(const ConvShape& shape) { return (Traits::kKernel - 1) * vertical_pitch<Traits>(shape).taps; }
+};
 
 // Adds a block's sums over its lanes and warps, in their order: out(index, total).
 template <int count, class Out>
@@ -43,27 +70,26 @@ FSC_DEVICE void sum_over_block(float* shared, const float (&sums)[count], const 
 // them, rounded as the forward rounds it. The runs begin at rows grad_row and x_row of the images.
 template <class Traits>
 FSC_DEVICE void through_mid_activation(const PlaneRows<Traits>& grads, const PlaneRows<Traits>& x,
-                                       const DepthwiseBackwardParams& params, const float (&weights)[Traits::kTaps][1],
-                                       float bias, int images, int grad_row, int x_row) {
+                                       const PlanesBackwardParams<Traits>& planes,
+                                       const float (&weights)[Traits::kTaps][1], float bias, int images, int grad_row,
+                                       int x_row) {
   using Scalar = typename Traits::Scalar;
   constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride, kColumns = Traits::kColumns;
   constexpr int kWindowColumns = (kColumns - 1) * kStride + kKernel;
-  const ConvShape& shape = params.shape;
+  const ConvShape& shape = planes.call.shape;
   const PlanePitch down = vertical_pitch<Traits>(shape), across = horizontal_pitch<Traits>(shape);
-  const int rows = grads.count / shape.out_w, x_rows = x.count / shape.W;
-  const int item_columns = items_over<kColumns>(shape.out_w, across.own);
+  const int count = planes.mid_items.over(images, grads.rows);
   FSC_ROLLED
-  for (int item = threadIdx.x; item < images * rows * item_columns; item += Traits::kThreads) {
-    const int column = item_begin<kColumns>(item % item_columns, across.own);
-    const int row = item / item_columns % rows;
-    const int image = item / item_columns / rows;
+  for (int item = threadIdx.x; item < count; item += Traits::kThreads) {
+    const auto [image, row, column] = planes.mid_items.at(item, images);
+    const int window_row = (grad_row + row) * kStride - shape.pad_top - x_row;
+    const int window_column = column * kStride - shape.pad_left;
     const Scalar* pixels = x.slot(image);
     float t[1][kColumns][1];
     FSC_UNROLL
     for (int c = 0; c < kColumns; ++c) t[0][c][0] = bias;
     add_taps<kKernel, kStride>(t, weights, [&](int a, float (&window)[kWindowColumns][1]) {
-      read_window(pixels, x_rows, shape.W, (grad_row + row) * kStride - shape.pad_top + a * down.taps - x_row,
-                  column * kStride - shape.pad_left, across.taps, window);
+      read_window(pixels, x.rows, shape.W, window_row + a * down.taps, window_column, across.taps, window);
     });
     Scalar* gradients = grads.slot(image) + row * shape.out_w + column;
     Values<kColumns> grad, at;
@@ -81,13 +107,14 @@ FSC_DEVICE void through_mid_activation(const PlaneRows<Traits>& grads, const Pla
 
 template <class Traits>
 FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
-depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
+depthwise_planes_backward(const FSC_CONST_PARAM PlanesBackwardParams<Traits> planes) {
   using Scalar = typename Traits::Scalar;
   constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride, kReach = Traits::kKernel - 1;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns;
   constexpr int kWindowRows = (kRows - 1 + kReach) / kStride + 1;
   constexpr int kWindowColumns = (kColumns - 1 + kReach) / kStride + 1;
   FSC_SHARED_BYTES(shared);
+  const DepthwiseBackwardParams& params = planes.call;
   const ConvShape& shape = params.shape;
   const PlaneTiling& tiling = params.planes;
   const PlanePitch down = vertical_pitch<Traits>(shape), across = horizontal_pitch<Traits>(shape);
@@ -112,16 +139,11 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
 
   const bool relu = shape.pre_activation == Activation::relu;  // whose result shows its derivative
   const bool beside = shape.pre_activation != Activation::none && !relu;
-  const bool mid = shape.mid_activation != Activation::none;
-  const int grad_rows = (tiling.rows - 1 + reach_h) / kStride + 1;
-  // Of x a band's own rows; with a mid-activation, of whose argument they are made, all rows under those of its
-  // gradient.
-  const int x_window = mid ? (grad_rows - 1) * kStride + reach_h + 1 : tiling.rows;
-  const int before = mid ? reach_h : 0;  // of them, those before the band's own
-  const int x_pitch = slot_bytes<Scalar>((x_window < shape.H ? x_window : shape.H) * shape.W);
-  const int grad_pitch = slot_bytes<Scalar>((grad_rows < shape.out_h ? grad_rows : shape.out_h) * shape.out_w);
-  unsigned char* x_slots = shared + 2 * tiling.images * grad_pitch;
-  unsigned char* active_slots = beside ? x_slots + 2 * tiling.images * x_pitch : nullptr;
+  const int before = shape.mid_activation != Activation::none ? reach_h : 0;          // rows of x before the band's own
+  const int grad_bytes = tiling.images * planes.grad_pieces.divisor() * kPieceBytes;  // of the slots of a unit
+  const int x_bytes = tiling.images * planes.x_pieces.divisor() * kPieceBytes;
+  unsigned char* x_slots = shared + 2 * grad_bytes;
+  unsigned char* active_slots = beside ? x_slots + 2 * x_bytes : nullptr;
 
   const Scalar* x = static_cast<const Scalar*>(params.x.data);
   const Scalar* grad_output = static_cast<const Scalar*>(params.grad_output.data);
@@ -132,25 +154,25 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
   };
   const auto rows_of_x = [&](const PlaneUnit& unit, int parity) {
     const int row = first_of_x(unit);
-    const int row_end = clipped(first_padded(unit) - before - shape.pad_top + x_window, shape.H);
-    return PlaneRows<Traits>{x_slots + parity * tiling.images * x_pitch, x_pitch,
-                             x + offset(params.x, unit.n, k, row, 0), params.x.stride_n, (row_end - row) * shape.W};
+    const int row_end = clipped(first_padded(unit) - before - shape.pad_top + planes.x_rows, shape.H);
+    return PlaneRows<Traits>{x_slots + parity * x_bytes, planes.x_pieces, x + offset(params.x, unit.n, k, row, 0),
+                             params.x.stride_n,          row_end - row,   (row_end - row) * shape.W};
   };
   const auto first_of_grad = [&](const PlaneUnit& unit) {
     return clipped((first_padded(unit) - reach_h) / kStride, shape.out_h);
   };
   const auto rows_of_grad = [&](const PlaneUnit& unit, int parity) {
     const int row = first_of_grad(unit);
-    const int row_end = clipped((first_padded(unit) - reach_h) / kStride + grad_rows, shape.out_h);
-    return PlaneRows<Traits>{shared + parity * tiling.images * grad_pitch, grad_pitch,
-                             grad_output + offset(params.grad_output, unit.n, k, row, 0), params.grad_output.stride_n,
-                             (row_end - row) * shape.out_w};
+    const int row_end = clipped((first_padded(unit) - reach_h) / kStride + planes.grad_rows, shape.out_h);
+    return PlaneRows<Traits>{
+        shared + parity * grad_bytes, planes.grad_pieces, grad_output + offset(params.grad_output, unit.n, k, row, 0),
+        params.grad_output.stride_n,  row_end - row,      (row_end - row) * shape.out_w};
   };
 
   int parity = 0;
   PlaneUnit unit(shape, tiling, begin);
-  rows_of_x(unit, parity).copy(unit.images, x);
-  rows_of_grad(unit, parity).copy(unit.images, grad_output);
+  rows_of_x(unit, parity).copy(unit.images);
+  rows_of_grad(unit, parity).copy(unit.images);
   async_copy_commit();
   for (int64_t number = begin; number < end; ++number) {
     const PlaneRows<Traits> raw = rows_of_x(unit, parity), grads = rows_of_grad(unit, parity);
@@ -159,10 +181,11 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
       raw.activate_own(unit.images, shape.pre_activation, beside ? active_slots : raw.slots);
     __syncthreads();  // the unit is there
 
-    const PlaneUnit coming(shape, tiling, number + 1);
+    PlaneUnit coming = unit;
+    coming.advance(shape, tiling);
     if (number + 1 < end) {
-      rows_of_x(coming, 1 - parity).copy(coming.images, x);
-      rows_of_grad(coming, 1 - parity).copy(coming.images, grad_output);
+      rows_of_x(coming, 1 - parity).copy(coming.images);
+      rows_of_grad(coming, 1 - parity).copy(coming.images);
     }
     async_copy_commit();
 
@@ -170,21 +193,17 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
     PlaneRows<Traits> active = raw;
     if (beside) active.slots = active_slots;
     const int padded_row = first_padded(unit), x_row = first_of_x(unit), grad_row = first_of_grad(unit);
-    const int in_grad_rows = grads.count / shape.out_w;
     // The band's own rows of x, of the run.
     const int own_begin = clipped(padded_row - shape.pad_top, shape.H) - x_row;
     const int own_end = clipped(padded_row + tiling.rows - shape.pad_top, shape.H) - x_row;
-    if (mid) {
-      through_mid_activation(grads, active, params, weights, bias, unit.images, grad_row, x_row);
+    if (shape.mid_activation != Activation::none) {
+      through_mid_activation(grads, active, planes, weights, bias, unit.images, grad_row, x_row);
       __syncthreads();
     }
-    const int item_columns = items_over<kColumns>(tiling.columns, across.own);
-    const int item_rows = items_over<kRows>(tiling.rows, down.own);
-    for (int item = threadIdx.x; item < unit.images * item_rows * item_columns; item += Traits::kThreads) {
-      // Counted from the first of padding on.
-      const int column = tiling.first_column + item_begin<kColumns>(item % item_columns, across.own);
-      const int row = padded_row + item_begin<kRows>(item / item_columns % item_rows, down.own);
-      const int image = item / item_columns / item_rows;
+    const int count = planes.items.over(unit.images, tiling.rows);
+    for (int item = threadIdx.x; item < count; item += Traits::kThreads) {
+      const auto [image, item_row, item_column] = planes.items.at(item, unit.images);
+      const int row = padded_row + item_row, column = tiling.first_column + item_column;  // of x with its padding
       Scalar* pixels = active.slot(image);
       const Scalar* gradients = grads.slot(image);
       const int first_h = row - shape.pad_top - x_row, first_w = column - shape.pad_left;
@@ -205,7 +224,7 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
       FSC_UNROLL
       for (int a = 0; a < kWindowRows; ++a) {
         float window[kWindowColumns][1];
-        read_window(gradients, in_grad_rows, shape.out_w, (row - reach_h) / kStride + a * down.own - grad_row,
+        read_window(gradients, grads.rows, shape.out_w, (row - reach_h) / kStride + a * down.own - grad_row,
                     (column - reach_w) / kStride, across.own, window);
         FSC_UNROLL
         for (int r = 0; r < kRows; ++r) {
@@ -245,7 +264,8 @@ depthwise_planes_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) 
         const int own_count = (own_end - own_begin) * shape.W;
         FSC_ROLLED
         for (int i = threadIdx.x; i < unit.images * own_count; i += Traits::kThreads) {
-          const int image = i / own_count, element = own_begin * shape.W + i % own_count;
+          const int image = unit.images > 1 ? i / own_count : 0;
+          const int element = own_begin * shape.W + i - image * own_count;
           Scalar* grad = active.slot(image) + element;
           *grad = convert<Scalar>(
               differentiate(shape.pre_activation, convert<float>(*grad), convert<float>(raw.slot(image)[element])));

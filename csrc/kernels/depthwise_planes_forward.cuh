@@ -17,22 +17,46 @@
 // output, as every element of a window is a 16-bit load of its own: about 70 % of the bandwidth.
 #pragma once
 
+#include <algorithm>
+
 #include "depthwise_planes.cuh"
 
 namespace fused_sepconv {
 
+// What a launch adds to the call: computed once on the host, and read from constant memory.
+template <class Traits>
+struct PlanesForwardParams {
+  DepthwiseForwardParams call;
+  PlaneItems<Traits, Traits::kRows> items;
+  Divisor x_pieces, y_pieces;  // of a slot: for the rows under a band, or all, and for a band of the output
+
+  explicit PlanesForwardParams(const DepthwiseForwardParams& params)
+      : call(params),
+        items(params.shape, params.planes.rows, params.shape.out_w),
+        x_pieces(slot_pieces<Scalar>(std::min(window_rows(params), params.shape.H) * params.shape.W)),
+        y_pieces(slot_pieces<Scalar>(std::min(params.planes.rows, params.shape.out_h) * params.shape.out_w)) {}
+
+ private:
+  using Scalar = typename Traits::Scalar;
+  static int window_rows(const DepthwiseForwardParams& params) {
+    const PlanePitch down = vertical_pitch<Traits>(params.shape);
+    return (params.planes.rows - 1) * down.stride + (Traits::kKernel - 1) * down.taps + 1;
+  }
+};
+
 template <class Traits>
 FSC_KERNEL(Traits::kThreads, Traits::kBlocksPerSm)
-depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
+depthwise_planes_forward(const FSC_CONST_PARAM PlanesForwardParams<Traits> planes) {
   using Scalar = typename Traits::Scalar;
   constexpr int kKernel = Traits::kKernel, kStride = Traits::kStride;  // the latter in x's window, of a thread
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns;
   constexpr int kWindowColumns = (kColumns - 1) * kStride + kKernel;
   FSC_SHARED_BYTES(shared);
+  const DepthwiseForwardParams& params = planes.call;
   const ConvShape& shape = params.shape;
   const PlaneTiling& tiling = params.planes;
   const PlanePitch down = vertical_pitch<Traits>(shape), across = horizontal_pitch<Traits>(shape);
-  const int height = (kKernel - 1) * down.taps + 1;  // of a window of one output
+  const int height = (kKernel - 1) * down.taps + 1;  // of the window of an output
 
   const int k = static_cast<int>(blockIdx.x % shape.K);
   const int64_t begin = static_cast<int64_t>(blockIdx.x / shape.K) * tiling.units_per_part;
@@ -46,14 +70,11 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
   const float bias = biases == nullptr ? 0.0f : convert<float>(biases[k]);
 
-  // Slots hold a run, what it is off a multiple of 16, and what its last piece is longer.
-  const int window = (tiling.rows - 1) * down.stride + height;
-  const int in_rows = window < shape.H ? window : shape.H;
-  const int in_pitch = slot_bytes<Scalar>(in_rows * shape.W);
-  const int out_pitch = slot_bytes<Scalar>((tiling.rows < shape.out_h ? tiling.rows : shape.out_h) * shape.out_w);
-  unsigned char* staging = shared + 2 * tiling.images * in_pitch;
+  const int slots_bytes = tiling.images * planes.x_pieces.divisor() * kPieceBytes;
+  unsigned char* staging = shared + 2 * slots_bytes;
 
   const Scalar* x = static_cast<const Scalar*>(params.x.data);
+  const int channel = k / shape.multiplier;
   // First and last row of the band's outputs, and of the image under them.
   const auto first_output = [&](const PlaneUnit& unit) { return unit.band * tiling.rows; };
   const auto end_output = [&](const PlaneUnit& unit) {
@@ -67,14 +88,18 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     const int row = first_input(unit);
     const int below = (end_output(unit) - 1) * down.stride - shape.pad_top + height;
     const int row_end = below < row ? row : below < shape.H ? below : shape.H;
-    return PlaneRows<Traits>{shared + parity * tiling.images * in_pitch, in_pitch,
-                             x + offset(params.x, unit.n, k / shape.multiplier, row, 0), params.x.stride_n,
+    return PlaneRows<Traits>{shared + parity * slots_bytes,
+                             planes.x_pieces,
+                             x + offset(params.x, unit.n, channel, row, 0),
+                             params.x.stride_n,
+                             row_end - row,
                              (row_end - row) * shape.W};
   };
 
+  const bool relu = shape.mid_activation == Activation::relu && params.grad_output.data == nullptr;
   int parity = 0;
   PlaneUnit unit(shape, tiling, begin);
-  input(unit, parity).copy(unit.images, x);
+  input(unit, parity).copy(unit.images);
   async_copy_commit();
   for (int64_t number = begin; number < end; ++number) {
     const PlaneRows<Traits> rows = input(unit, parity);
@@ -82,20 +107,18 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     if (shape.pre_activation != Activation::none) rows.activate_own(unit.images, shape.pre_activation, rows.slots);
     __syncthreads();  // the unit is there, and the outputs of the one before it are stored
 
-    const PlaneUnit coming(shape, tiling, number + 1);
-    if (number + 1 < end) input(coming, 1 - parity).copy(coming.images, x);
+    PlaneUnit coming = unit;
+    coming.advance(shape, tiling);
+    if (number + 1 < end) input(coming, 1 - parity).copy(coming.images);
     async_copy_commit();
 
     const int first_row = first_output(unit), end_row = end_output(unit), image_row = first_input(unit);
     Scalar* y = static_cast<Scalar*>(params.y.data) + offset(params.y, unit.n, k, first_row, 0);
-    const PlaneRows<Traits> out{staging, out_pitch, y, params.y.stride_n, (end_row - first_row) * shape.out_w};
-    const int in_image_rows = rows.count / shape.W;
-    const int item_columns = items_over<kColumns>(shape.out_w, across.own);
-    const int item_rows = items_over<kRows>(end_row - first_row, down.own);
-    for (int item = threadIdx.x; item < unit.images * item_rows * item_columns; item += Traits::kThreads) {
-      const int column = item_begin<kColumns>(item % item_columns, across.own);
-      const int row = item_begin<kRows>(item / item_columns % item_rows, down.own);
-      const int image = item / item_columns / item_rows;
+    const PlaneRows<Traits> out{staging,           planes.y_pieces,     y,
+                                params.y.stride_n, end_row - first_row, (end_row - first_row) * shape.out_w};
+    const int count = planes.items.over(unit.images, end_row - first_row);
+    for (int item = threadIdx.x; item < count; item += Traits::kThreads) {
+      const auto [image, row, column] = planes.items.at(item, unit.images);
       const Scalar* pixels = rows.slot(image);
       float sums[kRows][kColumns][1];
       FSC_UNROLL
@@ -103,25 +126,27 @@ depthwise_planes_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
         FSC_UNROLL
         for (int c = 0; c < kColumns; ++c) sums[r][c][0] = bias;
       }
+      const int window_row = (first_row + row) * down.stride - shape.pad_top - image_row;
+      const int window_column = column * across.stride - shape.pad_left;
       add_taps<kKernel, kStride>(sums, weights, [&](int a, float (&window)[kWindowColumns][1]) {
-        read_window(pixels, in_image_rows, shape.W,
-                    (first_row + row) * down.stride - shape.pad_top + a * down.taps - image_row,
-                    column * across.stride - shape.pad_left, across.taps, window);
+        read_window(pixels, rows.rows, shape.W, window_row + a * down.taps, window_column, across.taps, window);
       });
       Scalar* staged = out.slot(image) + row * shape.out_w + column;
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSC_UNROLL
-        for (int c = 0; c < kColumns; ++c)
+        for (int c = 0; c < kColumns; ++c) {
+          if (relu) sums[r][c][0] = activate(Activation::relu, sums[r][c][0]);
           if (first_row + row + r * down.own < end_row && column + c * across.own < shape.out_w)
             staged[r * down.own * shape.out_w + c * across.own] = convert<Scalar>(sums[r][c][0]);
+        }
       }
     }
     __syncthreads();
-    if (shape.mid_activation != Activation::none) {
+    if (shape.mid_activation != Activation::none && !relu) {
       FSC_ROLLED
       for (int i = threadIdx.x; i < unit.images * out.count; i += Traits::kThreads) {
-        const int image = i / out.count, element = i % out.count;
+        const int image = unit.images > 1 ? i / out.count : 0, element = i - image * out.count;
         Scalar* staged = out.slot(image) + element;
         const float t = convert<float>(*staged);
         if (params.grad_output.data == nullptr) {

@@ -18,6 +18,7 @@ class Divisor {
     multiplier_ = static_cast<uint32_t>(((uint64_t{1} << shift_) + divisor - 1) / divisor);
   }
 
+  FSC_HOST_DEVICE int divisor() const { return divisor_; }
   FSC_DEVICE int quotient(int n) const {
     return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier_ >> shift_);
   }

@@ -10,7 +10,7 @@ template <class Traits>
 void run(const Instance& instance, const DepthwiseForwardParams& params, Stream stream) {
   const int64_t blocks = int64_t{params.shape.K} * params.planes.parts;
   launch(instance.name.c_str(), depthwise_planes_forward<Traits>,
-         {blocks, instance.threads, params.planes.shared_bytes}, stream, params);
+         {blocks, instance.threads, params.planes.shared_bytes}, stream, PlanesForwardParams<Traits>(params));
 }
 
 template <class Scalar, int kernel, int stride, bool dilated>

@@ -12,6 +12,12 @@ from ..problem import ELEMENT_BYTES, DepthwiseProblem, PlaneTiling
 
 THREADS = 128  # of a block: kPlaneThreads in csrc/kernels/depthwise_planes.cuh
 COLUMNS = 2  # of a thread: kPlaneColumns
+PIECE = 16  # bytes of a copy: kPieceBytes
+
+# Instructions of a thread, as the disassembly of nvcc 13.0 for sm_100 counts them, the rare ways not taken.
+COPY_INSTRUCTIONS = 44  # of a piece of 16 bytes: its image and place, whether it is inside, the copy
+STORE_INSTRUCTIONS = 36
+ACTIVATION_INSTRUCTIONS = 25  # of a value: those that are more than a comparison
 
 # A thread's, at most, by kernel size: what the launch bounds leave.
 _REGISTERS = {"forward": {3: 80, 5: 128, 7: 255}, "backward": {3: 128, 5: 168, 7: 255}}
@@ -66,18 +72,21 @@ class PlaneTraits:
 
     @property
     def instructions(self) -> float:
-        """Of a thread an item, about: every element of a window is read, converted and guarded by itself, and where
-        there is a dilation has an address of its own."""
+        """Of an item, about: every element of a window is read, converted and guarded by itself, and where there is a
+        dilation has an address of its own."""
         values = self.rows * COLUMNS
         window = self._own_window(self.rows) * self._own_window(COLUMNS)
-        multiply_adds = values * self.kernel**2 if self.forward else 2 * values * self.kernel**2 / self.stride**2
-        return (5 if self.dilated else 4) * window + multiply_adds + 8 * values + (120 if self.dilated else 60)
+        if self.forward:
+            return (5.3 if self.dilated else 3.5) * window + values * (self.kernel**2 + 6) + 90
+        multiply_adds = 2 * values * self.kernel**2 / self.stride**2
+        return (6.0 if self.dilated else 4.4) * window + multiply_adds + 16 * values + 40
 
     @property
     def mid_instructions(self) -> float:
-        """The same of an item of the mid-activation's argument in the backward: one row of outputs."""
+        """The same of an item of the mid-activation's argument in the backward, one row of outputs, and of the
+        activation's derivative."""
         window = self.kernel * ((COLUMNS - 1) * self.stride + self.kernel)
-        return (5 if self.dilated else 4) * window + COLUMNS * (self.kernel**2 + 20) + 40
+        return (6.0 if self.dilated else 4.3) * window + COLUMNS * (self.kernel**2 + ACTIVATION_INSTRUCTIONS) + 70
 
 
 def _reach(problem: DepthwiseProblem, axis: int) -> int:
@@ -161,21 +170,28 @@ class PlaneCut:
         return sum(self.bytes_by_tensor().values())
 
 
-def _slot_bytes(elements: int, dtype: str) -> int:
-    """`slot_bytes` in csrc/kernels/depthwise_planes.cuh."""
-    return (elements * ELEMENT_BYTES[dtype] + 31) // 16 * 16
+def _slot_pieces(elements: int, dtype: str) -> int:
+    """`slot_pieces` in csrc/kernels/depthwise_planes.cuh."""
+    return (elements * ELEMENT_BYTES[dtype] + 31) // PIECE
+
+
+def _pieces(problem: DepthwiseProblem, traits: PlaneTraits, rows: int) -> tuple[int, int]:
+    """Of an image's slots for a band of `rows` rows: for x, and for the output or its gradient."""
+    window = traits.window(problem, rows)
+    x, y = (window, rows) if traits.forward else (traits.x_window(problem, rows), window)
+    return (
+        _slot_pieces(min(x, problem.H) * problem.W, problem.dtype),
+        _slot_pieces(min(y, problem.out_h) * problem.out_w, problem.dtype),
+    )
 
 
 def _shared_bytes(problem: DepthwiseProblem, traits: PlaneTraits, images: int, rows: int) -> int:
     """Two units of what is read, and one of what is made of it."""
-    p, dtype = problem, problem.dtype
+    x, y = _pieces(problem, traits, rows)
     if traits.forward:
-        read = _slot_bytes(min(traits.window(p, rows), p.H) * p.W, dtype)
-        return images * (2 * read + _slot_bytes(min(rows, p.out_h) * p.out_w, dtype))
-    x = _slot_bytes(min(traits.x_window(p, rows), p.H) * p.W, dtype)
-    grad = _slot_bytes(min(traits.window(p, rows), p.out_h) * p.out_w, dtype)
-    sums = THREADS // 32 * p.taps * 4
-    return max(sums, images * (2 * grad + (2 if p.pre_activation in (None, "relu") else 3) * x))
+        return images * (2 * x + y) * PIECE
+    sums = THREADS // 32 * problem.taps * 4
+    return max(sums, images * (2 * y + (2 if problem.pre_activation in (None, "relu") else 3) * x) * PIECE)
 
 
 def _span(problem: DepthwiseProblem, traits: PlaneTraits, axis: int) -> tuple[int, int]:
@@ -197,7 +213,7 @@ def cuts(problem: DepthwiseProblem, traits: PlaneTraits, device: Device) -> Iter
     first_column, width = _span(problem, traits, 1)
     across, down = _items(problem, 1, width, COLUMNS), _items(problem, 0, height, traits.rows)
     whole = traits.rows * _item_pitch(problem, 0)  # rows that items take whole
-    for items in (THREADS, 2 * THREADS, 4 * THREADS):  # of a unit: whole turns of a block's threads
+    for items in (THREADS, 2 * THREADS, 4 * THREADS, 8 * THREADS):  # of a unit: whole turns of a block's threads
         images = max(1, min(problem.N, items // (across * down)))
         bands = ceil(across * down / items) if images == 1 else 1
         rows = ceil(ceil(height / whole) / bands) * whole
@@ -224,15 +240,26 @@ def cuts(problem: DepthwiseProblem, traits: PlaneTraits, device: Device) -> Iter
 
 
 def instructions_of_unit(cut: PlaneCut) -> float:
-    """Of all threads of a block: whole turns of them, for its items."""
+    """Of all threads of a block: whole turns of them, for its items and for the pieces that come and go."""
     t, p, traits = cut.tiling, cut.problem, cut.traits
 
-    def turns(items: int) -> int:
-        return THREADS * ceil(items / THREADS)
+    def turns(count: int) -> int:
+        return THREADS * ceil(t.images * count / THREADS)
 
-    items = _items(p, 1, t.columns, COLUMNS) * _items(p, 0, t.rows, traits.rows)
-    total = turns(t.images * items) * traits.instructions
-    if p.mid_activation and not traits.forward:
+    total = turns(_items(p, 1, t.columns, COLUMNS) * _items(p, 0, t.rows, traits.rows)) * traits.instructions
+    x, y = _pieces(p, traits, t.rows)
+    values = PIECE // p.element_bytes
+    activation = {None: 0, "relu": 30}.get(p.pre_activation, 30 + values * ACTIVATION_INSTRUCTIONS)
+    total += turns(x) * (COPY_INSTRUCTIONS + activation)
+    if traits.forward:
+        total += turns(y) * STORE_INSTRUCTIONS
+        if p.mid_activation not in (None, "relu"):  # an element at a time
+            total += turns(y * values) * (ACTIVATION_INSTRUCTIONS + 15)
+        return total
+    total += turns(y) * COPY_INSTRUCTIONS + turns(x) * STORE_INSTRUCTIONS
+    if p.pre_activation not in (None, "relu"):  # its derivative, an element at a time
+        total += turns(x * values) * (ACTIVATION_INSTRUCTIONS + 20)
+    if p.mid_activation:
         rows = min(traits.window(p, t.rows), p.out_h)
-        total += turns(t.images * _items(p, 1, p.out_w, COLUMNS) * rows) * traits.mid_instructions
+        total += turns(_items(p, 1, p.out_w, COLUMNS) * rows) * traits.mid_instructions
     return total
