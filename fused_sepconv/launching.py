@@ -24,7 +24,7 @@ _family: str | None = None
 
 
 @contextmanager
-def preferring(family: str) -> Iterator[None]:
+def preferring(family: str | None) -> Iterator[None]:
     """Within the context the backend "fused" runs this family's kernels where they can: for tests and measurements."""
     global _family
     previous, _family = _family, family

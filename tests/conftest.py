@@ -8,18 +8,24 @@ on the CPU. All run the same tests. A test may also ask for
 - ``case``: each case of ``@pytest.mark.cases(...)`` that the target can run in reasonable time.
 
 What a target does not run is never collected, so nothing is ever skipped.
+
+Tests of one family's kernels run emulated in either place: ``native`` is both builds in turn, ``plain`` and ``checked``
+are one each. ``FAMILY`` in their file is whose kernels "fused" then runs, where they can.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import pytest
 import torch
 
 import fused_sepconv
+from fused_sepconv import launching
 from tests.cases import CASES, Case
 from tests.emulation import emulated_kernels
 
@@ -114,3 +120,28 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
+def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    with _emulated(request, request.param) as module:
+        yield module
+        module.set_schedule("forward", 0)
+
+
+@pytest.fixture(scope="module")
+def plain(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    with _emulated(request, checked=False) as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def checked(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    with _emulated(request, checked=True) as module:
+        yield module
+
+
+@contextmanager
+def _emulated(request: pytest.FixtureRequest, checked: bool) -> Iterator[ModuleType]:
+    with emulated_kernels(checked) as module, launching.preferring(getattr(request.module, "FAMILY", None)):
+        yield module

@@ -20,29 +20,12 @@ from fused_sepconv.families import depthwise, strips
 from fused_sepconv.problem import DepthwiseProblem, Tiling
 from tests.cases import ACTIVATIONS, CASES, DEPTHWISE, XCEPTION, Case, four_sides, pair, two_convolutions
 from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
-from tests.emulation import SCHEDULES, emulated_kernels, planned_for
+from tests.emulation import SCHEDULES, planned_for
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
-def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    with emulated_kernels(request.param) as module, launching.preferring("depthwise"):
-        yield module
-        module.set_schedule("forward", 0)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[ModuleType]:
-    with emulated_kernels(checked=False) as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
-def checked() -> Iterator[ModuleType]:
-    with emulated_kernels(checked=True) as module, launching.preferring("depthwise"):
-        yield module
+FAMILY = "depthwise"
 
 
 def arguments_of(case: Case) -> DepthwiseArguments:

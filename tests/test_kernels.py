@@ -5,9 +5,6 @@ The other tests ask what `separable_conv2d` gives, on whatever runs it. These as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
@@ -32,19 +29,6 @@ SPLIT = (
     Case("two parts, K fills a tile", N=1, C=64, H=17, W=17, F=2, kernel=1, padding=0, bias=True),
     Case("two parts, F fills a tile", N=1, C=2, H=17, W=17, F=64, kernel=1, padding=0, bias=True),
 )
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
-def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    with emulated_kernels(request.param) as module:
-        yield module
-        module.set_schedule("forward", 0)
-
-
-@pytest.fixture(scope="module")
-def checked() -> Iterator[ModuleType]:
-    with emulated_kernels(checked=True) as module:
-        yield module
 
 
 def inputs(case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fused_sepconv
-from fused_sepconv import launching, tensor_execution
+from fused_sepconv import tensor_execution
 from fused_sepconv.activations import ACTIVATIONS
 from fused_sepconv.devices import DEVICES, Device
 from fused_sepconv.execution import ALL_KERNELS
@@ -25,31 +24,14 @@ from fused_sepconv.plan import plan
 from fused_sepconv.problem import Candidate, Problem, TensorWeightTiling
 from tests.cases import CASES, SMALL, XCEPTION, Case, two_convolutions
 from tests.closeness import assert_gradient_as_close_as_eager
-from tests.emulation import SCHEDULES, emulated_kernels, planned_for
+from tests.emulation import SCHEDULES, planned_for
 from tests.test_plan import problem
 from tests.test_tensor_kernels import eights, inputs
 from tests.tf32 import to_tf32
 
 FEW = dataclasses.replace(DEVICES["H200"], sms=3)  # several parts, and several tiles for each
 
-
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
-def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    with emulated_kernels(request.param) as module, launching.preferring("tensor"):
-        yield module
-        module.set_schedule("forward", 0)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[ModuleType]:
-    with emulated_kernels(False) as module, launching.preferring("tensor"):
-        yield module
-
-
-@pytest.fixture(scope="module")
-def checked() -> Iterator[ModuleType]:
-    with emulated_kernels(True) as module, launching.preferring("tensor"):
-        yield module
+FAMILY = "tensor"
 
 
 # What only this kernel has: warps' tiles and slabs that are just filled or have one vector over, warps that share the

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
@@ -21,30 +20,11 @@ from fused_sepconv.families import tensor_backward, tensor_input
 from fused_sepconv.problem import Candidate, Problem, TensorInputTiling
 from tests.cases import CASES, XCEPTION, Case, depthwise_convolution
 from tests.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
-from tests.emulation import SCHEDULES, emulated_kernels, planned_for
+from tests.emulation import SCHEDULES, planned_for
 from tests.test_plan import problem
 
 SMALL_DEVICE = dataclasses.replace(DEVICES["H200"], name="3 SMs", sms=3)  # so that a block has several tiles
 EVERYTHING = (True, True, True)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
-def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    with emulated_kernels(request.param) as module:
-        yield module
-        module.set_schedule("forward", 0)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[ModuleType]:
-    with emulated_kernels(False) as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
-def checked() -> Iterator[ModuleType]:
-    with emulated_kernels(True) as module:
-        yield module
 
 
 # Tails in every dimension, paddings that leave x without dT and dT without x, phases that end early, images smaller

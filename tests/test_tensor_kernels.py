@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -22,24 +21,7 @@ from tests.emulation import SCHEDULES, emulated_kernels, planned_for
 from tests.test_plan import MIDDLE, problem
 from tests.tf32 import pointwise_in_tf32
 
-
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
-def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    with emulated_kernels(request.param) as module, launching.preferring("tensor"):
-        yield module
-        module.set_schedule("forward", 0)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[ModuleType]:
-    with emulated_kernels(False) as module, launching.preferring("tensor"):
-        yield module
-
-
-@pytest.fixture(scope="module")
-def checked() -> Iterator[ModuleType]:
-    with emulated_kernels(True) as module, launching.preferring("tensor"):
-        yield module
+FAMILY = "tensor"
 
 
 def eights(case: Case) -> Case:
