@@ -27,7 +27,7 @@ from tests.test_plan import problem
 
 from .scratch import INSTANCES
 
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
 MEMORY_FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 Tensors = dict[str, Tensor]
@@ -64,6 +64,8 @@ def all_checks(checked: bool) -> Iterator[Check]:
     schedules = few if checked else (*few, ("random", 1))
     yield from _of_any_family(schedules)
     yield from _of_the_split_family(few)
+    yield from _of_single_gradients(few)
+    yield from _of_what_no_output_reads(few)
     yield from _of_the_step_through_the_mid_activation(few)
     yield from _of_the_tensor_family(schedules)
     yield from _of_the_tensor_input(schedules)
@@ -123,7 +125,7 @@ def _of_any_family(schedules: Schedules) -> Iterator[Check]:
             f"{case.name}, {dtype}, {layout}, {schedule[0]}",
             schedule,
             partial(run, case, dtype, layout),
-            partial(_exact, case),
+            partial(_exact, case, dtype),
             TOLERANCE[dtype],
         )
 
@@ -145,15 +147,20 @@ def _tensors(case: Case) -> Tensors:
 
 
 @cache
-def _exact(case: Case) -> Tensors:
-    return _forward_and_back(two_convolutions, _leaves(case, "float64", "nchw"), case.options)
+def _exact(case: Case, dtype: str) -> Tensors:
+    leaves = {name: leaf.detach().double() for name, leaf in _leaves(case, dtype, "nchw").items()}
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    return _forward_and_back(two_convolutions, leaves, case.options)
 
 
 def _forward_and_back(function: Callable[..., Tensor], leaves: Tensors, options: dict) -> Tensors:
     y = function(**leaves, **options)
-    grad_output = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(y.dtype)
-    gradients = torch.autograd.grad(y, list(leaves.values()), grad_output)
+    gradients = torch.autograd.grad(y, list(leaves.values()), _grad_output(y))
     return {"y": y.detach(), **{f"the gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}}
+
+
+def _grad_output(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(y.dtype)
 
 
 # ---- the depthwise kernels, as the split family runs them
@@ -166,21 +173,29 @@ DEPTHWISE_CASES = (
     Case("stride 2", 2, 36, 11, 13, 2, kernel=5, stride=2, padding=((3, 1), (1, 4)), mid_activation="silu"),
     Case("stride 2 and a bias", 1, 8, 9, 13, 2, kernel=5, stride=2, padding=2, depthwise_bias=True),
     Case(
-        "dilation", 1, 8, 9, 8, 2, padding=((2, 3), (4, 1)), dilation=(2, 3), depthwise_bias=True, mid_activation="relu"
+        "dilation", 2, 8, 9, 8, 2, padding=((2, 3), (4, 1)), dilation=(2, 3), depthwise_bias=True, mid_activation="relu"
     ),
     Case("dilation and stride", 1, 8, 12, 11, 2, kernel=5, padding=(3, 2), dilation=3, stride=2, depthwise_bias=True),
     Case("dilation and stride with a common factor", 1, 8, 9, 8, 2, padding=2, dilation=2, stride=2),
+    Case("two strides and dilations", 1, 8, 13, 9, 2, padding=(4, 1), dilation=(4, 1), stride=(2, 1)),
     Case("windows in the padding alone", 1, 4, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),
     Case("through the mid-activation", 1, 40, 9, 45, 2, depthwise_bias=True, mid_activation="silu"),
     Case("multiplier", 1, 12, 5, 6, 2, multiplier=3, depthwise_bias=True, mid_activation="gelu"),
-    Case("many small images", 7, 4, 3, 2, 2, pre_activation="relu"),
-    Case("more outputs than threads", 1, 4, 13, 12, 2, pre_activation="silu", mid_activation="silu"),
+    Case("many small images", 7, 8, 3, 2, 2, pre_activation="relu"),
+    Case("whole chunks", 1, 64, 5, 6, 2, pre_activation="relu", depthwise_bias=True),
+    Case("weights of more channels than shared memory holds", 1, 264, 3, 3, 2, kernel=5, stride=2, padding=2),
+    Case("more outputs than threads", 7, 4, 13, 12, 2, pre_activation="silu", mid_activation="silu"),
+    Case("parts that end inside strips", 3, 8, 27, 33, 2, pre_activation="relu", depthwise_bias=True),
+    Case("stride 2, tiles", 2, 8, 15, 90, 2, kernel=5, stride=2, padding=((2, 2), (3, 1)), depthwise_bias=True),
+    Case("multiplier 7", 1, 8, 5, 6, 2, multiplier=7, depthwise_bias=True),
 )
 
 # Images so large that the kernels for NCHW cut them into bands, and parts into several of those.
 PLANE_CASES = (
     Case("bands and parts", 5, 4, 121, 33, 2, pre_activation="silu", depthwise_bias=True),
-    Case("bands, stride 2", 3, 4, 61, 33, 2, kernel=5, stride=2, padding=((3, 1), (2, 3)), mid_activation="relu"),
+    Case("bands, stride 2", 3, 4, 61, 33, 2, kernel=5, stride=2, padding=((2, 1), (4, 3)), mid_activation="relu"),
+    Case("parts of several units", 11, 4, 61, 33, 2, pre_activation="silu", depthwise_bias=True),
+    Case("bands beyond the image", 1, 4, 3, 33, 2, padding=((70, 70), (1, 1)), depthwise_bias=True),
     Case(
         "bands and a dilation",
         2,
@@ -195,49 +210,106 @@ PLANE_CASES = (
         mid_activation="silu",
     ),
 )
-PLANE_INSTANCE = ("float32", "nchw")
 
-PLANS = ((1, True), (1, False), (2, False), (132, False))  # SMs, and whether tiles are the widest
+PLANS = ((132, False), (1, True), (1, False), (3, False))  # SMs, and whether tiles are the widest
 
-# What is left of the fast kernels is float32. Where they have no backward it is the generic kernels', left in others.
-FAST_INSTANCE = ("float32", "nhwc")
-WITHOUT_FAST_BACKWARD = ("dilation and stride with a common factor", "multiplier")
+# Besides INSTANCES, what is left of the fast kernels: where a case has none, there are no others in these.
+FAST_INSTANCES = (("float32", "nhwc"), ("bfloat16", "nhwc"), ("bfloat16", "nchw"))
 
 
 def _of_the_split_family(schedules: Schedules) -> Iterator[Check]:
-    def run(case: Case, dtype: str, layout: str, sms: int, widest: bool) -> Tensors:
-        forward_alone = (dtype, layout) == FAST_INSTANCE and case.name in WITHOUT_FAST_BACKWARD
-        leaves = _leaves(case, dtype, layout, not forward_alone)
+    def run(case: Case, dtype: str, layout: str, sms: int, widest: bool, and_back: bool) -> Tensors:
+        leaves = _leaves(case, dtype, layout, want_gradients=and_back)
         with fused_sepconv.use_backend("fused"), launching.preferring("split"), planned_for(sms, widest):
-            if forward_alone:
-                return {"y": fused_sepconv.separable_conv2d(**leaves, **case.options)}
-            return _forward_and_back(fused_sepconv.separable_conv2d, leaves, case.options)
+            if and_back:
+                return _forward_and_back(fused_sepconv.separable_conv2d, leaves, case.options)
+            return {"y": fused_sepconv.separable_conv2d(**leaves, **case.options)}
 
-    for case in (*DEPTHWISE_CASES, *PLANE_CASES):
-        instances = [PLANE_INSTANCE] if case in PLANE_CASES else (*INSTANCES, FAST_INSTANCE)
-        for (dtype, layout), schedule, (sms, widest) in product(instances, schedules, PLANS):
+    for case, (dtype, layout) in product((*DEPTHWISE_CASES, *PLANE_CASES), (*INSTANCES, *FAST_INSTANCES)):
+        fast = _fast_directions(case, dtype, layout)
+        if (not fast and (dtype, layout) in FAST_INSTANCES) or (case in PLANE_CASES and (layout == "nhwc")):
+            continue
+        and_back = "backward" in fast or (dtype, layout) in INSTANCES
+        for schedule, (sms, widest) in product(schedules, PLANS[:2] if dtype == "bfloat16" else PLANS):
             yield Check(
                 f"{case.name}, split, {dtype}, {layout}, {schedule[0]}, {sms} SMs, {widest=}",
                 schedule,
-                partial(run, case, dtype, layout, sms, widest),
-                partial(_exact, case),
+                partial(run, case, dtype, layout, sms, widest, and_back),
+                partial(_exact, case, dtype),
                 TOLERANCE[dtype],
             )
+
+
+def _fast_directions(case: Case, dtype: str, layout: str) -> list[str]:
+    call = replace(problem(case, dtype=getattr(torch, dtype)), layout=layout, aligned=True)
+    found = {way: depthwise.best(call.depthwise(way), DEVICES["H200"], ALL_KERNELS) for way in ("forward", "backward")}
+    return [direction for direction, candidate in found.items() if candidate.family == "depthwise"]
+
+
+def _of_single_gradients(schedules: Schedules) -> Iterator[Check]:
+    """One gradient, where the others are not asked for."""
+    case = Case("alone", 2, 12, 7, 9, 2, pre_activation="silu", depthwise_bias=True)
+
+    def run(name: str, layout: str) -> Tensors:
+        leaves = {
+            key: leaf.requires_grad_(key == name) for key, leaf in _leaves(case, "float32", layout, False).items()
+        }
+        with fused_sepconv.use_backend("fused"), launching.preferring("split"):
+            y = fused_sepconv.separable_conv2d(**leaves, **case.options)
+        return {f"the gradient of {name}": torch.autograd.grad(y, leaves[name], _grad_output(y))[0]}
+
+    names = ("x", "depthwise_weight", "depthwise_bias")
+    for name, layout, schedule in product(names, MEMORY_FORMATS, schedules):
+        yield Check(
+            f"{case.name}, {name}, {layout}, {schedule[0]}",
+            schedule,
+            partial(run, name, layout),
+            partial(_exact, case, "float32"),
+            TOLERANCE["float32"],
+        )
+
+
+def _of_what_no_output_reads(schedules: Schedules) -> Iterator[Check]:
+    """The last row and column: an output that read them would lie past the end, where no gradient is multiplied."""
+    case = Case("unread", 1, 40, 22, 46, 2, kernel=5, stride=2, padding=0, mid_activation="silu")
+
+    def gradient(function: Callable[..., Tensor], leaves: Tensors, unread: float) -> Tensors:
+        x = leaves["x"].detach().clone()
+        x[:, :, -1], x[:, :, :, -1] = unread, unread
+        others = {name: leaf.detach() for name, leaf in leaves.items() if name != "x"}
+        y = function(x.requires_grad_(), **others, **case.options)
+        return {"the gradient of x": torch.autograd.grad(y, x, torch.ones_like(y))[0]}
+
+    def run(layout: str, sms: int, widest: bool) -> Tensors:
+        with fused_sepconv.use_backend("fused"), launching.preferring("split"), planned_for(sms, widest):
+            return gradient(fused_sepconv.separable_conv2d, _leaves(case, "float32", layout), torch.nan)
+
+    @cache
+    def definition() -> Tensors:
+        return gradient(two_convolutions, _leaves(case, "float64", "nchw"), 0.0)
+
+    for layout, schedule, (sms, widest) in product(MEMORY_FORMATS, schedules, PLANS):
+        yield Check(
+            f"{case.name}, {layout}, {schedule[0]}, {sms} SMs, {widest=}",
+            schedule,
+            partial(run, layout, sms, widest),
+            definition,
+            TOLERANCE["float32"],
+        )
 
 
 def _of_the_step_through_the_mid_activation(schedules: Schedules) -> Iterator[Check]:
     """The forward that a backward runs first where its own kernel does not: not in cases as small as these."""
 
     @cache
-    def tensors_of(case: Case) -> Tensors:
-        tensors = {name: tensor.float() for name, tensor in _tensors(case).items()}
-        tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+    def tensors_of(case: Case, layout: str = "nchw") -> Tensors:
+        tensors = {name: leaf.detach() for name, leaf in _leaves(case, "float32", layout).items()}
         grad = torch.randn(_t(case, tensors).shape, generator=torch.Generator().manual_seed(7))
         return {**tensors, "grad": grad}
 
-    def run(case: Case, sms: int) -> Tensors:
-        call = replace(problem(case), layout="nhwc", aligned=True).depthwise("forward")
-        step, tensors = depthwise.best(call, _sms(sms), ALL_KERNELS), tensors_of(case)
+    def run(case: Case, layout: str, sms: int) -> Tensors:
+        call = replace(problem(case), layout=layout, aligned=True).depthwise("forward")
+        step, tensors = depthwise.best(call, _sms(sms), ALL_KERNELS), tensors_of(case, layout)
         inputs = tensors["x"], tensors["depthwise_weight"], tensors.get("depthwise_bias")
         return {"the gradient of t": depthwise_execution.forward(step, call, *inputs, tensors["grad"])}
 
@@ -249,11 +321,11 @@ def _of_the_step_through_the_mid_activation(schedules: Schedules) -> Iterator[Ch
         return {"the gradient of t": gradient}
 
     cases = (case for case in DEPTHWISE_CASES if case.mid_activation and case.multiplier == 1)
-    for case, schedule, sms in product(cases, schedules, (1, 132)):
+    for case, layout, schedule, sms in product(cases, MEMORY_FORMATS, schedules, (1, 132)):
         yield Check(
-            f"{case.name}, through the mid-activation, {schedule[0]}, {sms} SMs",
+            f"{case.name}, through the mid-activation, {layout}, {schedule[0]}, {sms} SMs",
             schedule,
-            partial(run, case, sms),
+            partial(run, case, layout, sms),
             partial(definition, case),
             TOLERANCE["float32"],
         )

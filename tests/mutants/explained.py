@@ -30,13 +30,38 @@ EQUIVALENT: tuple[Group, ...] = (
         },
     ),
     (
-        "A minimum: both are the same where they are equal.",
+        "A minimum or a maximum: both are the same where they are equal.",
         {
             "simt_backward_depthwise_weight.cuh": (
                 "…n + params.pixels_per_split {< -> <=} pixels ? begin + params.pix…",
             ),
             "simt_backward_pointwise_weight.cuh": (
                 "…n + params.pixels_per_split {< -> <=} pixels ? begin + params.pix…",
+            ),
+            "depthwise_backward.cuh": ("…in + tiling.groups_per_part {< -> <=} groups ? begin + tiling.gro…",),
+            "depthwise_forward.cuh": (
+                "…in + tiling.groups_per_part {< -> <=} groups ? begin + tiling.gro…",
+                "…st_channel + Traits::kChunk {< -> <=} shape.K ? first_channel + T…",
+            ),
+            "depthwise_planes.cuh": ("…<int32_t>(n + tiling.images {<= -> <} shape.N ? tiling.images : s…",),
+            "depthwise_planes_backward.cuh": (
+                "…gin + tiling.units_per_part {< -> <=} units ? begin + tiling.unit…",
+                "return row {< -> <=} 0 ? 0 : row < rows ? row : …",
+                "return row < 0 ? 0 : row {< -> <=} rows ? row : rows",
+            ),
+            "depthwise_planes_forward.cuh": (
+                "…gin + tiling.units_per_part {< -> <=} units ? begin + tiling.unit…",
+                "…nit.band + 1) * tiling.rows {< -> <=} shape.out_h ? (unit.band + …",
+                "return row {< -> <=} 0 ? 0 : row < shape.H ? row…",
+                "return row < 0 ? 0 : row {< -> <=} shape.H ? row : shape.H",
+                "const int row_end = below {< -> <=} row ? row : below < shape.H…",
+                "…= below < row ? row : below {< -> <=} shape.H ? below : shape.H",
+            ),
+            "depthwise_strips.cuh": (
+                "return further {< -> <=} round ? further : round",
+                "column_end_ = end {< -> <=} 0 ? 0 : end < width_ ? end …",
+                "…mn_end_ = end < 0 ? 0 : end {< -> <=} width_ ? end : width_",
+                "…hannels = K - first_channel {< -> <=} Traits::kChunk ? K - first_…",
             ),
         },
     ),
@@ -181,6 +206,132 @@ EQUIVALENT: tuple[Group, ...] = (
             "simt_backward_pointwise_weight.cuh": ("{__syncthreads(); -> ;}",),
         },
     ),
+    (
+        "It saves work: what is done then as well changes nothing, or gives the same a longer way.",
+        {
+            "depthwise_backward.cuh": (
+                "if ({shape.pre_activation != Activation::none -> true})",
+                "if ({params.partial_bias == nullptr -> false}) continue",
+                "if ({whole -> true}) start_stores()",
+            ),
+            "depthwise_forward.cuh": (
+                "if ({shape.pre_activation != Activation::none -> true})",
+                "const bool relu = shape.{mid_activation -> activation} == Activation::relu && para…",
+                "if ({shape.mid_activation != Activation::none -> true} && !relu)",
+                "if ({p >= tile_end -> false} || !vertical.inside(q) || !…",
+                "if (p {>= -> >} tile_end || !vertical.insid…",
+                "if ({whole -> true}) start_stores()",
+            ),
+            "depthwise_planes.cuh": (
+                "if ({images > 1 -> true})",
+                "if (images {> -> >=} 1)",
+                "if ({images > 1 -> true}) #2",
+                "if (images {> -> >=} 1) #2",
+                "if (!Traits::kDilated || {count == 1 -> false}) return item * count",
+                "if (left {<= -> <} 0) return",
+            ),
+            "depthwise_planes_backward.cuh": (
+                "…signed char* active_slots = {beside -> true} ? x_slots + 2 * x_bytes : n…",
+                "if ({shape.pre_activation != Activation::none -> true}) raw.activate_own(unit.imag…",
+                "if ({shape.mid_activation != Activation::none -> true})",
+            ),
+            "depthwise_planes_forward.cuh": (
+                "const bool relu = shape.{mid_activation -> activation} == Activation::relu && para…",
+                "if ({shape.pre_activation != Activation::none -> true}) rows.activate_own(unit.ima…",
+                "if ({shape.mid_activation != Activation::none -> true} && !relu)",
+                "const int image = {unit.images > 1 -> true} ? i / out.count : 0, elemen…",
+                "…nst int image = unit.images {> -> >=} 1 ? i / out.count : 0, elem…",
+                "…ms.over(unit.images, end_row{- first_row -> })",
+            ),
+            "depthwise_strips.cuh": (
+                "if ({kStaged -> true})",
+                "if ({kStaged -> true}) __syncthreads()",
+                "if ({activation != Activation::relu -> true})",
+            ),
+        },
+    ),
+    (
+        "Nothing comes after a part's last group.",
+        {
+            "depthwise_backward.cuh": ("{whole = false; -> ;} if (left > 1)",),
+            "depthwise_forward.cuh": ("{whole = false; -> ;} if (left > 1)",),
+        },
+    ),
+    (
+        "The loop's first and last turns, and one more, are left out by the condition in it.",
+        {
+            "depthwise_backward.cuh": (
+                "b {< -> <=} Window::kColumns #2",
+                "r {< -> <=} kRows #6",
+                "FSC_UNROLL for (int b = {0 -> 1 + (0)} #3",
+                "b{< -> + 1 <}Window::kColumns #3",
+                "b {< -> <=} Window::kColumns #3",
+            ),
+            "depthwise_planes_backward.cuh": (
+                "a {< -> <=} kWindowRows",
+                "b {< -> <=} kWindowColumns",
+                "FSC_UNROLL for (int b = {0 -> 1 + (0)} #2",
+                "b{< -> + 1 <}kWindowColumns #2",
+                "b {< -> <=} kWindowColumns #2",
+            ),
+        },
+    ),
+    (
+        "More of x comes than is needed: bytes, which tests/test_depthwise_kernels.py counts.",
+        {
+            "depthwise_forward.cuh": (
+                "…el + Traits::kChunk < shape.{K -> F} ? first_channel + Traits::k…",
+                "…olumn + (tiling.tile_columns{- 1 -> }) * kStride + kKernel)",
+            ),
+            "depthwise_planes_backward.cuh": (
+                "…= clipped(first_padded(unit){- before -> } - shape.pad_top + planes.x_…",
+                "…(first_padded(unit) - before{- shape.pad_top -> } + planes.x_rows, shape.H)",
+            ),
+            "depthwise_planes_forward.cuh": (
+                "const int height = (kKernel{- 1 -> }) * down.taps + 1",
+                "…nt below = (end_output(unit){- 1 -> }) * down.stride - shape.pad_…",
+                "…put(unit) - 1) * down.stride{- shape.pad_top -> } + height",
+            ),
+        },
+    ),
+    (
+        "A unit past the last has no images, and nothing is done for it.",
+        {
+            "depthwise_planes.cuh": (
+                "…urn (shape.N + tiling.images{- 1 -> }) / tiling.images * tiling.b…",
+                "…shape.N + tiling.images - 1){/ tiling.images -> } * tiling.bands",
+            ),
+            "depthwise_planes_backward.cuh": (
+                "const int64_t end = {begin + tiling.units_per_part < units -> true} ? begin + tiling.units_per_…",
+                "const int64_t end = begin{+ tiling.units_per_part -> } < units ? begin + tiling.un…",
+            ),
+            "depthwise_planes_forward.cuh": (
+                "const int64_t end = {begin + tiling.units_per_part < units -> true} ? begin + tiling.units_per_…",
+                "const int64_t end = begin{+ tiling.units_per_part -> } < units ? begin + tiling.un…",
+            ),
+        },
+    ),
+    (
+        "Which of the two buffers is the first.",
+        {
+            "depthwise_planes_backward.cuh": ("int parity = {0 -> 1}",),
+            "depthwise_planes_forward.cuh": ("int parity = {0 -> 1}",),
+        },
+    ),
+    (
+        "A kernel has fewer sums than a block has threads: the loop runs once at most.",
+        {
+            "depthwise_planes_backward.cuh": ("i += {kPlaneThreads -> 2 * (kPlaneThreads)})",),
+        },
+    ),
+    (
+        "How many rows they are is not asked of the runs that go out.",
+        {
+            "depthwise_planes_forward.cuh": (
+                "…, params.y.stride_n, end_row{- first_row -> }, (end_row - first_row) * sh…",
+            ),
+        },
+    ),
 )
 
 # Wrong, and not seen by what judges mutants.
@@ -196,13 +347,22 @@ UNSEEN: tuple[Group, ...] = (
         },
     ),
     (
-        "One element past an array of the thread's own, on its stack, where no access is checked.",
+        "One element past an array of the thread's own, through a reference: one past the end is no error to "
+        "-fsanitize=bounds where only an address is made of it.",
         {
-            "simt_product.cuh": (
-                "i {< -> <=} Traits::kCorner #2",
-                "j {< -> <=} Traits::kCorner",
+            "depthwise_strips.cuh": ("i {< -> <=} 4",),
+        },
+    ),
+    (
+        "Of 7x7 in 16 bits alone, where a lane has one channel and a warp copies two rows at a time: it is not among "
+        "INSTANCES. tests/test_depthwise_kernels.py runs it.",
+        {
+            "depthwise_strips.cuh": (
+                "{values[0] = convert<float>(word); -> ;}",
+                "… += lane() / Traits::kPieces{% Traits::kColumns -> }",
+                "row_ = vertical.at(row{+ own_row() -> })",
+                "… i, lane() / Traits::kPieces{% Traits::kColumns -> })",
             ),
-            "tensor_backward_input.cuh": ("c + 1 {< -> <=} Traits::kKernel",),
         },
     ),
 )

@@ -1,7 +1,7 @@
 """A copy of the checkout in which kernels may be broken, and the emulated module of each mutant built there.
 
-A fresh copy is made for every mutant, from one whose objects are up to date: only what includes the changed file is
-then compiled. To make that quick the copies keep two instances of a family, `INSTANCES`.
+A fresh copy is made for every mutant, from one whose objects are up to date, and the kernels that include the changed
+file are compiled there one after the other. To make that quick the copies keep two instances of a family, `INSTANCES`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import filecmp
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from .mutate import KERNELS, Mutant
 INSTANCES = (("float64", "nhwc"), ("float32", "nchw"))
 
 # Of the kernels that are compiled for a kernel size and a stride: these are enough for every line. What is left of the
-# tensor-core ones is bfloat16 and TF32, in every shape of tiles and slabs.
+# depthwise ones is float32 and bfloat16, of the tensor-core ones bfloat16 and TF32, in every shape of tiles and slabs.
 _OTHER_KERNELS = re.compile(
     r"^.*<Family, (?:3, 2|5, 1|7, \d)>.*\n|^.*\bmake<Scalar, [57], [^>]*>.*\n|^.*\badd_kinds<__half>.*\n", re.MULTILINE
 )
@@ -56,34 +57,40 @@ class Scratch:
         self.native = {checked: _build(self.pristine, checked) for checked in (False, True)}
 
     def copy(self, name: str, mutant: Mutant) -> Path:
-        """A copy of `pristine`, in place of the last one of this name, with the mutant in it."""
+        """A copy of `pristine`, in place of the last one of this name, with the mutant in it, which looks no newer."""
         root = self.folder / name
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(self.pristine, root)
         path = root / KERNELS / mutant.file
+        times = path.stat()
         path.write_text(mutant.apply(path.read_text()))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         return root
 
-    def build(self, root: Path, checked: bool) -> Path:
-        """The emulated native module of a copy."""
+    def build(self, root: Path, checked: bool, kernel: str) -> Path:
+        """The emulated native module of a copy, with the mutant in one kernel more."""
+        (root / _object(checked, kernel)).unlink()
         return _build(root, checked)
+
+    def has_the_same_code(self, root: Path, kernel: str) -> bool:
+        """Whether the compiler has made the same of this kernel in a copy as in `pristine`."""
+        return filecmp.cmp(self.pristine / _object(False, kernel), root / _object(False, kernel), shallow=False)
 
     def kernels_with(self, file: str) -> frozenset[str]:
         """The kernels whose code has that of a kernel file in it, by the names of the files that launch them."""
         launching = (self.pristine / "csrc/launch").glob("*.cu")
         return frozenset(path.stem for path in launching if file in _files_in(path))
 
-    def has_the_same_code(self, root: Path, kernels: frozenset[str]) -> bool:
-        """Whether the compiler has made the same of these kernels in a copy as in `pristine`."""
-        files = [BUILD / "plain/_native/csrc/launch" / f"{kernel}.o" for kernel in kernels]
-        return all(filecmp.cmp(self.pristine / file, root / file, shallow=False) for file in files)
+
+def _object(checked: bool, kernel: str) -> Path:
+    return BUILD / ("checked" if checked else "plain") / f"_native/csrc/launch/{kernel}.o"
 
 
 def _with_few_instances(text: str) -> str:
     def kept(match: re.Match[str]) -> str:
         dtype, layout = match.group("dtype", "layout")
         keep = any(dtype == wanted[0] and layout in (None, wanted[1]) for wanted in INSTANCES)
-        keep |= "reduce_splits_bfloat16" in match.group()  # what adds the tensor-core kernels' parts
+        keep |= (dtype, layout) == ("bfloat16", None)  # 16 bits of the depthwise kernels, and what adds parts of them
         return match.group() if keep else ""
 
     return _OTHER_KERNELS.sub("", _MADE.sub(kept, text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,20 +43,26 @@ class Trials:
     def run(self, mutant: Mutant, judge: Judge, copy: str = "mutant") -> Outcome:
         """Trials that run side by side need a judge and a copy of their own each."""
         root = self.scratch.copy(copy, mutant)
-        kernels = self.scratch.kernels_with(mutant.file)
+        kernels = sorted(
+            self.scratch.kernels_with(mutant.file), key=lambda kernel: sum(self._limits([kernel]).values())
+        )
         for checked, name in enumerate(CAUGHT_BY):
-            try:
-                native = self.scratch.build(root, bool(checked))
-            except DoesNotCompile as error:
-                return Outcome(mutant, "no program", str(error))
-            if self.scratch.has_the_same_code(root, kernels):
-                return Outcome(mutant, "survived", "the compiler makes the same of it")
-            verdict = judge.judge(native, bool(checked), self._limits(kernels, bool(checked)))
-            if verdict["caught"]:
-                return Outcome(mutant, name, verdict["caught"])
-        return Outcome(mutant, "survived")
+            for kernel in list(kernels):
+                try:
+                    native = self.scratch.build(root, bool(checked), kernel)
+                except DoesNotCompile as error:
+                    return Outcome(mutant, "no program", str(error))
+                if not checked and self.scratch.has_the_same_code(root, kernel):
+                    kernels.remove(kernel)
+                    continue
+                # Of a function that is not inlined the linker takes one kernel's for all: in the end, all are asked.
+                asked = kernels if kernel == kernels[-1] else [kernel]
+                verdict = judge.judge(native, bool(checked), self._limits(asked, bool(checked)))
+                if verdict["caught"]:
+                    return Outcome(mutant, name, verdict["caught"])
+        return Outcome(mutant, "survived", "" if kernels else "the compiler makes the same of it")
 
-    def _limits(self, kernels: frozenset[str], checked: bool) -> dict[str, float]:
-        """Seconds for each of the checks that run one of these kernels, the shortest first: no other can differ."""
-        seconds = {name: ran["seconds"] for name, ran in self._ran[checked].items() if kernels & set(ran["kernels"])}
-        return {name: 3 + 5 * seconds[name] for name in sorted(seconds, key=seconds.__getitem__)}
+    def _limits(self, kernels: Collection[str], checked: bool = False) -> dict[str, float]:
+        """Seconds for each of the checks that run one of these kernels, the shortest first: no other can tell."""
+        ran = {name: ran for name, ran in self._ran[checked].items() if not set(ran["kernels"]).isdisjoint(kernels)}
+        return {name: 3 + 5 * ran[name]["seconds"] for name in sorted(ran, key=lambda name: ran[name]["seconds"])}
