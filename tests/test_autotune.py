@@ -162,7 +162,8 @@ def test_the_gradients_of_a_tuned_call_are_those_of_the_reference(tune):
     tensors = [tensor.requires_grad_() for tensor in inputs(dtype=torch.float32)]
     ours = torch.autograd.grad(call(*tensors).square().sum(), tensors)
     with fused_sepconv.use_backend("reference"):
-        torch.testing.assert_close(ours, torch.autograd.grad(call(*tensors).square().sum(), tensors))
+        theirs = torch.autograd.grad(call(*tensors).square().sum(), tensors)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # sums that cancel, in another order
 
 
 def test_at_most_four_are_timed_and_pytorch_is_one_of_them():
