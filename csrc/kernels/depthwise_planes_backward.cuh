@@ -273,9 +273,9 @@ depthwise_planes_backward(const FSC_CONST_PARAM PlanesBackwardParams<Traits> pla
         __syncthreads();
       }
       Scalar* grad_x = static_cast<Scalar*>(params.grad_x.data) + offset(params.grad_x, unit.n, k, x_row, 0);
-      // Which has x's strides, and like x begins at a multiple of 16.
+      // Which has x's strides, and like x begins at a multiple of 16. A thread stores the pieces that it makes active
+      // in the next unit.
       active.store_all(unit.images, grad_x, own_begin * shape.W, own_end * shape.W);
-      if (beside) __syncthreads();  // the next unit's active pixels come to the same place
     }
     unit = coming;
     parity = 1 - parity;

@@ -234,6 +234,8 @@ EQUIVALENT: tuple[Group, ...] = (
                 "…signed char* active_slots = {beside -> true} ? x_slots + 2 * x_bytes : n…",
                 "if ({shape.pre_activation != Activation::none -> true}) raw.activate_own(unit.imag…",
                 "if ({shape.mid_activation != Activation::none -> true})",
+                "const int image = {unit.images > 1 -> true} ? i / own_count : 0",
+                "…nst int image = unit.images {> -> >=} 1 ? i / own_count : 0",
             ),
             "depthwise_planes_forward.cuh": (
                 "const bool relu = shape.{mid_activation -> activation} == Activation::relu && para…",
