@@ -175,9 +175,9 @@ DEPTHWISE_CASES = (
     Case(
         "dilation", 2, 8, 9, 8, 2, padding=((2, 3), (4, 1)), dilation=(2, 3), depthwise_bias=True, mid_activation="relu"
     ),
-    Case("dilation and stride", 1, 8, 12, 11, 2, kernel=5, padding=(3, 2), dilation=3, stride=2, depthwise_bias=True),
+    Case("dilation and stride", 2, 8, 12, 11, 2, kernel=5, padding=(3, 2), dilation=3, stride=2, depthwise_bias=True),
     Case("dilation and stride with a common factor", 1, 8, 9, 8, 2, padding=2, dilation=2, stride=2),
-    Case("two strides and dilations", 1, 8, 13, 9, 2, padding=(4, 1), dilation=(4, 1), stride=(2, 1)),
+    Case("two strides and dilations", 1, 8, 13, 9, 2, padding=(4, 3), dilation=(4, 3), stride=(2, 1)),
     Case("windows in the padding alone", 1, 4, 3, 3, 2, padding=((5, 0), (0, 6)), depthwise_bias=True),
     Case("through the mid-activation", 1, 40, 9, 45, 2, depthwise_bias=True, mid_activation="silu"),
     Case("multiplier", 1, 12, 5, 6, 2, multiplier=3, depthwise_bias=True, mid_activation="gelu"),
@@ -256,7 +256,7 @@ def _of_single_gradients(schedules: Schedules) -> Iterator[Check]:
         }
         with fused_sepconv.use_backend("fused"), launching.preferring("split"):
             y = fused_sepconv.separable_conv2d(**leaves, **case.options)
-        return {f"the gradient of {name}": torch.autograd.grad(y, leaves[name], _grad_output(y))[0]}
+            return {f"the gradient of {name}": torch.autograd.grad(y, leaves[name], _grad_output(y))[0]}
 
     names = ("x", "depthwise_weight", "depthwise_bias")
     for name, layout, schedule in product(names, MEMORY_FORMATS, schedules):

@@ -43,7 +43,10 @@ EQUIVALENT: tuple[Group, ...] = (
                 "…in + tiling.groups_per_part {< -> <=} groups ? begin + tiling.gro…",
                 "…st_channel + Traits::kChunk {< -> <=} shape.K ? first_channel + T…",
             ),
-            "depthwise_planes.cuh": ("…<int32_t>(n + tiling.images {<= -> <} shape.N ? tiling.images : s…",),
+            "depthwise_planes.cuh": (
+                "…<int32_t>(n + tiling.images {<= -> <} shape.N ? tiling.images : s…",
+                "…ar*>(run(image)) + at, left {< -> <=} kPieceBytes ? left : kPiece…",
+            ),
             "depthwise_planes_backward.cuh": (
                 "…gin + tiling.units_per_part {< -> <=} units ? begin + tiling.unit…",
                 "return row {< -> <=} 0 ? 0 : row < rows ? row : …",
@@ -147,6 +150,10 @@ EQUIVALENT: tuple[Group, ...] = (
                 "…its> corner(Traits::kLayout {== -> !=} Layout::nhwc)",
                 "Corner<Traits> corner({Traits::kLayout == Layout::nhwc -> true})",
             ),
+            "simt_depthwise_forward.cuh": (
+                "if constexpr (layout {== -> !=} Layout::nhwc)",
+                "if constexpr ({layout == Layout::nhwc -> true})",
+            ),
             "simt_forward.cuh": (
                 "…its> corner(Traits::kLayout {== -> !=} Layout::nhwc)",
                 "Corner<Traits> corner({Traits::kLayout == Layout::nhwc -> true})",
@@ -229,6 +236,8 @@ EQUIVALENT: tuple[Group, ...] = (
                 "if (images {> -> >=} 1) #2",
                 "if (!Traits::kDilated || {count == 1 -> false}) return item * count",
                 "if (left {<= -> <} 0) return",
+                "if (first {>= -> >} begin && first + Traits::kP…",
+                "…st + Traits::kPieceElements {<= -> <} end)",
             ),
             "depthwise_planes_backward.cuh": (
                 "…signed char* active_slots = {beside -> true} ? x_slots + 2 * x_bytes : n…",
@@ -311,6 +320,12 @@ EQUIVALENT: tuple[Group, ...] = (
                 "const int64_t end = {begin + tiling.units_per_part < units -> true} ? begin + tiling.units_per_…",
                 "const int64_t end = begin{+ tiling.units_per_part -> } < units ? begin + tiling.un…",
             ),
+        },
+    ),
+    (
+        "The image that it then belongs to is overwritten.",
+        {
+            "simt_depthwise_forward.cuh": ("…ce = place_of(shape, element{- plane * image_pixels -> })",),
         },
     ),
     (
