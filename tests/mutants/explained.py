@@ -153,6 +153,7 @@ EQUIVALENT: tuple[Group, ...] = (
             "simt_depthwise_forward.cuh": (
                 "if constexpr (layout {== -> !=} Layout::nhwc)",
                 "if constexpr ({layout == Layout::nhwc -> true})",
+                "…ce_of(shape, element - plane{* image_pixels -> })",
             ),
             "simt_forward.cuh": (
                 "…its> corner(Traits::kLayout {== -> !=} Layout::nhwc)",
