@@ -51,7 +51,7 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For editable installations: the module goes beside the package's sources, its resource report with it."""
-        folder = Path("fused_sepconv") / "lib"
+        folder = Path("fused_sepconv") / "native" / "lib"
         (ROOT / folder).mkdir(exist_ok=True)
         super().copy_extensions_to_source()
         shutil.copyfile(Path(self.build_lib) / folder / REPORT_NAME, ROOT / folder / REPORT_NAME)
@@ -62,6 +62,6 @@ setup(
     # without build isolation may meet either.
     license="Apache-2.0",
     # Without a toolkit there is no extension at all, so that the wheel is a plain Python one.
-    ext_modules=[Extension("fused_sepconv.lib._native", sources=[])] if toolkit else [],
+    ext_modules=[Extension("fused_sepconv.native.lib._native", sources=[])] if toolkit else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

@@ -18,7 +18,7 @@ import torch
 from peers import eager
 from problem import GRADIENTS, LAYOUTS, Geometry, Inputs, Problem, SeparableConv, prepare
 
-import fused_sepconv.reference
+import fused_sepconv.families.pytorch.convolutions
 
 DISTINCT_IMAGES = 4
 """At most so many images are computed in float64."""

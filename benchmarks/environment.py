@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import fused_sepconv
-from fused_sepconv import _native, autotune
+from fused_sepconv.native import loader
+from fused_sepconv.planning import choice
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -18,7 +19,7 @@ def environment(threads: int) -> dict[str, Any]:
     """Asked for under the settings that the measurement runs under."""
     return {
         "fused_sepconv": fused_sepconv.__version__,
-        "kernels": _native.build_info(),
+        "kernels": loader.build_info(),
         "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -33,7 +34,7 @@ def environment(threads: int) -> dict[str, Any]:
             "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
             "cudnn.deterministic": torch.backends.cudnn.deterministic,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-            "autotune": autotune.tuner is not None,
+            "autotune": choice.tuner is not None,
         },
     }
 

@@ -8,8 +8,8 @@ from layers import NETWORKS, Layer
 from problem import DTYPES, LAYOUTS, Problem, convolution_flags
 
 import fused_sepconv
-from fused_sepconv.devices import DEVICES
 from fused_sepconv.explain import Explanation
+from fused_sepconv.planning.devices import DEVICES
 
 
 class Total(NamedTuple):

@@ -1,6 +1,6 @@
 """Writes a ninja file for the native module and runs it.
 
-bindings.cpp is the only source that the host compiler and pybind11 see; every csrc/launch/*.cu goes to nvcc. Objects
+bindings.cpp is the only source that the host compiler and pybind11 see; every csrc/*/*.cu goes to nvcc. Objects
 depend on the headers that their compiler reports, so a change of one file compiles that file and links.
 """
 
@@ -71,8 +71,8 @@ const char* const fused_sepconv_sources = "{digest}";
 
 
 def sources_digest(csrc: Path) -> str:
-    """The digest of fused_sepconv/_sources.py, loaded by path because the package itself imports torch."""
-    spec = importlib.util.spec_from_file_location("_sources", ROOT / "fused_sepconv" / "_sources.py")
+    """The digest of fused_sepconv/native/sources.py, loaded by path because the package itself imports torch."""
+    spec = importlib.util.spec_from_file_location("_sources", ROOT / "fused_sepconv" / "native" / "sources.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.digest(csrc)
@@ -80,7 +80,7 @@ def sources_digest(csrc: Path) -> str:
 
 def kernel_sources(csrc: Path) -> list[Path]:
     """The sources that nvcc compiles."""
-    return sorted(csrc.glob("launch/*.cu"))
+    return sorted(csrc.glob("*/*.cu"))
 
 
 def jobs(environ: Mapping[str, str]) -> int:

@@ -12,7 +12,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "launch/instance.h"
+#include "common/instance.h"
 
 #ifdef FSC_EMULATED
 #include "bind_emulator.h"
@@ -44,7 +44,7 @@ std::unordered_map<std::string, Made> by_name(std::initializer_list<std::vector<
 }
 
 const auto& forward_instances() {
-  static const auto all = by_name({simt_forward_instances(), tensor_forward_instances()});
+  static const auto all = by_name({simt_forward_instances(), mma_forward_instances()});
   return all;
 }
 
@@ -52,23 +52,23 @@ const auto& backward_instances() {
   static const auto all =
       by_name({simt_backward_intermediate_instances(), simt_backward_input_instances(),
                simt_backward_depthwise_weight_instances(), simt_backward_pointwise_weight_instances(),
-               tensor_backward_pointwise_weight_instances()});
+               mma_backward_pointwise_weight_instances()});
   return all;
 }
 
 const auto& depthwise_forward_kernels() {
-  static const auto all = by_name(
-      {simt_depthwise_forward_instances(), depthwise_forward_instances(), depthwise_planes_forward_instances()});
+  static const auto all =
+      by_name({simt_depthwise_forward_instances(), depthwise_forward_instances(), depthwise_nchw_forward_instances()});
   return all;
 }
 
 const auto& depthwise_backward_kernels() {
-  static const auto all = by_name({depthwise_backward_instances(), depthwise_planes_backward_instances()});
+  static const auto all = by_name({depthwise_backward_instances(), depthwise_nchw_backward_instances()});
   return all;
 }
 
-const auto& tensor_input_instances() {
-  static const auto all = by_name({tensor_backward_input_instances()});
+const auto& mma_input_instances() {
+  static const auto all = by_name({mma_backward_input_instances()});
   return all;
 }
 
@@ -108,7 +108,7 @@ void forward(const std::string& instance, const ConvShape& shape, const ImageArg
 void backward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
               Address pointwise_weight, Address depthwise_bias, const ImageArgument& grad_z,
               const ImageArgument& grad_t, const ImageArgument& grad_x, Address partial_weight, Address partial_bias,
-              int64_t pixels_per_split, int splits, const std::array<int32_t, 5>& tensor_weight, Stream stream) {
+              int64_t pixels_per_split, int splits, const std::array<int32_t, 5>& mma_weight, Stream stream) {
   BackwardParams params;
   params.shape = shape;
   params.x = image(x);
@@ -122,12 +122,12 @@ void backward(const std::string& instance, const ConvShape& shape, const ImageAr
   params.partial_bias = pointer(partial_bias);
   params.pixels_per_split = pixels_per_split;
   params.splits = splits;
-  params.tensor_weight = {tensor_weight[0], tensor_weight[1], tensor_weight[2], tensor_weight[3], tensor_weight[4]};
+  params.mma_weight = {mma_weight[0], mma_weight[1], mma_weight[2], mma_weight[3], mma_weight[4]};
   run(backward_instances().at(instance), params, stream);
 }
 
-void depthwise_forward(const std::string& instance, const ConvShape& shape, const DepthwiseTiling& tiling,
-                       const PlaneTiling& planes, const ImageArgument& x, Address depthwise_weight,
+void depthwise_forward(const std::string& instance, const ConvShape& shape, const NhwcTiling& tiling,
+                       const NchwTiling& planes, const ImageArgument& x, Address depthwise_weight,
                        Address depthwise_bias, const ImageArgument& grad_output, const ImageArgument& y,
                        Stream stream) {
   DepthwiseForwardParams params;
@@ -142,8 +142,8 @@ void depthwise_forward(const std::string& instance, const ConvShape& shape, cons
   run(depthwise_forward_kernels().at(instance), params, stream);
 }
 
-void depthwise_backward(const std::string& instance, const ConvShape& shape, const DepthwiseTiling& tiling,
-                        const PlaneTiling& planes, const ImageArgument& x, Address depthwise_weight,
+void depthwise_backward(const std::string& instance, const ConvShape& shape, const NhwcTiling& tiling,
+                        const NchwTiling& planes, const ImageArgument& x, Address depthwise_weight,
                         Address depthwise_bias, const ImageArgument& grad_output, const ImageArgument& grad_x,
                         Address partial_weight, Address partial_bias, Stream stream) {
   DepthwiseBackwardParams params;
@@ -161,11 +161,11 @@ void depthwise_backward(const std::string& instance, const ConvShape& shape, con
 }
 
 // The tiling is (strips, part, parts, stages).
-void tensor_backward_input(const std::string& instance, const ConvShape& shape, const std::array<int32_t, 4>& tiling,
-                           const ImageArgument& x, Address depthwise_weight, Address pointwise_weight,
-                           const ImageArgument& grad_z, Address grad_x, Address partial_weight, Address partial_bias,
-                           Stream stream) {
-  TensorInputParams params;
+void mma_backward_input(const std::string& instance, const ConvShape& shape, const std::array<int32_t, 4>& tiling,
+                        const ImageArgument& x, Address depthwise_weight, Address pointwise_weight,
+                        const ImageArgument& grad_z, Address grad_x, Address partial_weight, Address partial_bias,
+                        Stream stream) {
+  MmaInputParams params;
   params.shape = shape;
   params.tiling = {tiling[0], tiling[1], tiling[2], tiling[3]};
   params.x = image(x);
@@ -175,7 +175,7 @@ void tensor_backward_input(const std::string& instance, const ConvShape& shape, 
   params.grad_x = pointer(grad_x);
   params.partial_weight = static_cast<float*>(pointer(partial_weight));
   params.partial_bias = static_cast<float*>(pointer(partial_bias));
-  run(tensor_input_instances().at(instance), params, stream);
+  run(mma_input_instances().at(instance), params, stream);
 }
 
 void reduce(const std::string& instance, Address partials, Address out, int64_t count, int splits, Stream stream) {
@@ -188,7 +188,7 @@ void for_each_instance(const Body& body) {
   for (const auto& [name, instance] : backward_instances()) body(instance);
   for (const auto& [name, instance] : depthwise_forward_kernels()) body(instance);
   for (const auto& [name, instance] : depthwise_backward_kernels()) body(instance);
-  for (const auto& [name, instance] : tensor_input_instances()) body(instance);
+  for (const auto& [name, instance] : mma_input_instances()) body(instance);
   for (const auto& [name, instance] : reduce_instances()) body(instance);
 }
 
@@ -286,31 +286,31 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("mid_activation", &ConvShape::mid_activation)
       .def_readwrite("activation", &ConvShape::activation);
 
-  py::class_<DepthwiseTiling>(m, "DepthwiseTiling", py::module_local())
+  py::class_<NhwcTiling>(m, "NhwcTiling", py::module_local())
       .def(py::init<>())
-      .def_readwrite("phases_h", &DepthwiseTiling::phases_h)
-      .def_readwrite("phases_w", &DepthwiseTiling::phases_w)
-      .def_readwrite("column_tiles", &DepthwiseTiling::column_tiles)
-      .def_readwrite("tile_columns", &DepthwiseTiling::tile_columns)
-      .def_readwrite("first_row", &DepthwiseTiling::first_row)
-      .def_readwrite("first_column", &DepthwiseTiling::first_column)
-      .def_readwrite("groups", &DepthwiseTiling::groups)
-      .def_readwrite("groups_per_part", &DepthwiseTiling::groups_per_part)
-      .def_readwrite("parts", &DepthwiseTiling::parts)
-      .def_readwrite("warps", &DepthwiseTiling::warps)
-      .def_readwrite("shared_bytes", &DepthwiseTiling::shared_bytes);
+      .def_readwrite("phases_h", &NhwcTiling::phases_h)
+      .def_readwrite("phases_w", &NhwcTiling::phases_w)
+      .def_readwrite("column_tiles", &NhwcTiling::column_tiles)
+      .def_readwrite("tile_columns", &NhwcTiling::tile_columns)
+      .def_readwrite("first_row", &NhwcTiling::first_row)
+      .def_readwrite("first_column", &NhwcTiling::first_column)
+      .def_readwrite("groups", &NhwcTiling::groups)
+      .def_readwrite("groups_per_part", &NhwcTiling::groups_per_part)
+      .def_readwrite("parts", &NhwcTiling::parts)
+      .def_readwrite("warps", &NhwcTiling::warps)
+      .def_readwrite("shared_bytes", &NhwcTiling::shared_bytes);
 
-  py::class_<PlaneTiling>(m, "PlaneTiling", py::module_local())
+  py::class_<NchwTiling>(m, "NchwTiling", py::module_local())
       .def(py::init<>())
-      .def_readwrite("images", &PlaneTiling::images)
-      .def_readwrite("rows", &PlaneTiling::rows)
-      .def_readwrite("bands", &PlaneTiling::bands)
-      .def_readwrite("first_row", &PlaneTiling::first_row)
-      .def_readwrite("first_column", &PlaneTiling::first_column)
-      .def_readwrite("columns", &PlaneTiling::columns)
-      .def_readwrite("units_per_part", &PlaneTiling::units_per_part)
-      .def_readwrite("parts", &PlaneTiling::parts)
-      .def_readwrite("shared_bytes", &PlaneTiling::shared_bytes);
+      .def_readwrite("images", &NchwTiling::images)
+      .def_readwrite("rows", &NchwTiling::rows)
+      .def_readwrite("bands", &NchwTiling::bands)
+      .def_readwrite("first_row", &NchwTiling::first_row)
+      .def_readwrite("first_column", &NchwTiling::first_column)
+      .def_readwrite("columns", &NchwTiling::columns)
+      .def_readwrite("units_per_part", &NchwTiling::units_per_part)
+      .def_readwrite("parts", &NchwTiling::parts)
+      .def_readwrite("shared_bytes", &NchwTiling::shared_bytes);
 
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("forward", &forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
@@ -319,7 +319,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("backward", &backward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
         py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("grad_z"),
         py::arg("grad_t"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
-        py::arg("pixels_per_split"), py::arg("splits"), py::arg("tensor_weight"), py::arg("stream"));
+        py::arg("pixels_per_split"), py::arg("splits"), py::arg("mma_weight"), py::arg("stream"));
   m.def("depthwise_forward", &depthwise_forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("tiling"),
         py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("grad_output"),
         py::arg("y"), py::arg("stream"));
@@ -327,7 +327,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("tiling"), py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"),
         py::arg("grad_output"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
         py::arg("stream"));
-  m.def("tensor_backward_input", &tensor_backward_input, without_gil, py::arg("instance"), py::arg("shape"),
+  m.def("mma_backward_input", &mma_backward_input, without_gil, py::arg("instance"), py::arg("shape"),
         py::arg("tiling"), py::arg("x"), py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("grad_z"),
         py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
   m.def("reduce", &reduce, without_gil, py::arg("instance"), py::arg("partials"), py::arg("out"), py::arg("count"),

@@ -38,14 +38,14 @@ struct Image {
 };
 
 // How the plan cuts the output for a tensor-core kernel; zeros for the kernels that cut it by themselves.
-struct TensorTiling {
-  int32_t rows, columns;  // output pixels of a tile, in its phase of the image (kernels/phases.cuh)
+struct MmaTiling {
+  int32_t rows, columns;  // output pixels of a tile, in its phase of the image (common/phases.cuh)
   int32_t blocks;         // that run side by side, each tile after tile
   int32_t stages;         // of a block's ring in shared memory
 };
 
-// How the plan cuts a problem for the tensor-core gradient of the pointwise weight (kernels/tensor_weight_tiles.cuh).
-struct TensorWeightTiling {
+// How the plan cuts a problem for the tensor-core gradient of the pointwise weight (mma/weight_tiles.cuh).
+struct MmaWeightTiling {
   int32_t columns;                       // output columns of a strip, in its phase of the image; whole cells of 4
   int32_t cells;                         // of a tile; a power of two
   int32_t feature_warps, channel_warps;  // of a block, side by side, 64 of each a warp; the others share the pixels
@@ -65,7 +65,7 @@ struct ForwardParams {
   Image residual;                // (N, F, out_h, out_w), or data == null
   Image grad_output;             // (N, F, out_h, out_w), or data == null
   Image y;                       // (N, F, out_h, out_w)
-  TensorTiling tiling;           // of the tensor-core kernels
+  MmaTiling tiling;              // of the tensor-core kernels
 };
 
 // One backward call. grad_z is the gradient of the last activation's argument: of y itself where there is none.
@@ -90,7 +90,7 @@ struct BackwardParams {
   void* partial_bias;            // (splits, K) or (splits, F), or null
   int64_t pixels_per_split;      // output pixels that one part sums over; the last has what is left
   int32_t splits;                // parts
-  TensorWeightTiling tensor_weight;  // of the tensor-core step, which cuts its sum into parts of about as many tiles
+  MmaWeightTiling mma_weight;    // of the tensor-core step, which cuts its sum into parts of about as many tiles
 };
 
 // How the depthwise kernels cut a problem (fused_sepconv/families/depthwise.py decides; the kernels only follow).
@@ -98,7 +98,7 @@ struct BackwardParams {
 // A dilated convolution is `phases` convolutions without dilation side by side, each on every dilation-th row or
 // column. The images of all phases are cut into strips, a tile of columns over the whole height; a strip into groups of
 // rows; and all groups, numbered strip after strip, into parts, one a block (for each chunk of channels).
-struct DepthwiseTiling {
+struct NhwcTiling {
   int32_t phases_h, phases_w;  // dilation / gcd(stride, dilation)
   int32_t column_tiles;        // strips side by side
   int32_t tile_columns;        // columns of a strip
@@ -119,7 +119,7 @@ struct StripSteps {
 
 // The same for the kernels of NCHW. A block has one channel. A unit is a band of rows of some images, and units, the
 // bands of the first images first, are numbered through into parts, one a block.
-struct PlaneTiling {
+struct NchwTiling {
   int32_t images;          // of a unit; the last unit may have fewer. Where there are several, a band is all rows
   int32_t rows;            // of a band: of the output, or in the backward of x (whole items of a thread)
   int32_t bands;           // of an image
@@ -136,8 +136,8 @@ struct PlaneTiling {
 // mid_act'(t).
 struct DepthwiseForwardParams {
   ConvShape shape;               // F and the last activation are not used
-  DepthwiseTiling tiling;        // of the kernels for NHWC
-  PlaneTiling planes;            // of those for NCHW
+  NhwcTiling tiling;             // of the kernels for NHWC
+  NchwTiling planes;             // of those for NCHW
   Image x;                       // (N, C, H, W)
   const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
   const void* depthwise_bias;    // (K) or null
@@ -149,8 +149,8 @@ struct DepthwiseForwardParams {
 // One backward call of it: all gradients in one pass over x and grad_output, the gradient of y.
 struct DepthwiseBackwardParams {
   ConvShape shape;
-  DepthwiseTiling tiling;                               // of the kernels for NHWC
-  PlaneTiling planes;                                   // of those for NCHW
+  NhwcTiling tiling;                                    // of the kernels for NHWC
+  NchwTiling planes;                                    // of those for NCHW
   Image x;                                              // (N, C, H, W)
   const void* depthwise_weight;                         // (K, kernel_h, kernel_w), contiguous
   const void* depthwise_bias;                           // (K) or null; read where there is a mid-activation
@@ -161,8 +161,8 @@ struct DepthwiseBackwardParams {
   StripSteps x_steps, grad_output_steps, grad_x_steps;  // of the kernels for NHWC
 };
 
-// How the tensor-core backward cuts the stream of positions that all images make (kernels/tensor_stream.cuh).
-struct TensorInputTiling {
+// How the tensor-core backward cuts the stream of positions that all images make (mma/stream.cuh).
+struct MmaInputTiling {
   int32_t strips;  // that an image's columns are cut into
   int32_t part;    // positions of x of a part, one a block for each chunk of channels; the last part has what is left
   int32_t parts;
@@ -171,9 +171,9 @@ struct TensorInputTiling {
 
 // One backward call from the gradient of the pointwise convolution's result to those of x and of the depthwise weight
 // and bias; the gradient between the two convolutions stays in shared memory.
-struct TensorInputParams {
+struct MmaInputParams {
   ConvShape shape;  // no mid-activation
-  TensorInputTiling tiling;
+  MmaInputTiling tiling;
   Image x;                       // (N, C, H, W)
   const void* depthwise_weight;  // (K, kernel_h, kernel_w), contiguous
   const void* pointwise_weight;  // (F, K), contiguous

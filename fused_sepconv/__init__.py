@@ -1,16 +1,17 @@
 """Depthwise separable convolution for PyTorch: the depthwise and the pointwise convolution in one kernel."""
 
-from . import models, reference
-from ._version import __version__
-from .autograd import DepthwiseConv2dFunction, SeparableConv2dFunction
-from .backend import use_backend
-from .convert import replace_separable_convs
-from .convert_depthwise import replace_depthwise_convs
-from .depthwise_module import DepthwiseConv1d, DepthwiseConv2d
-from .explain import explain
-from .functional import depthwise_conv2d, separable_conv2d
-from .inference import optimize_for_inference
-from .module import SeparableConv2d
+from fused_sepconv import models
+from fused_sepconv._version import __version__
+from fused_sepconv.explain import explain
+from fused_sepconv.families.pytorch import convolutions as reference
+from fused_sepconv.nn.depthwise import DepthwiseConv1d, DepthwiseConv2d
+from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
+from fused_sepconv.nn.separable import SeparableConv2d
+from fused_sepconv.ops.autograd import DepthwiseConv2dFunction, SeparableConv2dFunction
+from fused_sepconv.ops.backend import use_backend
+from fused_sepconv.transforms.depthwise import replace_depthwise_convs
+from fused_sepconv.transforms.inference import optimize_for_inference
+from fused_sepconv.transforms.separable import replace_separable_convs
 
 __all__ = [
     "DepthwiseConv1d",

@@ -7,7 +7,9 @@ import sys
 
 import torch
 
-from . import __version__, _native, autotune, explain
+from fused_sepconv import __version__, explain
+from fused_sepconv.native import loader
+from fused_sepconv.planning import choice
 
 
 def main() -> int:
@@ -17,16 +19,16 @@ def main() -> int:
 
 
 def _kernels() -> list[str]:
-    native = _native.load()
+    native = loader.load()
     if native is None:
-        return [f"kernels: none: {_native.why_missing()}"]
-    info = _native.build_info()
+        return [f"kernels: none: {loader.why_missing()}"]
+    info = loader.build_info()
     if info["emulated"]:
         built = "the CPU emulation, for tests"
     else:
         built = f"built by nvcc {info['nvcc']} for architectures {info['architectures']}"
-    instances = _native.instances()
-    lines = [f"kernels: {len(instances)} instances, {built}", f"  in {_native.path()}"]
+    instances = loader.instances()
+    lines = [f"kernels: {len(instances)} instances, {built}", f"  in {loader.path()}"]
     known = [instance for instance in instances.values() if instance.registers is not None]
     if known:
         largest, local = max(known, key=lambda i: i.registers), sum(bool(i.local_bytes) for i in known)
@@ -44,7 +46,7 @@ def _pytorch() -> list[str]:
 
 
 def _gpus() -> list[str]:
-    native = _native.load()
+    native = loader.load()
     version = 0 if native is None else native.driver_version()
     driver = f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none that the kernels could ask"
     lines = [f"driver: {driver}"]
@@ -61,12 +63,12 @@ def _gpus() -> list[str]:
 
 def _autotuning() -> list[str]:
     """Whether choices are measured, and where what was measured is kept."""
-    if autotune.tuner is None:
-        return [f"autotuning: off, the plan's predictions decide ({autotune.VARIABLE}=1 measures)"]
-    lines = [f"autotuning: on, as {autotune.VARIABLE} is 1"]
+    if choice.tuner is None:
+        return [f"autotuning: off, the plan's predictions decide ({choice.VARIABLE}=1 measures)"]
+    lines = [f"autotuning: on, as {choice.VARIABLE} is 1"]
     for index in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
         with torch.cuda.device(index):
-            file = autotune.tuner.file(torch.device("cuda", index))
+            file = choice.tuner.file(torch.device("cuda", index))
         kept = "kept in each process alone, as there is no home directory"
         lines.append(f"  GPU {index}: " + (f"{len(file.read())} problems measured, in {file.path}" if file else kept))
     return lines

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import execution, launching
-from .adopted import DepthwiseOfPair
-from .arguments import Call, DepthwiseArguments, normalise, normalise_depthwise
-from .backend import use_backend
-from .depthwise_module import DepthwiseConv
-from .devices import DEVICES
-from .functional import depthwise_conv2d, separable_conv2d
-from .module import SeparableConv2d
-from .plan import Plan, plan
+from fused_sepconv.nn.depthwise import DepthwiseConv
+from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
+from fused_sepconv.nn.separable import SeparableConv2d
+from fused_sepconv.ops import execution, launching
+from fused_sepconv.ops.arguments import Call, DepthwiseArguments, normalise, normalise_depthwise
+from fused_sepconv.ops.backend import use_backend
+from fused_sepconv.planning.devices import DEVICES
+from fused_sepconv.planning.plan import Plan, plan
+from fused_sepconv.transforms.adopted import DepthwiseOfPair
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
-from .models import Xception
-from .models.weights import TIMM_EPSILON, from_timm_names
+from fused_sepconv.models import Xception
+from fused_sepconv.models.weights import TIMM_EPSILON, from_timm_names
 
 __all__ = ["fused_xception"]
 

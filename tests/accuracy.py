@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import fused_sepconv
-from fused_sepconv import _native
-from fused_sepconv.launching import preferring
-from tests.cases import XCEPTION, Case, two_convolutions
-from tests.closeness import assert_as_close_as_eager
-from tests.emulation import emulated_kernels
-from tests.tf32 import pointwise_in_tf32
+from fused_sepconv.native import loader
+from fused_sepconv.ops.launching import preferring
+from tests.support.cases import XCEPTION, Case, two_convolutions
+from tests.support.closeness import assert_as_close_as_eager
+from tests.support.emulation import emulated_kernels
+from tests.support.tf32 import pointwise_in_tf32
 
 DTYPES = {
     "float16": torch.float16,
@@ -35,7 +35,7 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.accuracy", description=__doc__.partition("\n")[0])
-    parser.add_argument("--family", choices=("tensor", "split", "simt"), default="tensor", help="default: %(default)s")
+    parser.add_argument("--family", choices=("mma", "split", "simt"), default="mma", help="default: %(default)s")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: all that the tensor cores serve")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), default="nhwc", help="default: %(default)s")
     parser.add_argument("--layers", default="", metavar="TEXT", help="only layers whose name contains this, as @19")
@@ -60,9 +60,9 @@ def report(case: Case, dtype: str, memory_format: torch.memory_format, device: s
     exact = case.tensors()
     stored = {name: tensor.to(device, DTYPES[dtype]) for name, tensor in exact.items()}
     stored["x"] = stored["x"].contiguous(memory_format=memory_format)
-    _native.load().reset_counters() if device == "cpu" else None
+    loader.load().reset_counters() if device == "cpu" else None
     ours = results(fused_sepconv.separable_conv2d, stored, case)
-    ran = ", ".join(_native.load().executed()) if device == "cpu" else ""
+    ran = ", ".join(loader.load().executed()) if device == "cpu" else ""
     print(f"{case} {dtype}" + (f": {ran}" if ran else ""), flush=True)
     eager = results(eager_in(dtype, device), stored, case)
     oracle = results(two_convolutions, {name: tensor.cpu().double() for name, tensor in stored.items()}, case)

@@ -25,9 +25,9 @@ import pytest
 import torch
 
 import fused_sepconv
-from fused_sepconv import launching
-from tests.cases import CASES, Case
-from tests.emulation import emulated_kernels
+from fused_sepconv.ops import launching
+from tests.support.cases import CASES, Case
+from tests.support.emulation import emulated_kernels
 
 EVERY_DTYPE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -11,9 +11,9 @@ import sys
 import torch
 
 import fused_sepconv
-from fused_sepconv.launching import preferring
-from tests.calls import function_of
-from tests.cases import CASES, DEPTHWISE, both
+from fused_sepconv.ops.launching import preferring
+from tests.support.calls import function_of
+from tests.support.cases import CASES, DEPTHWISE, both
 
 LARGEST = 20_000  # multiplications
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -26,7 +26,7 @@ def main() -> int:
         return 2
     cases = both([case for case in CASES if case.N and case.multiplications < LARGEST][::4])
     runs = [("simt", case) for case in cases]
-    runs += [(family, case) for family in ("split", "tensor") for case in (*cases, *DEPTHWISE)]
+    runs += [(family, case) for family in ("split", "mma") for case in (*cases, *DEPTHWISE)]
     wrong = 0
     for family, case in runs:
         exact = case.tensors()

@@ -1,6 +1,6 @@
 """Networks made of separable convolutions."""
 
-from . import weights
-from .xception import Xception, xception
+from fused_sepconv.models import weights
+from fused_sepconv.models.xception import Xception, xception
 
 __all__ = ["Xception", "weights", "xception"]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations import ACTIVATIONS
-from ..arguments import check_activation, integer
+from fused_sepconv.ops.arguments import check_activation, integer
+from fused_sepconv.tensors.activations import ACTIVATIONS
 
 
 class InceptionModule(nn.Module):

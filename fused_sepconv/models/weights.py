@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .keras_files import KerasWeights, read_keras
-from .xception import SeparableStack, Xception
+from fused_sepconv.models.keras_files import KerasWeights, read_keras
+from fused_sepconv.models.xception import SeparableStack, Xception
 
 KERAS_EPSILON, TIMM_EPSILON = 1e-3, 1e-5
 

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import integer
-from ..module import SeparableConv2d
-from .max_pool import MaxPool3x3, check_padding
+from fused_sepconv.models.max_pool import MaxPool3x3, check_padding
+from fused_sepconv.nn.separable import SeparableConv2d
+from fused_sepconv.ops.arguments import integer
 
 SMALLEST_IMAGE = 7
 """Pixels a side: what the stem's two unpadded convolutions leave at least one pixel of."""

@@ -69,7 +69,7 @@ def _folders_with_headers(candidates: Iterable[Path]) -> list[Path]:
 
 def build_native(checked: bool = False) -> Path:
     """Builds the emulated twin of the package's native module; returns its absolute path."""
-    kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/launch").glob("*.cu"))
+    kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").glob("*/*.cu"))
     return build_module("_native", kernels, [Path("csrc/bindings.cpp")], checked)
 
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../../csrc/launch/instance.h"
+#include "../../csrc/common/instance.h"
 #include "../../csrc/params.h"
 #include "emulator.h"
 
@@ -57,7 +57,7 @@ class EmulatedBuffers {
     write("partial_bias", params.partial_bias, rows * instance.compute_bytes);
   }
 
-  EmulatedBuffers(const Instance& instance, const TensorInputParams& params) : instance_(instance) {
+  EmulatedBuffers(const Instance& instance, const MmaInputParams& params) : instance_(instance) {
     const ConvShape& shape = params.shape;
     read_depthwise_operands(params);
     read("pointwise_weight", params.pointwise_weight, int64_t{shape.F} * shape.K);

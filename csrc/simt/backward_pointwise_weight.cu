@@ -1,0 +1,34 @@
+// backward_pointwise_weight.cu - instances and grids of the gradients of the pointwise weight and the last bias.
+
+#include "../common/instances_of.h"
+#include "backward_pointwise_weight.cuh"
+
+namespace fused_sepconv {
+namespace {
+
+template <class Traits>
+void run(const Instance& instance, const BackwardParams& params, Stream stream) {
+  const int64_t blocks = tiles(params.shape.K, Traits::kColumns) * tiles(params.shape.F, Traits::kRows) * params.splits;
+  launch(instance.name.c_str(), simt_backward_pointwise_weight<Traits>,
+         {blocks, instance.threads, instance.shared_bytes}, stream, params);
+}
+
+struct Family {
+  template <class Scalar, class Compute, Layout layout>
+  static BackwardInstance make(const std::string& name) {
+    using Traits = SimtTraits<Scalar, Compute, layout>;
+    auto made = make_instance<BackwardInstance, Scalar, Compute, simt_backward_pointwise_weight<Traits>>(
+        name, Traits::kThreads, sizeof(SimtBackwardPointwiseWeightShared<Traits>));
+    made.step = BackwardStep::pointwise_weight;
+    made.run = run<Traits>;
+    return made;
+  }
+};
+
+}  // namespace
+
+std::vector<BackwardInstance> simt_backward_pointwise_weight_instances() {
+  return in_every_dtype_and_layout<Family>("simt_backward_pointwise_weight");
+}
+
+}  // namespace fused_sepconv

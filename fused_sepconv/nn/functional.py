@@ -1,0 +1,116 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_sepconv.ops import autograd
+from fused_sepconv.ops.arguments import Pair, normalise, normalise_depthwise
+from fused_sepconv.ops.backend import default_backend
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | str | Pair | tuple[Pair, Pair] = 0,
+    dilation: int | Pair = 1,
+    *,
+    depthwise_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    pre_activation: str | None = None,
+    mid_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Depthwise separable convolution: a k x k depthwise convolution and the 1 x 1 pointwise convolution after it.
+
+    ``y = act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual)``
+
+    Args:
+        x: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides.
+        depthwise_weight: (C * m, 1, kh, kw), as PyTorch lays out a grouped convolution's; m is the depth multiplier.
+        pointwise_weight: (F, C * m, 1, 1).
+        bias: (F,), added after the pointwise convolution.
+        stride: of the depthwise convolution, in pixels; an int or (vertical, horizontal).
+        padding: zeros round x, in pixels: an int, (vertical, horizontal), ((top, bottom), (left, right)), "valid"
+            (none) or "same" (TensorFlow's rule: out = ceil(in / stride), for every stride).
+        dilation: distance between the taps, in pixels; an int or (vertical, horizontal).
+        depthwise_bias: (C * m,), added after the depthwise convolution.
+        residual: the output's shape, added before the last activation.
+        pre_activation, mid_activation, activation: None, "relu", "relu6", "elu", "silu", "hardswish" or "gelu", on x
+            as it is read, between the two convolutions, and on the output.
+
+    Returns:
+        (N, F, out_h, out_w), or (F, out_h, out_w) for an unbatched x, where
+        out = floor((in + before + after - dilation * (k - 1) - 1) / stride) + 1. Its memory format is x's.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype (all tensors share x's), named in the message.
+        ValueError: a wrong value, shape or device, named in the message.
+
+    Under autocast the tensors are cast as a convolution's would be. Differentiable any number of times, in both modes.
+    """
+    call = normalise(
+        x,
+        depthwise_weight,
+        pointwise_weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        depthwise_bias=depthwise_bias,
+        residual=residual,
+        pre_activation=pre_activation,
+        mid_activation=mid_activation,
+        activation=activation,
+    )
+    y = autograd.separable_conv2d(*call.tensors, *call.arguments, default_backend())
+    return y.squeeze(0) if call.unbatched else y
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | str | Pair | tuple[Pair, Pair] = 0,
+    dilation: int | Pair = 1,
+    *,
+    pre_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Depthwise convolution: every channel with kernels of its own; `F.conv2d` with as many groups as channels.
+
+    ``y = act(depthwise(pre_act(x)) + bias)``
+
+    Args:
+        x: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. A sequence (N, C, L) is an
+            image of one row: ``x.unsqueeze(-2)``, with a weight (C * m, 1, 1, k) and stride, padding and dilation of
+            (1, s), (0, p) and (1, d).
+        weight: (C * m, 1, kh, kw), as PyTorch lays out a grouped convolution's; m is the depth multiplier. Output
+            channel k reads input channel k // m.
+        bias: (C * m,).
+        stride: in pixels; an int or (vertical, horizontal).
+        padding: zeros round x, in pixels: an int, (vertical, horizontal), ((top, bottom), (left, right)), "valid"
+            (none) or "same" (TensorFlow's rule: out = ceil(in / stride), for every stride).
+        dilation: distance between the taps, in pixels; an int or (vertical, horizontal).
+        pre_activation, activation: None, "relu", "relu6", "elu", "silu", "hardswish" or "gelu", on x as it is read and
+            on the output.
+
+    Returns:
+        (N, C * m, out_h, out_w), or (C * m, out_h, out_w) for an unbatched x, where
+        out = floor((in + before + after - dilation * (k - 1) - 1) / stride) + 1. Its memory format is x's.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype (all tensors share x's), named in the message.
+        ValueError: a wrong value, shape or device, named in the message.
+
+    Under autocast the tensors are cast as a convolution's would be. Differentiable any number of times, in both modes.
+    """
+    call = normalise_depthwise(
+        x, weight, bias, stride, padding, dilation, pre_activation=pre_activation, activation=activation
+    )
+    y = autograd.depthwise_conv2d(*call.tensors, *call.arguments, default_backend())
+    return y.squeeze(0) if call.unbatched else y

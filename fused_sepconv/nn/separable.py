@@ -1,0 +1,221 @@
+"""`SeparableConv2d`: the drop-in module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_sepconv.nn.functional import separable_conv2d
+from fused_sepconv.nn.padding import check_padding_mode, divide, pad_image
+from fused_sepconv.ops.arguments import Padding, Pair, check_activation, integer, padding_form, pair
+from fused_sepconv.tensors.activations import ACTIVATIONS
+
+
+class SeparableConv2d(nn.Module):
+    """A depthwise and a pointwise convolution that run as one: ``y = act(pointwise(mid_act(depthwise(pre_act(x)))))``.
+
+    The two convolutions are ordinary `nn.Conv2d` children, `depthwise` (C -> C * m, groups = C) and `pointwise`
+    (C * m -> F, 1 x 1), so that state dicts, initialisers and optimisers see what they know. Their parameters and their
+    stride, padding and dilation are read at every call. Where a child is more than a plain `nn.Conv2d` (it carries a
+    hook, a parametrisation or pruning, or was replaced by another module), the children are called one after the other
+    instead, whatever the backend, so that what a user attached keeps working. (Hooks for all modules, such as
+    `torch.nn.modules.module.register_module_forward_hook`'s, see this module alone.)
+
+    Args:
+        in_channels: C.
+        out_channels: F.
+        kernel_size, stride, dilation: of the depthwise convolution, in pixels; an int or (vertical, horizontal).
+        padding: an int, (vertical, horizontal), ((top, bottom), (left, right)), "valid" or "same" (TensorFlow's rule,
+            out = ceil(in / stride), for every stride). A padding that `nn.Conv2d` cannot express is applied by this
+            module, and the child's own is 0.
+        bias: a bias after the pointwise convolution.
+        depth_multiplier: m, depthwise channels per input channel.
+        depthwise_bias: a bias after the depthwise convolution.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        pre_activation, mid_activation, activation: None, "relu", "relu6", "elu", "silu", "hardswish" or "gelu": on the
+            input, between the convolutions, and on the output.
+        device, dtype: of the parameters.
+
+    Shape: x (N, C, H, W) or (C, H, W); the result (N, F, out_h, out_w) or (F, out_h, out_w), in x's memory format.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | str | Pair | tuple[Pair, Pair] = 0,
+        dilation: int | Pair = 1,
+        *,
+        bias: bool = True,
+        depth_multiplier: int = 1,
+        depthwise_bias: bool = False,
+        padding_mode: str = "zeros",
+        pre_activation: str | None = None,
+        mid_activation: str | None = None,
+        activation: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        in_channels = integer("in_channels", in_channels, 1)
+        intermediate = in_channels * integer("depth_multiplier", depth_multiplier, 1)
+        kernel_size = pair("kernel_size", kernel_size, 1)
+        stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+        check_padding_mode(padding_mode)
+        own_padding, child_padding = divide(padding_form(padding), stride)
+        factory = {"device": device, "dtype": dtype}
+        depthwise = nn.Conv2d(
+            in_channels,
+            intermediate,
+            kernel_size,
+            stride,
+            child_padding,
+            dilation,
+            groups=in_channels,
+            bias=depthwise_bias,
+            padding_mode=padding_mode,
+            **factory,
+        )
+        pointwise = nn.Conv2d(intermediate, integer("out_channels", out_channels, 1), 1, bias=bias, **factory)
+        self._init(depthwise, pointwise, own_padding, pre_activation, mid_activation, activation)
+
+    @classmethod
+    def from_convs(
+        cls,
+        depthwise: nn.Conv2d,
+        pointwise: nn.Conv2d,
+        *,
+        pre_activation: str | None = None,
+        mid_activation: str | None = None,
+        activation: str | None = None,
+    ) -> SeparableConv2d:
+        """Adopts two existing convolutions, which become the children: their parameters are shared, not copied.
+
+        Raises:
+            TypeError: an argument that is no `nn.Conv2d`.
+            ValueError: a `depthwise` that is not depthwise, or a `pointwise` that is not 1 x 1 on its channels.
+        """
+        for name, conv in (("depthwise", depthwise), ("pointwise", pointwise)):
+            if not isinstance(conv, nn.Conv2d):
+                raise TypeError(f"{name}: expected an nn.Conv2d, got {type(conv).__name__}")
+        if depthwise.groups != depthwise.in_channels:
+            raise ValueError(
+                f"depthwise: expected as many groups as input channels ({depthwise.in_channels}), "
+                f"got groups = {depthwise.groups}"
+            )
+        if not _is_pointwise(pointwise):
+            raise ValueError(
+                f"pointwise: expected a 1 x 1 convolution, stride 1, no padding, one group, got {pointwise}"
+            )
+        if pointwise.in_channels != depthwise.out_channels:
+            raise ValueError(
+                f"pointwise: expected depthwise's {depthwise.out_channels} output channels as its input, "
+                f"got {pointwise.in_channels}"
+            )
+        module = cls.__new__(cls)
+        module._init(depthwise, pointwise, None, pre_activation, mid_activation, activation)
+        return module
+
+    def _init(
+        self,
+        depthwise: nn.Conv2d,
+        pointwise: nn.Conv2d,
+        own_padding: Padding | str | None,
+        pre_activation: str | None,
+        mid_activation: str | None,
+        activation: str | None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.depthwise, self.pointwise = depthwise, pointwise
+        self._own_padding = own_padding  # (top, bottom, left, right) or "same": what the child cannot express
+        self.pre_activation = check_activation("pre_activation", pre_activation)
+        self.mid_activation = check_activation("mid_activation", mid_activation)
+        self.activation = check_activation("activation", activation)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual`, of the output's shape, is added before the last activation."""
+        if self.runs_as_one():
+            return separable_conv2d(**self.call(x, residual))
+        return self._call_children(x, residual)
+
+    def runs_as_one(self) -> bool:
+        """Whether nothing is attached to the children that calling `separable_conv2d` would pass over."""
+        depthwise, pointwise = self.depthwise, self.pointwise
+        return (
+            _is_plain(depthwise)
+            and _is_plain(pointwise)
+            and depthwise.groups == depthwise.in_channels
+            and _is_pointwise(pointwise)
+        )
+
+    def call(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
+        """The arguments of `separable_conv2d` that this module is, for an input."""
+        depthwise, pointwise = self.depthwise, self.pointwise
+        padding = depthwise.padding if self._own_padding is None else self._own_padding
+        if depthwise.padding_mode != "zeros":
+            # Activations work element by element, so the padding may come before the pre-activation.
+            x, padding = self._padded(x, padding), 0
+        elif isinstance(self._own_padding, tuple):
+            padding = padding[:2], padding[2:]
+        return {
+            "x": x,
+            "depthwise_weight": depthwise.weight,
+            "pointwise_weight": pointwise.weight,
+            "bias": pointwise.bias,
+            "stride": depthwise.stride,
+            "padding": padding,
+            "dilation": depthwise.dilation,
+            "depthwise_bias": depthwise.bias,
+            "residual": residual,
+            "pre_activation": self.pre_activation,
+            "mid_activation": self.mid_activation,
+            "activation": self.activation,
+        }
+
+    def _call_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        x = ACTIVATIONS[self.pre_activation].forward(x)
+        if self._own_padding is not None:
+            x = self._padded(x, self._own_padding)
+        z = self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
+        if residual is not None:
+            if residual.shape != z.shape:
+                raise ValueError(f"residual: expected the output's shape {tuple(z.shape)}, got {tuple(residual.shape)}")
+            z = z + residual.to(z.dtype)
+        return ACTIVATIONS[self.activation].forward(z)
+
+    def _padded(self, x: Tensor, padding: Any) -> Tensor:
+        conv = self.depthwise
+        return pad_image(x, padding, conv.padding_mode, conv.kernel_size, conv.stride, conv.dilation)
+
+    def extra_repr(self) -> str:
+        shown = {
+            "padding": self._own_padding,
+            "pre_activation": self.pre_activation,
+            "mid_activation": self.mid_activation,
+            "activation": self.activation,
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid", "same")
+        and conv.groups == 1
+    )
+
+
+def _is_plain(child: nn.Module) -> bool:
+    """Whether calling the child is nothing but its convolution: no subclass, hook or replaced forward."""
+    return (
+        type(child) is nn.Conv2d
+        and not child._forward_hooks
+        and not child._forward_pre_hooks
+        and not child._backward_hooks
+        and not child._backward_pre_hooks
+        and not {"forward", "_conv_forward"} & child.__dict__.keys()
+    )

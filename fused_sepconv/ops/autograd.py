@@ -1,0 +1,273 @@
+"""The derivatives of the operators: a `torch.autograd.Function` each, and how PyTorch reaches them.
+
+A call is its operator, such as `torch.ops.fused_sepconv.separable_conv2d`, whether it is eager, compiled, exported or
+inside a `torch.func` transform. The op's Autograd kernel, registered below, applies the Function at the transform level
+that is being processed, and calls the op again below autograd for the value. So there is one way in for all of them.
+(Handing `backward` to `torch.library.register_autograd` instead gives silent zeros in forward mode and fails inside
+`torch.func.grad`.)
+
+Inside a forward-mode level the kernel is PyTorch's own operators, which carry tangents in every order: a forward-mode
+derivative never runs our kernels, and is never silently zero.
+
+Saved between forward and backward: the inputs, and the output where the last activation's derivative is read from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+# PyTorch's own names for what `torch.autograd.Function.apply` and its functorch rule do inside; stable since 2.0.
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from fused_sepconv.ops import operators
+from fused_sepconv.ops.operators import Operator
+from fused_sepconv.tensors.activations import ACTIVATIONS
+from fused_sepconv.tensors.memory_format import memory_format_of
+
+
+class _Forward(torch.autograd.Function):
+    """An operator and its derivative. `apply` takes the operator's own arguments, unchecked."""
+
+    operator: ClassVar[Operator]
+    generate_vmap_rule = True
+
+    @classmethod
+    def forward(cls, *args: Any) -> Tensor:
+        with _below_autograd():
+            return cls.operator.forward(*args)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        count, residual = cls.operator.count, cls.operator.residual
+        tensors = list(inputs[:count])
+        ctx.arguments, ctx.backend = cls.operator.arguments(*inputs[count:-1]), inputs[-1]
+        activation = ACTIVATIONS[ctx.arguments.activation]
+        if residual is not None and activation.piecewise_linear:
+            tensors[residual] = None  # it is only ever needed to compute the last activation's argument again
+        reads_output = activation.from_output is not None and ctx.arguments.activation is not None
+        ctx.save_for_backward(*tensors, output if reads_output else None)
+
+    @classmethod
+    def backward(cls, ctx: Any, grad_output: Tensor) -> tuple:
+        count, residual = cls.operator.count, cls.operator.residual
+        *tensors, output = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:count])
+        passes_through = False
+        if residual is not None and mask[residual]:
+            # Without an activation the residual's gradient is grad_output itself.
+            passes_through = ctx.arguments.activation is None
+            mask[residual] = not passes_through
+            if tensors[residual] is None:
+                tensors[residual] = grad_output  # stands in for it: its shape and strides alone are read
+        gradients = [None] * count
+        if any(mask):
+            results = cls.operator.backward(grad_output, *tensors, output, *ctx.arguments, ctx.backend, tuple(mask))
+            gradients = [grad if wanted else None for grad, wanted in zip(results, mask, strict=True)]
+        if passes_through:
+            gradients[residual] = grad_output
+        return (*gradients, *(None,) * len(ctx.arguments), None)
+
+
+class _Backward(torch.autograd.Function):
+    """The gradients of an operator, themselves differentiable, through PyTorch's own operators.
+
+    A function of grad_output and the inputs: `output` is one of them written another way, and has no gradient.
+    """
+
+    operator: ClassVar[Operator]
+    generate_vmap_rule = True
+
+    @classmethod
+    def forward(cls, *args: Any) -> operators.Gradients:
+        with _below_autograd():
+            return cls.operator.backward(*args)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple, output: operators.Gradients) -> None:
+        count = cls.operator.count + 2  # grad_output, the inputs, the output
+        ctx.arguments, ctx.mask = cls.operator.arguments(*inputs[count:-2]), tuple(inputs[-1])
+        ctx.save_for_backward(*inputs[:count])
+
+    @classmethod
+    def backward(cls, ctx: Any, *grad_gradients: Tensor) -> tuple:
+        function, present = _as_function_of_tensors(cls.operator, ctx)
+        wanted = tuple(grad for grad, asked in zip(grad_gradients, ctx.mask, strict=True) if asked)
+        gradients = dict(zip(present, _vjp(function, tuple(present.values()), wanted), strict=True))
+        tensors = (gradients.get(i) for i in range(cls.operator.count + 1))
+        return (*tensors, None, *(None,) * len(ctx.arguments), None, None)
+
+
+class SeparableConv2dFunction(_Forward):
+    """y = act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual).
+
+    `apply` takes the arguments of `torch.ops.fused_sepconv.separable_conv2d`, unchecked.
+    """
+
+    operator = operators.SEPARABLE_CONV2D
+
+
+class SeparableConv2dBackwardFunction(_Backward):
+    """The gradients of a separable convolution."""
+
+    operator = operators.SEPARABLE_CONV2D
+
+
+class DepthwiseConv2dFunction(_Forward):
+    """y = act(depthwise(pre_act(x)) + bias).
+
+    `apply` takes the arguments of `torch.ops.fused_sepconv.depthwise_conv2d`, unchecked.
+    """
+
+    operator = operators.DEPTHWISE_CONV2D
+
+
+class DepthwiseConv2dBackwardFunction(_Backward):
+    """The gradients of a depthwise convolution."""
+
+    operator = operators.DEPTHWISE_CONV2D
+
+
+def _as_function_of_tensors(operator: Operator, ctx: Any) -> tuple[Any, dict[int, Tensor]]:
+    """The backward of a saved call as a function of the tensors it has, and those tensors by position."""
+    *tensors, output = ctx.saved_tensors  # the output is only read where its own derivative is 0: see piecewise_linear
+    present = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None}
+    _, backward = operator.reference
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        filled: list[Tensor | None] = [None] * len(tensors)
+        for i, value in zip(present, values, strict=True):
+            filled[i] = value
+        gradients = backward(*filled, output, *ctx.arguments, ctx.mask)
+        return tuple(grad for grad in gradients if grad is not None)
+
+    return function, present
+
+
+def _vjp(function: Any, primals: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian product, differentiable in its turn."""
+    if _are_functorch_transforms_active():
+        return torch.func.vjp(function, *primals)[1](cotangents)
+    # torch.func refuses to work under saved-tensor hooks (save_on_cpu, checkpointing); plain autograd does not.
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that the derivative stops at these tensors and yet, where asked for, leads on through them.
+        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in primals]
+        outputs = function(*inputs)
+        return torch.autograd.grad(outputs, inputs, cotangents, create_graph=differentiable, allow_unused=True)
+
+
+@contextmanager
+def _below_autograd() -> Iterator[None]:
+    """Where a Function's forward calls its op for the value."""
+    if not _are_functorch_transforms_active():
+        with _AutoDispatchBelowAutograd():
+            yield
+        return
+    # A Function switches gradients off around its forward, but the transforms below this level differentiate too.
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+        yield
+
+
+def _records(args: tuple) -> bool:
+    if torch.is_grad_enabled():
+        for arg in args:  # a loop: any() of a generator takes twice as long, 0.6 us a call
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _is_traced(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    # A graph that is being traced makes dual tensors without entering the level in Python: the tensors alone tell. (Not
+    # asked of ordinary tensors, in whose eager calls the level tells: asking costs a view of each, 20 % of a call.)
+    return torch._VF._unpack_dual(tensor, level=0).tangent is not None
+
+
+def _entrance(operator: Operator) -> Callable[..., Tensor]:
+    """The operator, called below autograd where nothing can ask for a derivative.
+
+    Its Autograd kernel would find the same out, in Python, at the price of a second dispatch: 8 us a call.
+    """
+    op, count, composite = operator.forward, operator.count, _forward_composite(operator)
+
+    def call(*args: Any) -> Tensor:
+        if _in_forward_mode():
+            return composite(*args)
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or _records(args[:count]):
+            return op(*args)
+        with _AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite: Any) -> Any:
+    """What the op does at PyTorch's Autograd key: apply the function, once, at the level being processed."""
+
+    def kernel(*args: Any) -> Any:
+        if _in_forward_mode() or any(_is_traced(arg) and _has_tangent(arg) for arg in args):
+            return composite(*args)
+        if not _records(args):
+            with _AutoDispatchBelowAutograd():
+                return op(*args)
+        # Function.apply would hand the call to the whole stack of transforms again: its base class applies it here.
+        apply = super(torch.autograd.Function, function).apply
+        if not _are_functorch_transforms_active():
+            return apply(*args)
+        with enable_single_level_autograd_function():
+            return apply(*args)
+
+    return kernel
+
+
+def _forward_composite(operator: Operator) -> Callable[..., Tensor]:
+    forward, _ = operator.reference
+
+    def composite(*args: Any) -> Tensor:
+        *call, _backend = args
+        # Not `as_output`: its copy_ into a new tensor could not be batched.
+        return forward(*call).contiguous(memory_format=memory_format_of(args[0]))
+
+    return composite
+
+
+def _backward_composite(operator: Operator) -> Callable[..., operators.Gradients]:
+    _, backward = operator.reference
+
+    def composite(*args: Any) -> operators.Gradients:
+        *call, _backend, output_mask = args
+        gradients = backward(*call, output_mask)
+        return tuple(args[0].new_zeros(0) if grad is None else grad for grad in gradients)
+
+    return composite
+
+
+def _register(forward: type[_Forward], backward: type[_Backward]) -> None:
+    operator = forward.operator
+    for op, function, composite in (
+        (operator.forward, forward, _forward_composite(operator)),
+        (operator.backward, backward, _backward_composite(operator)),
+    ):
+        operators.LIBRARY.impl(op._schema.name, _autograd_kernel(op, function, composite), "Autograd")
+
+
+_register(SeparableConv2dFunction, SeparableConv2dBackwardFunction)
+_register(DepthwiseConv2dFunction, DepthwiseConv2dBackwardFunction)
+
+separable_conv2d = _entrance(operators.SEPARABLE_CONV2D)
+depthwise_conv2d = _entrance(operators.DEPTHWISE_CONV2D)

@@ -1,0 +1,109 @@
+"""What every launch needs: which kernels can run where, and a call as the native module takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sepconv.native import loader
+from fused_sepconv.native.marshalling import on_device
+from fused_sepconv.planning import choice
+from fused_sepconv.planning.devices import DEVICES, Device, cuda_device
+from fused_sepconv.planning.plan import Plan, plan
+from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Kernels, Problem
+
+_family: str | None = None
+
+
+@contextmanager
+def preferring(family: str | None) -> Iterator[None]:
+    """Within the context the backend "fused" runs this family's kernels where they can: for tests and measurements."""
+    global _family
+    previous, _family = _family, family
+    try:
+        yield
+    finally:
+        _family = previous
+
+
+def choose(
+    problem: Problem | DepthwiseProblem,
+    device: torch.device,
+    backend: str,
+    trial: choice.Trial | None = None,
+    arguments: Any = None,
+    tensors: tuple[Tensor | None, ...] = (),
+) -> Candidate:
+    """What runs a problem on a device under a backend.
+
+    `trial(candidate, problem, arguments, tensors)` runs a candidate: with it, autotuning can time what "auto" chooses
+    from, on tensors like these.
+    """
+    planned = plan(problem, *_here(device.type, device.index))
+    tuner = choice.tuner
+    if tuner is not None and backend == "auto" and trial is not None and _tunable(planned):
+        found = tuner.known(problem, device)
+        if found is None:
+            with on_device(device):
+                found = tuner.decide(planned, device, trial, arguments, tensors)
+        return found.chosen
+    return planned.choose(backend, _family)
+
+
+def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:
+    """The plan of a problem where its tensors are, with what autotuning has measured of it."""
+    planned = plan(problem, *_here(device.type, device.index))
+    if choice.tuner is not None and _tunable(planned):
+        with on_device(device):
+            return choice.tuner.recall(planned, device)
+    return planned
+
+
+def _tunable(planned: Plan) -> bool:
+    """Whether autotuning knows the device, as the plan does: NVIDIA's GPUs."""
+    return bool(planned.device.source)
+
+
+def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
+    """A device's ceilings, and the kernels that can run on its tensors."""
+    if device_type == "cuda" and torch.version.hip is None:
+        index = torch.cuda.current_device() if index is None else index
+        return cuda_device(index), _cuda_kernels(index)
+    # Its ceilings are not known: an H200's fill the fields, and no source means that they decide and show nothing.
+    return replace(DEVICES["H200"], name=f"a {device_type} device", source=""), _kernels_off_cuda(device_type)
+
+
+_usable: dict[int, Kernels] = {}
+
+
+def _cuda_kernels(index: int) -> Kernels:
+    """The kernels that the driver can run on a device. Asked until it answers: a failure may pass."""
+    if index not in _usable:
+        native = loader.load()
+        if native is None:
+            return Kernels(frozenset(), loader.why_missing())
+        if native.build_info()["emulated"]:
+            return Kernels(frozenset(), "the native module that was loaded is the CPU emulation, for CPU tensors")
+        try:
+            # Fails where the driver is too old, or the build has no code for this architecture.
+            with torch.cuda.device(index):
+                _usable[index] = Kernels(frozenset(native.attributes()))
+        except RuntimeError as error:
+            return Kernels(frozenset(), str(error))
+    return _usable[index]
+
+
+@lru_cache(maxsize=8)
+def _kernels_off_cuda(device_type: str) -> Kernels:
+    native = loader.load()
+    if device_type == "cpu" and native is not None and native.build_info()["emulated"]:
+        return Kernels(frozenset(instance["name"] for instance in native.instances()))
+    if device_type == "cuda":
+        return Kernels(frozenset(), "this PyTorch is built for ROCm; the kernels are for NVIDIA GPUs")
+    return Kernels(frozenset(), f"x is on a {device_type} device; the kernels are for CUDA tensors")

@@ -1,0 +1,296 @@
+"""The custom operators: their schemas, what runs them, and what tracers need to know of them.
+
+`torch.ops.fused_sepconv.separable_conv2d`, `...depthwise_conv2d` and their `..._backward` take an already checked call
+(`arguments.py`). Each has one implementation for every device, which asks the plan what to run: a kernel of the native
+module or PyTorch's own convolutions. Their autograd rules are in `autograd.py`.
+
+What sets one apart from the other is in its `Operator`, below; the rest is the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fused_sepconv.families.pytorch import convolutions
+from fused_sepconv.ops import execution
+from fused_sepconv.ops.arguments import Arguments, DepthwiseArguments, autocasts, hashable, output_size
+from fused_sepconv.ops.backend import BACKENDS
+from fused_sepconv.tensors.memory_format import as_gradient, as_output, empty_output
+
+LIBRARY = torch.library.Library("fused_sepconv", "DEF")
+
+Gradients = tuple[Tensor, ...]
+"""One an input, in their order."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator and its backward.
+
+    The operator takes its inputs (x, then its weights; some of them optional), its arguments and the backend. Its
+    backward takes grad_output, the inputs, the output or None, the arguments, the backend and output_mask.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    """As the schema declares them."""
+    arguments: type[Arguments] | type[DepthwiseArguments]
+    features: int
+    """The position among the inputs of the weight whose dimension 0 is the output's channels."""
+    run: tuple[Callable[..., Tensor | None], Callable[..., tuple[Tensor | None, ...] | None]]
+    """Forward and backward on the plan's choice; None where that is PyTorch's own convolutions."""
+    reference: tuple[Callable[..., Tensor], Callable[..., tuple[Tensor | None, ...]]]
+    """Forward and backward in PyTorch's own convolutions."""
+    residual: int | None = None
+    """The position of the input that is added before the last activation."""
+
+    @cached_property
+    def forward(self) -> torch._ops.OpOverload:
+        return getattr(torch.ops.fused_sepconv, self.name).default
+
+    @cached_property
+    def backward(self) -> torch._ops.OpOverload:
+        return getattr(torch.ops.fused_sepconv, f"{self.name}_backward").default
+
+    @cached_property
+    def count(self) -> int:
+        """Of inputs."""
+        return len(self.inputs)
+
+    @property
+    def schemas(self) -> tuple[str, str]:
+        """Of the operator and its backward."""
+        inputs = ", ".join(self.inputs)
+        types = {"stride": "SymInt[2]", "padding": "SymInt[4]", "dilation": "SymInt[2]"}
+        arguments = ", ".join(f"{types.get(name, 'str?')} {name}" for name in self.arguments._fields)
+        # A gradient that output_mask does not ask for is an empty tensor of shape (0,). (Not a list, and never
+        # undefined: legacy vmap, behind is_grads_batched, falls back for nothing but plain tensors.)
+        gradients = ", ".join(["Tensor"] * self.count)
+        return (
+            f"{self.name}({inputs}, {arguments}, str backend) -> Tensor",
+            f"{self.name}_backward(Tensor grad_output, {inputs}, Tensor? output, {arguments}, str backend, "
+            f"bool[{self.count}] output_mask) -> ({gradients})",
+        )
+
+
+def _define(operator: Operator) -> None:
+    tags = (
+        torch.Tag.pt2_compliant_tag,
+        # The output's memory format is x's, so a compiler must not change x's on the way.
+        getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+    )
+    for schema in operator.schemas:
+        LIBRARY.define(schema, tags=tags)
+    _implement(operator)
+    _register_fakes(operator)
+    _register_vmap(operator)
+
+
+# What runs ----------------------------------------------------------------------------------------------------------
+
+
+def _implement(operator: Operator) -> None:
+    count, residual = operator.count, operator.residual
+    (run_forward, run_backward), (reference_forward, reference_backward) = operator.run, operator.reference
+
+    def forward(*args: Any) -> Tensor:
+        tensors, arguments, backend = args[:count], args[count:-1], args[-1]
+        x = tensors[0]
+        if _asks_the_plan(x, backend):
+            with _without_autocast(x):  # the split family runs PyTorch's own 1x1
+                y = run_forward(tensors, operator.arguments(*hashable(arguments)), backend)
+            if y is not None:
+                return y
+        # The one thing that PyTorch's operators would promote.
+        if residual is not None and tensors[residual] is not None and tensors[residual].dtype != x.dtype:
+            raise TypeError(f"residual: expected x's dtype {x.dtype}, got {tensors[residual].dtype}")
+        with _without_autocast(x):
+            return as_output(x, reference_forward(*tensors, *arguments))
+
+    def backward(grad_output: Tensor, *args: Any) -> Gradients:
+        tensors, output, arguments = args[:count], args[count], args[count + 1 : -2]
+        backend, output_mask = args[-2:]
+        x = tensors[0]
+        gradients = None
+        with _without_autocast(x):
+            if _asks_the_plan(x, backend):
+                gradients = run_backward(
+                    grad_output, tensors, output, operator.arguments(*hashable(arguments)), backend, tuple(output_mask)
+                )
+            if gradients is None:
+                gradients = reference_backward(grad_output, *tensors, output, *arguments, output_mask)
+        return tuple(
+            x.new_empty(0) if grad is None else as_gradient(tensor, grad.clone() if grad is grad_output else grad)
+            for tensor, grad in zip(tensors, gradients, strict=True)
+        )
+
+    LIBRARY.impl(operator.name, forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{operator.name}_backward", backward, "CompositeExplicitAutograd")
+
+
+def _asks_the_plan(x: Tensor, backend: str) -> bool:
+    """Whether a kernel could run: when it is asked for, or on a GPU; on the CPU a well-kept library beats our own."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    return backend == "fused" or (backend == "auto" and x.is_cuda)
+
+
+def _without_autocast(x: Tensor) -> Any:
+    """The op computes in the dtype it is given; autocast's casts came before it."""
+    if autocasts(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+# What tracers see ---------------------------------------------------------------------------------------------------
+
+
+def _register_fakes(operator: Operator) -> None:
+    count = operator.count
+
+    def forward(*args: Any) -> Tensor:
+        x, weight, (stride, padding, dilation) = args[0], args[1], args[count : count + 3]
+        out_h, out_w = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+        return empty_output(x, (x.shape[0], args[operator.features].shape[0], out_h, out_w))
+
+    def backward(grad_output: Tensor, *args: Any) -> Gradients:
+        inputs, output_mask = args[:count], args[-1]
+        return tuple(
+            torch.empty_like(tensor) if wanted else grad_output.new_empty(0)
+            for tensor, wanted in zip(inputs, output_mask, strict=True)
+        )
+
+    torch.library.register_fake(f"fused_sepconv::{operator.name}", forward, lib=LIBRARY)
+    torch.library.register_fake(f"fused_sepconv::{operator.name}_backward", backward, lib=LIBRARY)
+
+
+# vmap ---------------------------------------------------------------------------------------------------------------
+#
+# A batch of images is more images: it is folded into N. A batch of weights is a convolution each, run one by one.
+
+
+def _register_vmap(operator: Operator) -> None:
+    images = (0,) if operator.residual is None else (0, operator.residual)
+
+    def forward(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+        inputs, batch_size = list(args[: operator.count]), info.batch_size
+        if any(in_dims[i] is not None for i in range(operator.count) if i not in images):
+            return _one_by_one(operator.forward, batch_size, in_dims, args)
+        for i in images:
+            inputs[i] = _fold(args[i], in_dims[i], batch_size)
+        y = operator.forward(*inputs, *args[operator.count :])
+        n = y.shape[0] // batch_size if batch_size else args[0].movedim(in_dims[0] or 0, 0).shape[1]
+        return y.reshape(batch_size, n, *y.shape[1:]), 0
+
+    def backward(info: Any, in_dims: tuple, *args: Any) -> tuple[Gradients, tuple[int, ...]]:
+        # The gradients of weights are sums over the images of one example of the batch, so folding would mix examples.
+        gradients, _ = _one_by_one(operator.backward, info.batch_size, in_dims, args)
+        return gradients, (0,) * len(gradients)
+
+    torch.library.register_vmap(f"fused_sepconv::{operator.name}", forward, lib=LIBRARY)
+    torch.library.register_vmap(f"fused_sepconv::{operator.name}_backward", backward, lib=LIBRARY)
+
+
+def _fold(tensor: Tensor | None, dim: int | None, batch_size: int) -> Tensor | None:
+    """(..., B, ...) -> (B * N, ...): the vmapped dimension in front of, and folded into, the images."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.reshape(batch_size * tensor.shape[1], *tensor.shape[2:])
+
+
+def _one_by_one(op: Callable, batch_size: int, in_dims: tuple, args: tuple) -> tuple[Any, int]:
+    if batch_size == 0:
+        raise ValueError("vmap: an empty batch of weights or gradients has no result whose shape could be known")
+
+    def example(i: int) -> list[Any]:
+        batched = (isinstance(arg, Tensor) and dim is not None for arg, dim in zip(args, in_dims, strict=True))
+        return [arg.select(dim, i) if b else arg for arg, dim, b in zip(args, in_dims, batched, strict=True)]
+
+    results = [op(*example(i)) for i in range(batch_size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(column) for column in zip(*results, strict=True)), 0
+
+
+# The two operators --------------------------------------------------------------------------------------------------
+
+SEPARABLE_CONV2D = Operator(
+    name="separable_conv2d",
+    inputs=(
+        "Tensor x",
+        "Tensor depthwise_weight",
+        "Tensor pointwise_weight",
+        "Tensor? bias",
+        "Tensor? depthwise_bias",
+        "Tensor? residual",
+    ),
+    arguments=Arguments,
+    features=2,
+    run=(execution.forward, execution.backward),
+    reference=(convolutions.forward, convolutions.backward),
+    residual=5,
+)
+DEPTHWISE_CONV2D = Operator(
+    name="depthwise_conv2d",
+    inputs=("Tensor x", "Tensor weight", "Tensor? bias"),
+    arguments=DepthwiseArguments,
+    features=1,
+    run=(execution.depthwise_forward, execution.depthwise_backward),
+    reference=(convolutions.depthwise_forward, convolutions.depthwise_backward),
+)
+OPERATORS = (SEPARABLE_CONV2D, DEPTHWISE_CONV2D)
+
+for _operator in OPERATORS:
+    _define(_operator)
+
+
+# torch.utils.flop_counter -------------------------------------------------------------------------------------------
+#
+# Two flops a multiply-add. A backward counts a convolution's work for each gradient asked for; the recomputed forward
+# is overhead, and not counted.
+
+
+def _depthwise_flops(weight: Sequence[int], output: Sequence[int]) -> int:
+    """Of one depthwise convolution, whose output may be given by the shape of what follows it."""
+    channels, _, kernel_h, kernel_w = weight
+    n, _, out_h, out_w = output
+    return 2 * n * out_h * out_w * channels * kernel_h * kernel_w
+
+
+def _pointwise_flops(weight: Sequence[int], output: Sequence[int]) -> int:
+    n, features, out_h, out_w = output
+    return 2 * n * out_h * out_w * features * weight[1]
+
+
+@register_flop_formula(torch.ops.fused_sepconv.separable_conv2d)
+def _separable_forward_flops(x: Any, depthwise: Any, pointwise: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _depthwise_flops(depthwise, out_shape) + _pointwise_flops(pointwise, out_shape)
+
+
+@register_flop_formula(torch.ops.fused_sepconv.separable_conv2d_backward)
+def _separable_backward_flops(grad_output: Any, x: Any, depthwise: Any, pointwise: Any, *rest: Any, **_: Any) -> int:
+    want_x, want_depthwise, want_pointwise, _, want_depthwise_bias, _ = rest[-1]
+    want_t = want_x or want_depthwise or want_depthwise_bias
+    return _pointwise_flops(pointwise, grad_output) * (want_t + want_pointwise) + _depthwise_flops(
+        depthwise, grad_output
+    ) * (want_x + want_depthwise)
+
+
+@register_flop_formula(torch.ops.fused_sepconv.depthwise_conv2d)
+def _depthwise_forward_flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _depthwise_flops(weight, out_shape)
+
+
+@register_flop_formula(torch.ops.fused_sepconv.depthwise_conv2d_backward)
+def _depthwise_backward_flops(grad_output: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    want_x, want_weight, _ = rest[-1]
+    return _depthwise_flops(weight, grad_output) * (want_x + want_weight)

@@ -1,0 +1,112 @@
+"""From a problem to a plan: which kernel runs, why, and what it is expected to cost. Pure: no GPU, no native module.
+
+`plan(problem, device, kernels)` asks every family in `families/` for its candidates, PyTorch's own two convolutions
+among them. A candidate that can't run carries its `refusal`. The fastest predicted one that can is chosen.
+
+Predictions count device bytes, flop, whole waves of blocks and launches. The fractions of a ceiling that a family
+reaches are assumptions until rows in benchmarks/results/ replace them; each says so where it stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fused_sepconv.families.depthwise import plan as depthwise
+from fused_sepconv.families.mma import backward as mma_backward
+from fused_sepconv.families.mma import backward_input as mma_input
+from fused_sepconv.families.mma import backward_weight as mma_weight
+from fused_sepconv.families.mma import forward as mma_forward
+from fused_sepconv.families.mma import nchw as mma_nchw
+from fused_sepconv.families.pytorch import plan as pytorch
+from fused_sepconv.families.simt import plan as simt
+from fused_sepconv.families.split import plan as split
+from fused_sepconv.planning.devices import Device
+from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Kernels, Problem
+
+FAMILIES = (pytorch, simt, split, mma_forward, mma_backward, mma_nchw)
+
+INSTANCES = simt.INSTANCES | depthwise.INSTANCES | mma_forward.INSTANCES | mma_weight.INSTANCES | mma_input.INSTANCES
+"""Every kernel of a complete native module, by name."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All candidates of a problem on a device, the fastest predicted first, those that can't run last.
+
+    Where nothing is known of the device's speed, PyTorch's own convolutions come first: a well-kept pytorch. Where
+    autotuning has timed some, they come first, by what they took.
+    """
+
+    problem: Problem | DepthwiseProblem
+    device: Device
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def chosen(self) -> Candidate:
+        """What "auto" runs."""
+        return self.candidates[0]
+
+    @property
+    def floor_seconds(self) -> float:
+        """What no kernel could beat on this device."""
+        return self.problem.floor_seconds(self.device)
+
+    def choose(self, backend: str, family: str | None = None) -> Candidate:
+        """What a backend runs; under "fused" a RuntimeError with the reasons where no kernel can.
+
+        With `family`, "fused" runs that family's kernels where one of them can.
+        """
+        if backend == "auto":
+            return self.chosen
+        able = [
+            candidate
+            for candidate in self.candidates
+            if (candidate.family == "reference") == (backend == "reference") and not candidate.refusal
+        ]
+        for candidate in sorted(able, key=lambda candidate: candidate.family != family):
+            return candidate
+        reasons = "; ".join(dict.fromkeys(c.refusal for c in self.candidates if c.refusal))
+        raise RuntimeError(f'use_backend("fused"): no kernel serves {self.problem}: {reasons}')
+
+    def _why(self, candidate: Candidate) -> str:
+        """What bounds a candidate, and how far behind the chosen one that leaves it."""
+        if candidate is self.chosen:
+            return f"; bound by {candidate.bound}"
+        times = [
+            c.predicted_seconds if c.measured_seconds is None else c.measured_seconds for c in (candidate, self.chosen)
+        ]
+        return f"; {times[0] / times[1]:.2f} times as long: bound by {candidate.bound}"
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem} on {self.device.name}"]
+        if self.device.source:
+            lines[0] += f": floor {self.floor_seconds * 1e6:.1f} us"
+        for candidate in self.candidates:
+            mark = "->" if candidate is self.chosen else "  "
+            measured = candidate.measured_seconds
+            if not candidate.refusal and not self.device.source:
+                lines.append(f"  {mark} {candidate.name}: runs (no figures of this device to predict from)")
+            elif candidate.refusal:
+                lines.append(f"  {mark} {candidate.name}: can't run: {candidate.refusal}")
+            else:
+                lines.append(
+                    f"  {mark} {candidate.name}: "
+                    + ("" if measured is None else f"measured {measured * 1e6:.1f} us, ")
+                    + f"predicted {candidate.predicted_seconds * 1e6:.1f} us, "
+                    f"{candidate.bytes / 1e6:.1f} MB, {candidate.flops / 1e9:.2f} Gflop"
+                    + (f", {candidate.blocks} blocks in {candidate.waves:.2f} waves" if candidate.blocks else "")
+                    + self._why(candidate)
+                    + (f"; {candidate.note}" if candidate.note else "")
+                )
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: Problem | DepthwiseProblem, device: Device, kernels: Kernels) -> Plan:
+    """The plan of a problem; never empty, as PyTorch's own convolutions serve every legal one."""
+    families = (depthwise,) if isinstance(problem, DepthwiseProblem) else FAMILIES
+    candidates = [candidate for family in families for candidate in family.candidates(problem, device, kernels)]
+    if device.source:
+        candidates.sort(key=lambda candidate: (bool(candidate.refusal), candidate.predicted_seconds))
+    return Plan(problem, device, tuple(candidates))

@@ -1,0 +1,202 @@
+"""Memory layout: the output follows x's memory format alone, a gradient has its input's strides, and what fake and
+meta tensors promise is what real ones have."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fused_sepconv import SeparableConv2d, separable_conv2d
+from tests.support.calls import backward_op, function_of, op_arguments, saved_output
+from tests.support.cases import SMALL, XCEPTION_REDUCED, Case, both, named
+
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+formats = pytest.mark.parametrize("memory_format", (CONTIGUOUS, CHANNELS_LAST), ids=("nchw", "nhwc"))
+
+IMAGES = named(
+    "plain",
+    "all six tensors",
+    "depth multiplier 2",
+    "same, stride 2, even size",
+    "four different sides",
+    "relu thrice",
+    "silu after",
+    "every dimension: one over",
+    "everything",
+)
+
+
+def strides(tensor):
+    """The strides that mean something: those of dimensions that have more than one element."""
+    if tensor.numel() == 0:
+        return ()
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+
+
+def made(case, target, memory_format, weights_format=CONTIGUOUS, dtype=torch.float32):
+    tensors = {name: tensor.to(target.device, dtype) for name, tensor in case.tensors().items()}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 4:
+            wanted = weights_format if name.endswith("weight") else memory_format
+            # empty_like and copy_: .contiguous would leave a tensor whose strides could be read either way
+            tensors[name] = torch.empty_like(tensor, memory_format=wanted).copy_(tensor)
+    return tensors
+
+
+@formats
+@pytest.mark.parametrize("weights_format", (CONTIGUOUS, CHANNELS_LAST), ids=("weights nchw", "weights nhwc"))
+@pytest.mark.cases(both(IMAGES))
+def test_the_output_follows_x_whatever_the_weights_are(target, case, memory_format, weights_format):
+    y = function_of(case)(**made(case, target, memory_format, weights_format), **case.options)
+    assert y.is_contiguous(memory_format=memory_format)
+    other = CHANNELS_LAST if memory_format is CONTIGUOUS else CONTIGUOUS
+    assert not y.is_contiguous(memory_format=other)
+
+
+@formats
+def test_the_output_follows_x_whatever_the_residual_is(target, memory_format):
+    (case,) = named("residual")
+    tensors = made(case, target, memory_format)
+    other = CHANNELS_LAST if memory_format is CONTIGUOUS else CONTIGUOUS
+    tensors["residual"] = tensors["residual"].contiguous(memory_format=other)
+    y = separable_conv2d(**tensors, **case.options)
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.cases(both((*SMALL, *XCEPTION_REDUCED)))
+def test_the_output_is_dense(target, case):
+    y = function_of(case)(**made(case, target, CONTIGUOUS), **case.options)
+    assert y.is_contiguous()
+    if case.N:
+        y = function_of(case)(**made(case, target, CHANNELS_LAST), **case.options)
+        assert y.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+@pytest.mark.gradients
+@formats
+@pytest.mark.parametrize("weights_format", (CONTIGUOUS, CHANNELS_LAST), ids=("weights nchw", "weights nhwc"))
+@pytest.mark.parametrize("arriving", (CONTIGUOUS, CHANNELS_LAST), ids=("from nchw", "from nhwc"))
+@pytest.mark.cases(both(IMAGES))
+def test_a_gradient_has_the_strides_of_its_input(target, case, memory_format, weights_format, arriving):
+    tensors = made(case, target, memory_format, weights_format)
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    y = function_of(case)(**tensors, **case.options)
+    grad_output = torch.randn_like(y).contiguous(memory_format=arriving)
+    for name, gradient in zip(tensors, torch.autograd.grad(y, list(tensors.values()), grad_output), strict=True):
+        # With no activation after it, the residual's gradient is the arriving one itself, as in any addition.
+        model = grad_output if name == "residual" and case.activation is None else tensors[name]
+        assert strides(gradient) == strides(model), name
+
+
+@pytest.mark.parametrize("padding", (1, "same", ((0, 1), (2, 0))), ids=str)
+def test_a_channels_last_network_stays_channels_last(padding):
+    layers = [SeparableConv2d(8, 8, 3, padding=padding, activation="relu") for _ in range(3)]
+    network = torch.nn.Sequential(*layers).to(memory_format=CHANNELS_LAST)
+    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    y = network(x)
+    assert y.is_contiguous(memory_format=CHANNELS_LAST)
+    y.sum().backward()
+    assert x.grad.is_contiguous(memory_format=CHANNELS_LAST)
+    for parameter in network.parameters():
+        assert strides(parameter.grad) == strides(parameter)
+
+
+# What fake tensors promise
+
+
+LAYOUTS = {
+    "nchw": lambda t: t,
+    "nhwc": lambda t: torch.empty_like(t, memory_format=CHANNELS_LAST).copy_(t) if t.dim() == 4 else t,
+    "sliced": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "sliced nhwc": lambda t: (
+        torch.cat([t, t], 1).contiguous(memory_format=CHANNELS_LAST)[:, : t.shape[1]] if t.dim() == 4 else t
+    ),
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t,
+    "batch innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "expanded wholly": lambda t: t.new_ones(()).expand(t.shape),
+}
+
+FAKED = (
+    *IMAGES,
+    *named(
+        "one channel", "one channel to many", "many channels to one", "1x1 image", "1x1 image and kernel", "one row",
+        "one column", "batch 5", "batch 0", "unbatched", "unbatched, everything", "same, stride 3", "valid, stride 2",
+        "kernel larger than the image", "windows in the padding alone",
+    ),
+    Case("one of everything", 1, 1, 1, 1, 1),
+    Case("one image", 1, 4, 5, 5, 3, residual=True),
+)  # fmt: skip
+
+
+def alike(promised, real):
+    assert promised.shape == real.shape
+    assert promised.dtype == real.dtype
+    assert strides(promised) == strides(real)
+    assert promised.storage_offset() == real.storage_offset()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.cases(both([case for case in FAKED if case.N != 0]))
+def test_a_fake_forward_promises_what_a_real_one_gives(target, dtype, case, layout):
+    tensors = {name: LAYOUTS[layout](t.to(target.device, dtype)) for name, t in case.tensors().items()}
+    real = function_of(case)(**tensors, **case.options)
+    if target.device == "cpu":
+        with FakeTensorMode() as mode:
+            fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+            alike(function_of(case)(**fakes, **case.options), real)
+    metas = {name: torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="meta") for name, t in tensors.items()}
+    promised = function_of(case)(**metas, **case.options)
+    assert promised.device.type == "meta"
+    alike(promised, real)
+
+
+@pytest.mark.gradients
+@pytest.mark.dtypes(torch.float32)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("arriving", ("nchw", "nhwc", "sliced", "expanded wholly"))
+@pytest.mark.cases(both([case for case in FAKED if case.N is not None]))
+def test_a_fake_backward_promises_what_a_real_one_gives(target, dtype, case, layout, arriving):
+    layout = layout if case.N else "nchw"
+    tensors = {name: LAYOUTS[layout](t.to(target.device, dtype)) for name, t in case.tensors().items()}
+    y = function_of(case)(**tensors, **case.options)
+    grad_output = LAYOUTS[arriving](torch.randn_like(y)) if case.N else torch.randn_like(y)
+    mask = [name in tensors for name in case.inputs]
+    saved = saved_output(case, y)
+
+    def backward(grad_output, tensors, saved):
+        inputs = (tensors.get(name) for name in case.inputs)
+        return backward_op(case)(grad_output, *inputs, saved, *op_arguments(case, target.backend), mask)
+
+    real = backward(grad_output, tensors, saved)
+    if target.device == "cpu":
+        with FakeTensorMode() as mode:
+            fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+            promised = backward(mode.from_tensor(grad_output), fakes, saved if saved is None else mode.from_tensor(y))
+        for a, b in zip(promised, real, strict=True):
+            alike(a, b)
+
+    def meta(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+
+    metas = {name: meta(tensor) for name, tensor in tensors.items()}
+    promised = backward(meta(grad_output), metas, None if saved is None else meta(saved))
+    for a, b in zip(promised, real, strict=True):
+        alike(a, b)
+    for name, gradient in zip(case.inputs, real, strict=True):
+        assert gradient.shape == (tensors[name].shape if name in tensors else (0,))
+
+
+@pytest.mark.cases(both(named("everything", "same, stride 2, even size", "relu thrice")))
+def test_meta_tensors_go_forward_and_back(case):
+    tensors = {name: tensor.to("meta").requires_grad_() for name, tensor in case.tensors().items()}
+    y = function_of(case)(**tensors, **case.options)
+    assert y.shape == case.output_shape and y.device.type == "meta"
+    y.sum().backward()
+    for name, tensor in tensors.items():
+        assert tensor.grad.shape == tensor.shape and strides(tensor.grad) == strides(tensor), name
+
+
+def test_a_fake_call_checks_its_arguments_too():
+    with FakeTensorMode(), pytest.raises(ValueError, match="pointwise_weight"):
+        separable_conv2d(torch.empty(1, 4, 5, 5), torch.empty(4, 1, 3, 3), torch.empty(5, 3, 1, 1))

@@ -1,0 +1,354 @@
+"""The build's decisions and the loading of the native module: no compiler runs here, and nothing is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from build_native import compile, resources, toolkit
+from build_native.toolkit import Architecture, BuildError
+from fused_sepconv.native import loader, sources
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PTXAS_OUTPUT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4axpyIfEvPT_' for 'sm_80'
+ptxas info    : Function properties for _Z4axpyIfEvPT_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 1 barriers, 512 bytes smem, 592 bytes cmem[0], 8 bytes cmem[2]
+ptxas info    : Compile time = 16.126 ms
+ptxas info    : Function properties for _Z6helperv
+    96 bytes stack frame, 96 bytes spill stores, 96 bytes spill loads
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4axpyIfEvPT_' for 'sm_90a'
+ptxas info    : Function properties for _Z6helperv
+    96 bytes stack frame, 96 bytes spill stores, 96 bytes spill loads
+ptxas info    : Function properties for _Z4axpyIfEvPT_
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 16 bytes cumulative stack size
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def make_toolkit(root: Path, include: str = "include", library: str = "lib64") -> Path:
+    """A folder that looks like a CUDA toolkit; its nvcc answers what a build asks."""
+    answers = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;
+  --list-gpu-arch) printf 'compute_80\\ncompute_90\\ncompute_100\\n' ;;
+  --dryrun) echo "#$ _SPACE_= " >&2; echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
+esac
+"""
+    executable(root / "bin" / "nvcc", answers)
+    for file in (root / include / "cuda_runtime.h", root / library / "libcudart_static.a"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return root
+
+
+class TestSourcesDigest:
+    @pytest.fixture
+    def csrc(self, tmp_path: Path) -> Path:
+        for name in ("params.h", "launch/one.cu", "kernels/one.cuh", "bindings.cpp"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(name)
+        return tmp_path
+
+    def test_changes_with_contents_names_and_new_files(self, csrc: Path) -> None:
+        seen = [sources.digest(csrc)]
+        (csrc / "params.h").write_text("other")
+        seen.append(sources.digest(csrc))
+        (csrc / "params.h").rename(csrc / "renamed.h")
+        seen.append(sources.digest(csrc))
+        (csrc / "kernels" / "two.cuh").touch()
+        seen.append(sources.digest(csrc))
+        assert len(set(seen)) == 4
+
+    def test_ignores_what_is_not_compiled(self, csrc: Path) -> None:
+        before = sources.digest(csrc)
+        (csrc / "README.md").write_text("prose")
+        assert sources.digest(csrc) == before
+
+    def test_setup_and_package_agree(self, csrc: Path) -> None:
+        assert compile.sources_digest(csrc) == sources.digest(csrc)
+
+
+class TestArchitectures:
+    def test_default_is_what_nvcc_knows_with_ptx_of_the_highest(self) -> None:
+        chosen = toolkit.choose_architectures({}, {75, 80, 86, 90, 100, 120, 121})
+        assert ";".join(map(str, chosen)) == "80;90a;100;120+PTX"
+        assert ";".join(map(str, toolkit.choose_architectures({}, {80, 90}))) == "80;90a+PTX"
+
+    @pytest.mark.parametrize("text", ["80;90a+PTX", "80,90a+PTX", " 8.0; 9.0A+ptx;", "80;90a+PTX;80"])
+    def test_spellings(self, text: str) -> None:
+        chosen = toolkit.choose_architectures({"FUSED_SEPCONV_ARCHS": text}, {80, 90})
+        assert chosen == [Architecture("80"), Architecture("90a", ptx=True)]
+
+    def test_ptx_is_of_the_plain_architecture(self) -> None:
+        assert Architecture("90a", ptx=True).flags() == [
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "-gencode=arch=compute_90,code=compute_90",
+        ]
+
+    @pytest.mark.parametrize("text", ["native", "all", "sm_80", "80+SASS", "8"])
+    def test_refuses_what_is_no_number(self, text: str) -> None:
+        with pytest.raises(BuildError, match=r"FUSED_SEPCONV_ARCHS.*is no architecture.*never asks for a GPU"):
+            toolkit.choose_architectures({"FUSED_SEPCONV_ARCHS": text}, {80})
+
+    def test_refuses_what_nvcc_does_not_know(self) -> None:
+        with pytest.raises(BuildError, match=r"does not know 120; it knows 80, 90"):
+            toolkit.choose_architectures({"FUSED_SEPCONV_ARCHS": "80;120"}, {80, 90})
+        with pytest.raises(BuildError, match=r"knows none of 80, 90a, 100, 120"):
+            toolkit.choose_architectures({}, {70})
+
+
+class TestToolkitSearch:
+    def test_order(self, tmp_path: Path) -> None:
+        home, path, conventional, on_path = (
+            make_toolkit(tmp_path / name) for name in ("home", "path", "usual", "nvcc")
+        )
+        environ = {"CUDA_HOME": str(home), "CUDA_PATH": str(path), "PATH": str(on_path / "bin")}
+        for variable, expected in (("CUDA_HOME", home), ("CUDA_PATH", path)):
+            assert toolkit.find_toolkit(environ, conventional).nvcc == expected / "bin" / "nvcc"
+            del environ[variable]
+        assert toolkit.find_toolkit(environ, conventional).nvcc == conventional / "bin" / "nvcc"
+        assert toolkit.find_toolkit(environ, tmp_path / "absent").nvcc == on_path / "bin" / "nvcc"
+
+    def test_incomplete_places_are_passed_over(self, tmp_path: Path) -> None:
+        headless = make_toolkit(tmp_path / "headless")
+        (headless / "include" / "cuda_runtime.h").unlink()
+        conventional = make_toolkit(tmp_path / "usual")
+        found = toolkit.find_toolkit({"CUDA_HOME": str(headless), "PATH": ""}, conventional)
+        assert found.include == conventional / "include"
+
+    def test_layouts_of_other_distributions(self, tmp_path: Path) -> None:
+        root = make_toolkit(tmp_path, include="targets/sbsa-linux/include", library="targets/sbsa-linux/lib")
+        found = toolkit.Toolkit.at(root)
+        assert (found.include, found.library) == (root / "targets/sbsa-linux/include", root / "targets/sbsa-linux/lib")
+
+    def test_nvcc_on_path_may_be_a_link(self, tmp_path: Path) -> None:
+        real = make_toolkit(tmp_path / "real")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").symlink_to(real / "bin" / "nvcc")
+        found = toolkit.find_toolkit({"PATH": str(tmp_path / "bin")}, tmp_path / "absent")
+        assert found.nvcc == real / "bin" / "nvcc"
+
+    def test_nvcc_on_path_may_be_a_script(self, tmp_path: Path) -> None:
+        real = make_toolkit(tmp_path / "real")
+        executable(tmp_path / "bin" / "nvcc", f'#!/bin/sh\nexec {real}/bin/nvcc "$@"\n')
+        environ = {"PATH": os.pathsep.join([str(tmp_path / "bin"), os.defpath])}
+        assert toolkit.find_toolkit(environ, tmp_path / "absent").nvcc == real / "bin" / "nvcc"
+
+    def test_a_script_to_nowhere_is_no_toolkit(self, tmp_path: Path) -> None:
+        executable(tmp_path / "bin" / "nvcc", '#!/bin/sh\nexec /nowhere/bin/nvcc "$@"\n')
+        with pytest.raises(LookupError, match=r"no CUDA toolkit found \(CUDA_HOME: none; .*where nvcc on PATH leads"):
+            toolkit.find_toolkit({"PATH": str(tmp_path / "bin")}, tmp_path / "absent")
+
+    def test_asks_nvcc(self, tmp_path: Path) -> None:
+        found = toolkit.Toolkit.at(make_toolkit(tmp_path))
+        assert found.version() == "12.8"
+        assert found.known_architectures() == {80, 90, 100}
+
+
+class TestSwitch:
+    """FUSED_SEPCONV_CUDA, with and without a toolkit."""
+
+    def test_unset_takes_what_is_there(self, tmp_path: Path) -> None:
+        found, reason = toolkit.choose_toolkit({"PATH": ""}, tmp_path)
+        assert found is None
+        assert reason.startswith("no CUDA toolkit found (") and "\n" not in reason
+        found, reason = toolkit.choose_toolkit({"PATH": ""}, make_toolkit(tmp_path))
+        assert found is not None
+        assert reason == ""
+
+    def test_0_leaves_the_kernels_out(self, tmp_path: Path) -> None:
+        environ = {"FUSED_SEPCONV_CUDA": "0", "PATH": ""}
+        assert toolkit.choose_toolkit(environ, make_toolkit(tmp_path)) == (None, "FUSED_SEPCONV_CUDA=0")
+
+    def test_1_insists_and_lists_the_remedies(self, tmp_path: Path) -> None:
+        with pytest.raises(BuildError, match=r"(?s)no CUDA toolkit found.*Remedies: set CUDA_HOME.*install one.*unset"):
+            toolkit.choose_toolkit({"FUSED_SEPCONV_CUDA": "1", "PATH": ""}, tmp_path)
+
+    def test_other_values_are_refused(self) -> None:
+        with pytest.raises(BuildError, match="FUSED_SEPCONV_CUDA must be 0 or 1 or unset, not 'yes'"):
+            toolkit.choose_toolkit({"FUSED_SEPCONV_CUDA": "yes"})
+
+
+class TestNinjaFile:
+    def test_max_jobs(self) -> None:
+        assert compile.jobs({"MAX_JOBS": "16"}) == 16
+        assert compile.jobs({}) == os.cpu_count()
+        for text in ("0", "-1", "many"):
+            with pytest.raises(BuildError, match="MAX_JOBS must be a positive whole number"):
+                compile.jobs({"MAX_JOBS": text})
+
+    def test_one_edge_a_source_and_pybind11_for_the_binding_alone(self, tmp_path: Path) -> None:
+        found = toolkit.Toolkit.at(make_toolkit(tmp_path / "toolkit"))
+        csrc = tmp_path / "a folder" / "csrc"
+        (csrc / "launch").mkdir(parents=True)
+        (csrc / "launch" / "forward.cu").touch()
+        text = compile.ninja_file(csrc, found, Architecture("80").flags(), "/pybind11", {})
+        folder = str(csrc).replace(" ", "$ ")
+        assert f"build launch/forward.cu.o: nvcc {folder}/launch/forward.cu" in text
+        assert f"build bindings.cpp.o: cxx {folder}/bindings.cpp" in text
+        flags = dict(line.split(" = ", 1) for line in text.splitlines() if "flags = " in line)
+        assert "-I/pybind11" in flags["cxxflags"]
+        assert "-I/pybind11" not in flags["nvccflags"]
+        assert "fast_math" not in text
+
+
+class TestResourceReport:
+    def test_reads_what_ptxas_prints(self) -> None:
+        none = {"spill_stores": 0, "spill_loads": 0, "stack": 0}
+        assert resources.parse_ptxas(PTXAS_OUTPUT) == {
+            "sm_80": {
+                "_Z4axpyIfEvPT_": {
+                    "name": "_Z4axpyIfEvPT_",
+                    "registers": 12,
+                    "static_shared": 512,
+                    "constant": 600,
+                    **none,
+                }
+            },
+            "sm_90a": {
+                "_Z4axpyIfEvPT_": {
+                    "name": "_Z4axpyIfEvPT_",
+                    "registers": 255,
+                    "static_shared": 0,
+                    "stack": 16,
+                    "spill_stores": 8,
+                    "spill_loads": 4,
+                }
+            },
+        }
+
+    def test_merges_sources(self) -> None:
+        merged = resources.merge([{"sm_80": {"a": {"registers": 1}}}, {"sm_80": {"b": {"registers": 2}}}])
+        assert merged == {"sm_80": {"a": {"registers": 1}, "b": {"registers": 2}}}
+
+
+class TestDamagedFiles:
+    """Each in a fresh process, as a process looks for the native module once."""
+
+    @pytest.fixture
+    def package(self, tmp_path: Path) -> Path:
+        """The package without its other modules (and so without torch), and a damaged native module."""
+        package = tmp_path / "fused_sepconv"
+        native = package / "native"
+        (native / "lib").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        for name in ("__init__.py", "loader.py", "sources.py"):
+            shutil.copyfile(ROOT / "fused_sepconv" / "native" / name, native / name)
+        (native / "lib" / "_native.so").write_text("no shared object")
+        return package
+
+    def run(self, package: Path, code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        clean = {key: value for key, value in os.environ.items() if key != "FUSED_SEPCONV_NATIVE"}
+        return subprocess.run(
+            [sys.executable, "-c", f"from fused_sepconv.native import loader as native; {code}"],
+            cwd=package.parent,
+            env={**clean, **environ},
+            capture_output=True,
+            text=True,
+        )
+
+    def test_the_one_that_the_environment_names_is_an_error(self, package: Path) -> None:
+        file = package / "native" / "lib" / "_native.so"
+        run = self.run(package, "native.load()", FUSED_SEPCONV_NATIVE=str(file))
+        assert run.returncode != 0
+        assert f"ImportError: FUSED_SEPCONV_NATIVE names {file}, which can't be loaded: " in run.stderr
+
+    def test_the_one_beside_the_package_is_a_reason(self, package: Path) -> None:
+        code = "assert native.load() is native.path() is native.build_info() is None; assert native.resources() == {}"
+        run = self.run(package, f"{code}; print(native.why_missing())")
+        assert run.returncode == 0, run.stderr
+        assert "_native.so can't be loaded: " in run.stdout
+
+    def test_another_pythons_is_a_reason(self, package: Path) -> None:
+        (package / "native" / "lib" / "_native.so").rename(package / "native" / "lib" / "_native.cpython-27-none.so")
+        run = self.run(package, "assert native.load() is None; print(native.why_missing())")
+        assert "built for another Python: _native.cpython-27-none.so" in run.stdout
+
+
+class TestSearch:
+    """Which module a checkout takes; the modules are stand-ins that know what they were built from."""
+
+    @pytest.fixture
+    def checkout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "csrc" / "params.h").touch()
+        monkeypatch.delenv("FUSED_SEPCONV_NATIVE", raising=False)
+        monkeypatch.setattr(loader, "_PACKAGE", tmp_path / "fused_sepconv")
+        monkeypatch.setattr(loader, "_installed_folders", lambda: [tmp_path / "installed" / "lib"])
+        monkeypatch.setattr(sources, "checkout_csrc", lambda: tmp_path / "csrc")
+        monkeypatch.setattr(
+            loader,
+            "_import",
+            lambda file: SimpleNamespace(file=file, build_info=lambda: {"sources": file.read_text()}),
+        )
+        return tmp_path
+
+    def module(self, folder: Path, sources: str) -> Path:
+        file = folder / "lib" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+        file.parent.mkdir(parents=True)
+        file.write_text(sources)
+        return file
+
+    def search(self) -> tuple[SimpleNamespace | None, str]:
+        return loader._search.__wrapped__()
+
+    def test_the_installed_module_serves_the_checkout_that_it_was_built_from(self, checkout: Path) -> None:
+        file = self.module(checkout / "installed", sources.digest(checkout / "csrc"))
+        module, reason = self.search()
+        assert (module.file, reason) == (file, "")
+
+    def test_a_stale_module_is_not_used_and_said_to_be_stale(self, checkout: Path) -> None:
+        file = self.module(checkout / "installed", sources.digest(checkout / "csrc"))
+        (checkout / "csrc" / "params.h").write_text("edited")
+        with pytest.warns(UserWarning, match=r"other sources than .*`pip install \.` in the checkout rebuilds"):
+            module, reason = self.search()
+        assert module is None
+        assert str(file) in reason
+
+    def test_a_stale_module_beside_the_package_gives_way_to_an_installed_one(self, checkout: Path) -> None:
+        self.module(checkout / "fused_sepconv", "older")
+        file = self.module(checkout / "installed", sources.digest(checkout / "csrc"))
+        assert self.search()[0].file == file
+
+    def test_a_checkout_that_was_never_built_says_so(self, checkout: Path) -> None:
+        module, reason = self.search()
+        assert module is None
+        assert reason.startswith(f"the kernels of the checkout {checkout} are not built; `pip install .` builds them")
+
+    def test_an_installed_package_has_no_sources_to_compare(
+        self, checkout: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sources, "checkout_csrc", lambda: None)
+        assert "installed without kernels" in self.search()[1]
+        file = self.module(checkout / "fused_sepconv", "whatever")
+        assert self.search()[0].file == file
+
+
+def test_what_is_loaded_here_is_consistent() -> None:
+    if loader.load() is None:
+        assert loader.path() is loader.build_info() is None
+        assert loader.resources() == {}
+        assert loader.why_missing()
+    else:
+        assert Path(loader.path()).is_file()
+        assert loader.why_missing() == ""
+        assert set(loader.build_info()) >= {"version", "architectures", "nvcc", "sources", "emulated"}

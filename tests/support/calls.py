@@ -1,0 +1,69 @@
+"""A case as a call of the operator that it is a case of: the public function, and the two custom ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_sepconv
+from tests.support.cases import Case, four_sides, pair
+
+
+def function_of(case: Case) -> Callable[..., Tensor]:
+    """The package's function, which takes the case's tensors and options."""
+    return getattr(fused_sepconv, case.operator)
+
+
+def reference_of(case: Case) -> Callable[..., Tensor]:
+    """The package's own reference."""
+    return getattr(fused_sepconv.families.pytorch.convolutions, case.operator)
+
+
+def forward_op(case: Case) -> Any:
+    return getattr(torch.ops.fused_sepconv, case.operator)
+
+
+def backward_op(case: Case) -> Any:
+    return getattr(torch.ops.fused_sepconv, f"{case.operator}_backward")
+
+
+def op_arguments(case: Case, backend: str = "auto") -> list[Any]:
+    """What the ops take that is no tensor."""
+    stride, dilation = pair(case.stride), pair(case.dilation)
+    sides = four_sides(case.padding, (case.H, case.W), pair(case.kernel), stride, dilation)
+    activations = (getattr(case, name) for name in case.activations)
+    return [list(stride), list(sides), list(dilation), *activations, backend]
+
+
+def forward_arguments(case: Case, tensors: dict[str, Tensor], backend: str = "auto") -> tuple[Any, ...]:
+    return (*(tensors.get(name) for name in case.inputs), *op_arguments(case, backend))
+
+
+def saved_output(case: Case, y: Tensor) -> Tensor | None:
+    """The output, where a backward may be given it."""
+    return y if case.activation in ("relu", "relu6", "elu") else None
+
+
+def backward_arguments(
+    case: Case, tensors: dict[str, Tensor], requires_grad: bool = False, backend: str = "auto"
+) -> tuple[Any, ...]:
+    """For a random grad_output, asking for every gradient there is."""
+    y = case.definition(**tensors, **case.options).detach()
+    grad_output = torch.randn_like(y).requires_grad_(requires_grad)
+    mask = [name in tensors for name in case.inputs]
+    inputs = (tensors.get(name) for name in case.inputs)
+    return (grad_output, *inputs, saved_output(case, y), *op_arguments(case, backend), mask)
+
+
+def each_input(cases: tuple[Case, ...]) -> list[Any]:
+    """Parameters of a test: (case, one of its inputs) for every input that it has."""
+    return [
+        pytest.param((case, name), id=f"{case}: {name}")
+        for case in cases
+        for name in case.inputs
+        if name in case.tensors()
+    ]
