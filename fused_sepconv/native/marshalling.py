@@ -21,7 +21,8 @@ Strides = tuple[int, ...]
 NO_STRIDES = (0, 0, 0, 0)
 """Strides of an image that is not there."""
 
-_cuda_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+cuda_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+"""The handle of PyTorch's current stream on a CUDA device, by its index."""
 
 
 def address(tensor: Tensor | None) -> int:
@@ -35,8 +36,8 @@ def strides_of(image: Tensor | None) -> Strides:
 
 
 def stream_of(index: int | None) -> int:
-    """The handle of PyTorch's current stream on a CUDA device, by its index; 0 for None, the CPU."""
-    return 0 if index is None else _cuda_stream(index)
+    """`cuda_stream`, and 0 for None, the CPU."""
+    return 0 if index is None else cuda_stream(index)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

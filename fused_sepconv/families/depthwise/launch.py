@@ -13,7 +13,15 @@ from torch import Tensor
 
 from fused_sepconv.families.simt.launch import Reduction, SplitSums, Step
 from fused_sepconv.native import loader
-from fused_sepconv.native.marshalling import NO_STRIDES, Strides, address, conv_shape, stream_of, tilings_of
+from fused_sepconv.native.marshalling import (
+    NO_STRIDES,
+    Strides,
+    address,
+    conv_shape,
+    cuda_stream,
+    stream_of,
+    tilings_of,
+)
 from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Splits
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import aligned, memory_format_of, output_strides
@@ -27,7 +35,7 @@ class Forward:
     def __init__(self, candidate: Candidate, problem: DepthwiseProblem, tensors: tuple[Tensor | None, ...]) -> None:
         x = tensors[0]
         self._candidate, self._problem, self._x_strides = candidate, problem, x.stride()
-        self._layout = memory_format_of(x)
+        self._layout, self._index = memory_format_of(x), x.device.index
         self._shape = (problem.N, problem.K, problem.out_h, problem.out_w)
         self._strides = output_strides(x, self._shape)
         self._plain = self._launch(NO_STRIDES)
@@ -59,10 +67,10 @@ class Forward:
         launch(
             x.data_ptr(),
             weight.data_ptr(),
-            address(bias),
-            address(grad_output),
+            0 if bias is None else bias.data_ptr(),
+            0 if grad_output is None else grad_output.data_ptr(),
             y.data_ptr(),
-            stream_of(x.device.index),
+            0 if self._index is None else cuda_stream(self._index),
         )
         return y
 

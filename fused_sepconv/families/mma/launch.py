@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_sepconv.families.simt.launch import Reduction
 from fused_sepconv.families.split import launch as split
 from fused_sepconv.native import loader
-from fused_sepconv.native.marshalling import NO_STRIDES, Tensors, address, conv_shape, stream_of
+from fused_sepconv.native.marshalling import NO_STRIDES, Tensors, address, conv_shape, cuda_stream, stream_of
 from fused_sepconv.planning.problem import Candidate, MmaInputTiling, Problem
 from fused_sepconv.tensors.memory_format import aligned, as_nhwc, as_output, output_strides
 
@@ -25,9 +25,14 @@ class Forward:
     """y, of NHWC images."""
 
     def __init__(self, candidate: Candidate, problem: Problem, tensors: Tensors) -> None:
-        x, *_, residual = tensors
+        x, *weights, residual = tensors
         self._shape = (problem.N, problem.F, problem.out_h, problem.out_w)
         self._strides = output_strides(x, self._shape)
+        self._index = x.device.index
+        # Whether all can be read where they are: the signature that this is prepared for decides.
+        self._in_place = all(weight is None or _vectors(weight) is weight for weight in weights) and (
+            residual is None or _readable(residual) is residual
+        )
         tiling = candidate.tiling
         self._launch = loader.load().ForwardLaunch(
             candidate.name,
@@ -51,21 +56,21 @@ class Forward:
         y = torch.empty_strided(self._shape, self._strides, dtype=x.dtype, device=x.device)
         if not self._shape[0]:
             return y
-        if residual is not None:
-            residual = _readable(residual)
-        depthwise_weight, pointwise_weight = _vectors(depthwise_weight), _vectors(pointwise_weight)
-        bias = None if bias is None else _vectors(bias)
-        depthwise_bias = None if depthwise_bias is None else _vectors(depthwise_bias)
+        if not self._in_place:
+            depthwise_weight, pointwise_weight = _vectors(depthwise_weight), _vectors(pointwise_weight)
+            bias = None if bias is None else _vectors(bias)
+            depthwise_bias = None if depthwise_bias is None else _vectors(depthwise_bias)
+            residual = None if residual is None else _readable(residual)
         self._launch(
             x.data_ptr(),
             depthwise_weight.data_ptr(),
             pointwise_weight.data_ptr(),
-            address(bias),
-            address(depthwise_bias),
-            address(residual),
+            0 if bias is None else bias.data_ptr(),
+            0 if depthwise_bias is None else depthwise_bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
             0,
             y.data_ptr(),
-            stream_of(x.device.index),
+            0 if self._index is None else cuda_stream(self._index),
         )
         return y
 

@@ -1,4 +1,4 @@
-"""PyTorch's own convolutions one after the other, prepared for tensors of one signature; PyTorch differentiates them."""
+"""PyTorch's own convolutions, prepared for tensors of one signature and differentiated by PyTorch."""
 
 from __future__ import annotations
 
@@ -79,15 +79,11 @@ def _activation(name: str | None) -> Callable[[Tensor], Tensor] | None:
 
 def _strides_of_output(arguments: Any, x: Tensor, weight: Tensor, channels: int) -> tuple[int, ...]:
     top, bottom, left, right = arguments.padding
+    padded = x.shape[2] + top + bottom, x.shape[3] + left + right
     height, width = (
-        (size + pads - dilation * (taps - 1) - 1) // stride + 1
-        for size, pads, dilation, taps, stride in zip(
-            x.shape[2:],
-            (top + bottom, left + right),
-            arguments.dilation,
-            weight.shape[2:],
-            arguments.stride,
-            strict=True,
+        (size - dilation * (taps - 1) - 1) // stride + 1
+        for size, dilation, taps, stride in zip(
+            padded, arguments.dilation, weight.shape[2:], arguments.stride, strict=True
         )
     )
     return output_strides(x, (x.shape[0], channels, height, width))

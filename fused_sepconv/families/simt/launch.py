@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_sepconv.native import loader
-from fused_sepconv.native.marshalling import Tensors, address, conv_shape, stream_of, strides_of
+from fused_sepconv.native.marshalling import Tensors, address, conv_shape, cuda_stream, stream_of, strides_of
 from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Problem, Splits
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import output_strides
@@ -27,6 +27,7 @@ class Forward:
         x, *_, residual = tensors
         self._shape = (problem.N, problem.F, problem.out_h, problem.out_w)
         self._strides = output_strides(x, self._shape)
+        self._index = x.device.index
         self._launch = loader.load().ForwardLaunch(
             candidate.name,
             conv_shape(problem),
@@ -58,12 +59,12 @@ class Forward:
             x.data_ptr(),
             depthwise_weight.data_ptr(),
             pointwise_weight.data_ptr(),
-            address(bias),
-            address(depthwise_bias),
-            address(residual),
-            address(grad_output),
+            0 if bias is None else bias.data_ptr(),
+            0 if depthwise_bias is None else depthwise_bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            0 if grad_output is None else grad_output.data_ptr(),
             y.data_ptr(),
-            stream_of(x.device.index),
+            0 if self._index is None else cuda_stream(self._index),
         )
         return y
 

@@ -69,8 +69,8 @@ def pointwise(problem: Problem) -> tuple[str, list[Pass]]:
     """How PyTorch should run the 1x1, and its passes: "conv2d", or "matmul" on the pixels as rows.
 
     Both are one product. A matmul on 16-bit NHWC pixels carries the bias in its epilogue, which PyTorch's convolution
-    adds in a pass of its own. (It could carry relu too, but PyTorch's does not keep NaN there.) In float32 a matmul would go by matmul's precision flags, not by
-    convolution's; in NCHW the pixels are no rows.
+    adds in a pass of its own. (It could carry relu too, but PyTorch's does not keep NaN there.) In float32 a matmul
+    would go by matmul's precision flags, not by convolution's; in NCHW the pixels are no rows.
     """
     t, y = problem.intermediate_bytes, problem.y_bytes
     product = t + y + problem.bytes_of(problem.K * problem.F)
