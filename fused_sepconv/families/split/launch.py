@@ -13,6 +13,7 @@ from fused_sepconv.native.marshalling import Tensors
 from fused_sepconv.planning.problem import Candidate, Problem
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import as_output, empty_output
+from fused_sepconv.tensors.torch_private import addmm_relu
 
 _IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -114,7 +115,7 @@ def _matmul(t: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) 
     rows, columns = _rows(t), weight.flatten(1).t()
     if relu:
         bias = rows.new_zeros(weight.shape[0]) if bias is None else bias
-        z = torch._addmm_activation(bias, rows, columns)  # relu in the product's epilogue
+        z = addmm_relu(bias, rows, columns)
     else:
         z = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
     return _image(z, t.shape)
