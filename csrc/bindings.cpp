@@ -26,14 +26,8 @@ namespace fused_sepconv {
 namespace {
 
 using Address = uintptr_t;
-using ImageArgument = std::pair<Address, std::array<int64_t, 4>>;  // data_ptr(), stride() of (N, channels, H, W)
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-Image image(const ImageArgument& argument) {
-  const auto& [address, strides] = argument;
-  return {pointer(address), strides[0], strides[1], strides[2], strides[3]};
-}
 
 // The instances of several families, by name.
 template <class Made>
@@ -81,108 +75,180 @@ const auto& reduce_instances() {
 // Runs an instance; in the emulation, on buffers that the emulator knows.
 template <class Made, class Params>
 void run(const Made& instance, const Params& params, Stream stream) {
-#ifdef FSC_EMULATED
+#if defined(FSC_EMULATED) && !defined(FSC_NULL)
   const EmulatedBuffers buffers(instance, params);
-#else
+#elif !defined(FSC_EMULATED)
   load(instance);
 #endif
   instance.run(instance, params, stream);
 }
 
-void forward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
-             Address pointwise_weight, Address depthwise_bias, Address bias, const ImageArgument& residual,
-             const ImageArgument& grad_output, const ImageArgument& y, const std::array<int32_t, 4>& tiling,
-             Stream stream) {
-  ForwardParams params;
+// A prepared launch: an instance and its params, filled once for a signature of tensors. A call copies the params, so
+// that threads may share one, sets the addresses and runs. Strides of a tensor that is not there are zeros.
+template <class Made, class Params>
+struct Launch {
+  const Made& made;
+  Params params;
+};
+
+using Strides = std::array<int64_t, 4>;  // of (N, channels, H, W), in elements
+
+Image unplaced(const Strides& strides) { return {nullptr, strides[0], strides[1], strides[2], strides[3]}; }
+
+using ForwardLaunch = Launch<ForwardInstance, ForwardParams>;
+
+ForwardLaunch forward_launch(const std::string& instance, const ConvShape& shape, const std::array<int32_t, 4>& tiling,
+                             const Strides& x, const Strides& residual, const Strides& grad_output, const Strides& y) {
+  ForwardParams params{};
   params.shape = shape;
   params.tiling = {tiling[0], tiling[1], tiling[2], tiling[3]};
-  params.x = image(x);
-  params.depthwise_weight = pointer(depthwise_weight);
-  params.pointwise_weight = pointer(pointwise_weight);
-  params.depthwise_bias = pointer(depthwise_bias);
-  params.bias = pointer(bias);
-  params.residual = image(residual);
-  params.grad_output = image(grad_output);
-  params.y = image(y);
-  run(forward_instances().at(instance), params, stream);
+  params.x = unplaced(x);
+  params.residual = unplaced(residual);
+  params.grad_output = unplaced(grad_output);
+  params.y = unplaced(y);
+  return {forward_instances().at(instance), params};
 }
 
-// One step of a backward; what the step does not use may be null.
-void backward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
-              Address pointwise_weight, Address depthwise_bias, const ImageArgument& grad_z,
-              const ImageArgument& grad_t, const ImageArgument& grad_x, Address partial_weight, Address partial_bias,
-              int64_t pixels_per_split, int splits, const std::array<int32_t, 5>& mma_weight, Stream stream) {
-  BackwardParams params;
-  params.shape = shape;
-  params.x = image(x);
+void run_forward(const ForwardLaunch& launch, Address x, Address depthwise_weight, Address pointwise_weight,
+                 Address bias, Address depthwise_bias, Address residual, Address grad_output, Address y,
+                 Stream stream) {
+  ForwardParams params = launch.params;
+  params.x.data = pointer(x);
   params.depthwise_weight = pointer(depthwise_weight);
   params.pointwise_weight = pointer(pointwise_weight);
+  params.bias = pointer(bias);
   params.depthwise_bias = pointer(depthwise_bias);
-  params.grad_z = image(grad_z);
-  params.grad_t = image(grad_t);
-  params.grad_x = image(grad_x);
-  params.partial_weight = pointer(partial_weight);
-  params.partial_bias = pointer(partial_bias);
+  params.residual.data = pointer(residual);
+  params.grad_output.data = pointer(grad_output);
+  params.y.data = pointer(y);
+  run(launch.made, params, stream);
+}
+
+using BackwardLaunch = Launch<BackwardInstance, BackwardParams>;
+
+// One step of a backward; what the step does not use may be zeros and null.
+BackwardLaunch backward_launch(const std::string& instance, const ConvShape& shape,
+                               const std::array<int32_t, 5>& mma_weight, int64_t pixels_per_split, int splits,
+                               const Strides& x, const Strides& grad_z, const Strides& grad_t, const Strides& grad_x) {
+  BackwardParams params{};
+  params.shape = shape;
+  params.mma_weight = {mma_weight[0], mma_weight[1], mma_weight[2], mma_weight[3], mma_weight[4]};
   params.pixels_per_split = pixels_per_split;
   params.splits = splits;
-  params.mma_weight = {mma_weight[0], mma_weight[1], mma_weight[2], mma_weight[3], mma_weight[4]};
-  run(backward_instances().at(instance), params, stream);
+  params.x = unplaced(x);
+  params.grad_z = unplaced(grad_z);
+  params.grad_t = unplaced(grad_t);
+  params.grad_x = unplaced(grad_x);
+  return {backward_instances().at(instance), params};
 }
 
-void depthwise_forward(const std::string& instance, const ConvShape& shape, const NhwcTiling& tiling,
-                       const NchwTiling& planes, const ImageArgument& x, Address depthwise_weight,
-                       Address depthwise_bias, const ImageArgument& grad_output, const ImageArgument& y,
-                       Stream stream) {
-  DepthwiseForwardParams params;
-  params.shape = shape;
-  params.tiling = tiling;
-  params.planes = planes;
-  params.x = image(x);
-  params.depthwise_weight = pointer(depthwise_weight);
-  params.depthwise_bias = pointer(depthwise_bias);
-  params.grad_output = image(grad_output);
-  params.y = image(y);
-  run(depthwise_forward_kernels().at(instance), params, stream);
-}
-
-void depthwise_backward(const std::string& instance, const ConvShape& shape, const NhwcTiling& tiling,
-                        const NchwTiling& planes, const ImageArgument& x, Address depthwise_weight,
-                        Address depthwise_bias, const ImageArgument& grad_output, const ImageArgument& grad_x,
-                        Address partial_weight, Address partial_bias, Stream stream) {
-  DepthwiseBackwardParams params;
-  params.shape = shape;
-  params.tiling = tiling;
-  params.planes = planes;
-  params.x = image(x);
-  params.depthwise_weight = pointer(depthwise_weight);
-  params.depthwise_bias = pointer(depthwise_bias);
-  params.grad_output = image(grad_output);
-  params.grad_x = image(grad_x);
-  params.partial_weight = static_cast<float*>(pointer(partial_weight));
-  params.partial_bias = static_cast<float*>(pointer(partial_bias));
-  run(depthwise_backward_kernels().at(instance), params, stream);
-}
-
-// The tiling is (strips, part, parts, stages).
-void mma_backward_input(const std::string& instance, const ConvShape& shape, const std::array<int32_t, 4>& tiling,
-                        const ImageArgument& x, Address depthwise_weight, Address pointwise_weight,
-                        const ImageArgument& grad_z, Address grad_x, Address partial_weight, Address partial_bias,
-                        Stream stream) {
-  MmaInputParams params;
-  params.shape = shape;
-  params.tiling = {tiling[0], tiling[1], tiling[2], tiling[3]};
-  params.x = image(x);
+void run_backward(const BackwardLaunch& launch, Address x, Address depthwise_weight, Address pointwise_weight,
+                  Address depthwise_bias, Address grad_z, Address grad_t, Address grad_x, Address partial_weight,
+                  Address partial_bias, Stream stream) {
+  BackwardParams params = launch.params;
+  params.x.data = pointer(x);
   params.depthwise_weight = pointer(depthwise_weight);
   params.pointwise_weight = pointer(pointwise_weight);
-  params.grad_z = image(grad_z);
+  params.depthwise_bias = pointer(depthwise_bias);
+  params.grad_z.data = pointer(grad_z);
+  params.grad_t.data = pointer(grad_t);
+  params.grad_x.data = pointer(grad_x);
+  params.partial_weight = pointer(partial_weight);
+  params.partial_bias = pointer(partial_bias);
+  run(launch.made, params, stream);
+}
+
+using DepthwiseForwardLaunch = Launch<DepthwiseForwardInstance, DepthwiseForwardParams>;
+
+DepthwiseForwardLaunch depthwise_forward_launch(const std::string& instance, const ConvShape& shape,
+                                                const NhwcTiling& tiling, const NchwTiling& planes, const Strides& x,
+                                                const Strides& grad_output, const Strides& y) {
+  DepthwiseForwardParams params{};
+  params.shape = shape;
+  params.tiling = tiling;
+  params.planes = planes;
+  params.x = unplaced(x);
+  params.grad_output = unplaced(grad_output);
+  params.y = unplaced(y);
+  return {depthwise_forward_kernels().at(instance), params};
+}
+
+void run_depthwise_forward(const DepthwiseForwardLaunch& launch, Address x, Address depthwise_weight,
+                           Address depthwise_bias, Address grad_output, Address y, Stream stream) {
+  DepthwiseForwardParams params = launch.params;
+  params.x.data = pointer(x);
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.depthwise_bias = pointer(depthwise_bias);
+  params.grad_output.data = pointer(grad_output);
+  params.y.data = pointer(y);
+  run(launch.made, params, stream);
+}
+
+using DepthwiseBackwardLaunch = Launch<DepthwiseBackwardInstance, DepthwiseBackwardParams>;
+
+DepthwiseBackwardLaunch depthwise_backward_launch(const std::string& instance, const ConvShape& shape,
+                                                  const NhwcTiling& tiling, const NchwTiling& planes, const Strides& x,
+                                                  const Strides& grad_output, const Strides& grad_x) {
+  DepthwiseBackwardParams params{};
+  params.shape = shape;
+  params.tiling = tiling;
+  params.planes = planes;
+  params.x = unplaced(x);
+  params.grad_output = unplaced(grad_output);
+  params.grad_x = unplaced(grad_x);
+  return {depthwise_backward_kernels().at(instance), params};
+}
+
+void run_depthwise_backward(const DepthwiseBackwardLaunch& launch, Address x, Address depthwise_weight,
+                            Address depthwise_bias, Address grad_output, Address grad_x, Address partial_weight,
+                            Address partial_bias, Stream stream) {
+  DepthwiseBackwardParams params = launch.params;
+  params.x.data = pointer(x);
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.depthwise_bias = pointer(depthwise_bias);
+  params.grad_output.data = pointer(grad_output);
+  params.grad_x.data = pointer(grad_x);
+  params.partial_weight = static_cast<float*>(pointer(partial_weight));
+  params.partial_bias = static_cast<float*>(pointer(partial_bias));
+  run(launch.made, params, stream);
+}
+
+using MmaInputLaunch = Launch<MmaInputInstance, MmaInputParams>;
+
+MmaInputLaunch mma_input_launch(const std::string& instance, const ConvShape& shape,
+                                const std::array<int32_t, 4>& tiling, const Strides& x, const Strides& grad_z) {
+  MmaInputParams params{};
+  params.shape = shape;
+  params.tiling = {tiling[0], tiling[1], tiling[2], tiling[3]};
+  params.x = unplaced(x);
+  params.grad_z = unplaced(grad_z);
+  return {mma_input_instances().at(instance), params};
+}
+
+void run_mma_input(const MmaInputLaunch& launch, Address x, Address depthwise_weight, Address pointwise_weight,
+                   Address grad_z, Address grad_x, Address partial_weight, Address partial_bias, Stream stream) {
+  MmaInputParams params = launch.params;
+  params.x.data = pointer(x);
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.pointwise_weight = pointer(pointwise_weight);
+  params.grad_z.data = pointer(grad_z);
   params.grad_x = pointer(grad_x);
   params.partial_weight = static_cast<float*>(pointer(partial_weight));
   params.partial_bias = static_cast<float*>(pointer(partial_bias));
-  run(mma_input_instances().at(instance), params, stream);
+  run(launch.made, params, stream);
 }
 
-void reduce(const std::string& instance, Address partials, Address out, int64_t count, int splits, Stream stream) {
-  run(reduce_instances().at(instance), ReduceParams{pointer(partials), pointer(out), count, splits}, stream);
+using ReduceLaunch = Launch<ReduceInstance, ReduceParams>;
+
+ReduceLaunch reduce_launch(const std::string& instance, int64_t count, int splits) {
+  return {reduce_instances().at(instance), ReduceParams{nullptr, nullptr, count, splits}};
+}
+
+void run_reduce(const ReduceLaunch& launch, Address partials, Address out, Stream stream) {
+  ReduceParams params = launch.params;
+  params.partials = pointer(partials);
+  params.out = pointer(out);
+  run(launch.made, params, stream);
 }
 
 template <class Body>
@@ -359,25 +425,30 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("shared_bytes", &NchwTiling::shared_bytes);
 
   const py::call_guard<py::gil_scoped_release> without_gil;
-  m.def("forward", &forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
-        py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("bias"),
-        py::arg("residual"), py::arg("grad_output"), py::arg("y"), py::arg("tiling"), py::arg("stream"));
-  m.def("backward", &backward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("x"),
-        py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("depthwise_bias"), py::arg("grad_z"),
-        py::arg("grad_t"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
-        py::arg("pixels_per_split"), py::arg("splits"), py::arg("mma_weight"), py::arg("stream"));
-  m.def("depthwise_forward", &depthwise_forward, without_gil, py::arg("instance"), py::arg("shape"), py::arg("tiling"),
-        py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("grad_output"),
-        py::arg("y"), py::arg("stream"));
-  m.def("depthwise_backward", &depthwise_backward, without_gil, py::arg("instance"), py::arg("shape"),
-        py::arg("tiling"), py::arg("planes"), py::arg("x"), py::arg("depthwise_weight"), py::arg("depthwise_bias"),
-        py::arg("grad_output"), py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"),
-        py::arg("stream"));
-  m.def("mma_backward_input", &mma_backward_input, without_gil, py::arg("instance"), py::arg("shape"),
-        py::arg("tiling"), py::arg("x"), py::arg("depthwise_weight"), py::arg("pointwise_weight"), py::arg("grad_z"),
-        py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
-  m.def("reduce", &reduce, without_gil, py::arg("instance"), py::arg("partials"), py::arg("out"), py::arg("count"),
-        py::arg("splits"), py::arg("stream"));
+  py::class_<ForwardLaunch>(m, "ForwardLaunch", py::module_local())
+      .def(py::init(&forward_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"), py::arg("x"),
+           py::arg("residual"), py::arg("grad_output"), py::arg("y"))
+      .def("__call__", &run_forward, without_gil);
+  py::class_<BackwardLaunch>(m, "BackwardLaunch", py::module_local())
+      .def(py::init(&backward_launch), py::arg("instance"), py::arg("shape"), py::arg("mma_weight"),
+           py::arg("pixels_per_split"), py::arg("splits"), py::arg("x"), py::arg("grad_z"), py::arg("grad_t"),
+           py::arg("grad_x"))
+      .def("__call__", &run_backward, without_gil);
+  py::class_<DepthwiseForwardLaunch>(m, "DepthwiseForwardLaunch", py::module_local())
+      .def(py::init(&depthwise_forward_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"),
+           py::arg("planes"), py::arg("x"), py::arg("grad_output"), py::arg("y"))
+      .def("__call__", &run_depthwise_forward, without_gil);
+  py::class_<DepthwiseBackwardLaunch>(m, "DepthwiseBackwardLaunch", py::module_local())
+      .def(py::init(&depthwise_backward_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"),
+           py::arg("planes"), py::arg("x"), py::arg("grad_output"), py::arg("grad_x"))
+      .def("__call__", &run_depthwise_backward, without_gil);
+  py::class_<MmaInputLaunch>(m, "MmaInputLaunch", py::module_local())
+      .def(py::init(&mma_input_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"), py::arg("x"),
+           py::arg("grad_z"))
+      .def("__call__", &run_mma_input, without_gil);
+  py::class_<ReduceLaunch>(m, "ReduceLaunch", py::module_local())
+      .def(py::init(&reduce_launch), py::arg("instance"), py::arg("count"), py::arg("splits"))
+      .def("__call__", &run_reduce, without_gil);
   m.def("instances", &instances);
   m.def("driver_version", &driver_version);
   m.def("build_info", &build_info);

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_sepconv.nn.depthwise import DepthwiseConv
 from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
 from fused_sepconv.nn.separable import SeparableConv2d
-from fused_sepconv.ops import execution, launching
+from fused_sepconv.ops import launching, problems
 from fused_sepconv.ops.arguments import Call, DepthwiseArguments, normalise, normalise_depthwise
 from fused_sepconv.ops.backend import use_backend
 from fused_sepconv.planning.devices import DEVICES
@@ -133,13 +133,13 @@ def explain(
 def _explain_call(call: Call, device: str | None) -> Explanation:
     plans = []
     depthwise = isinstance(call.arguments, DepthwiseArguments)
-    problem_of = execution.depthwise_problem_of if depthwise else execution.problem_of
+    problem_of = problems.depthwise_problem_of if depthwise else problems.problem_of
     for direction in ("forward", "backward"):
         problem = problem_of(direction, call.tensors, call.arguments)
         if device is None:
             plans.append(launching.plan_for(problem, call.tensors[0].device))
         else:
-            plans.append(plan(problem, DEVICES[device], execution.ALL_KERNELS))
+            plans.append(plan(problem, DEVICES[device], problems.ALL_KERNELS))
     return Explanation(*plans)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import lru_cache
@@ -16,33 +17,36 @@ from fused_sepconv.planning.problem import DepthwiseProblem, NchwTiling, NhwcTil
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual."""
 
+Strides = tuple[int, ...]
+NO_STRIDES = (0, 0, 0, 0)
+"""Strides of an image that is not there."""
 
-def contiguous(*weights: Tensor | None) -> list[Tensor | None]:
-    """The weights are small: a view with odd strides is copied rather than strided through."""
-    return [None if weight is None else weight.contiguous() for weight in weights]
+_cuda_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
 def address(tensor: Tensor | None) -> int:
+    """The address of a tensor's first element, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def image_of(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    return (0, (0, 0, 0, 0)) if tensor is None else (tensor.data_ptr(), tensor.stride())
+def strides_of(image: Tensor | None) -> Strides:
+    """The strides of an image in elements, zeros for None."""
+    return NO_STRIDES if image is None else image.stride()
 
 
-def stream_of(device: torch.device) -> int:
-    """The handle of the stream that PyTorch would use now."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def stream_of(index: int | None) -> int:
+    """The handle of PyTorch's current stream on a CUDA device, by its index; 0 for None, the CPU."""
+    return 0 if index is None else _cuda_stream(index)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """The native module launches on the current device: this makes it the tensors' own."""
+    """Makes a CUDA device the current one, on which the native module launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=4096)
 def conv_shape(problem: Problem | DepthwiseProblem) -> Any:
-    """The problem as `csrc/params.h` has it."""
+    """The problem as `ConvShape` of csrc/params.h."""
     native = loader.load()
     shape = native.ConvShape()
     shape.N, shape.C, shape.H, shape.W = problem.N, problem.C, problem.H, problem.W
@@ -59,7 +63,7 @@ def conv_shape(problem: Problem | DepthwiseProblem) -> Any:
 
 @lru_cache(maxsize=4096)
 def tilings_of(tiling: NhwcTiling | NchwTiling | None) -> tuple[Any, Any]:
-    """The tiling as `csrc/params.h` has it, for NHWC and for NCHW; all zeros for what the kernel does not take."""
+    """The tiling as csrc/params.h has it, for NHWC and for NCHW; all zeros for what the kernel does not use."""
     native = loader.load()
     made = native.NhwcTiling(), native.NchwTiling()
     for kind, native_tiling in zip((NhwcTiling, NchwTiling), made, strict=True):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_sepconv.ops import autograd
+from fused_sepconv.ops import autograd, eager
 from fused_sepconv.ops.arguments import Pair, normalise, normalise_depthwise
 from fused_sepconv.ops.backend import default_backend
+from fused_sepconv.ops.operators import DEPTHWISE_CONV2D, SEPARABLE_CONV2D
 
 
 def separable_conv2d(
@@ -52,6 +53,11 @@ def separable_conv2d(
 
     Under autocast the tensors are cast as a convolution's would be. Differentiable any number of times, in both modes.
     """
+    tensors = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
+    options = (stride, padding, dilation, pre_activation, mid_activation, activation)
+    y = eager.run(SEPARABLE_CONV2D, tensors, options, default_backend())
+    if y is not None:
+        return y
     call = normalise(
         x,
         depthwise_weight,
@@ -109,6 +115,10 @@ def depthwise_conv2d(
 
     Under autocast the tensors are cast as a convolution's would be. Differentiable any number of times, in both modes.
     """
+    options = (stride, padding, dilation, pre_activation, activation)
+    y = eager.run(DEPTHWISE_CONV2D, (x, weight, bias), options, default_backend())
+    if y is not None:
+        return y
     call = normalise_depthwise(
         x, weight, bias, stride, padding, dilation, pre_activation=pre_activation, activation=activation
     )

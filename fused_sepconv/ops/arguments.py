@@ -342,6 +342,21 @@ check_depthwise_cached = lru_cache(maxsize=4096)(check_depthwise)
 """The checks for an eager call: what the shapes of a call decide is looked up the next time (3 us against 20)."""
 
 
+def check_tensors(tensors: tuple[Any, ...], arguments: tuple) -> None:
+    """Refuses a direct call of the operator with tensors that are not right; x is batched."""
+    names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
+    check(*_specs(names, tensors), *arguments)
+
+
+def check_depthwise_tensors(tensors: tuple[Any, ...], arguments: tuple) -> None:
+    """`check_tensors`, for the depthwise operator."""
+    check_depthwise(*_specs(("x", "weight", "bias"), tensors), *arguments)
+
+
+def _specs(names: tuple[str, ...], tensors: tuple[Any, ...]) -> list[TensorSpec | None]:
+    return [None if t is None else TensorSpec.of(name, t) for name, t in zip(names, tensors, strict=True)]
+
+
 def _check_kinds(tensors: dict[str, TensorSpec | None]) -> None:
     """Refuses tensors that no kernel reads, or that are not of x's dtype and device."""
     x = tensors["x"]

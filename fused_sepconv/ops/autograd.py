@@ -23,9 +23,7 @@ from torch import Tensor
 
 from fused_sepconv.ops import operators
 from fused_sepconv.ops.operators import Operator
-from fused_sepconv.tensors.activations import ACTIVATIONS
-from fused_sepconv.tensors.memory_format import memory_format_of
-from fused_sepconv.tensors.torch_private import (
+from fused_sepconv.ops.torch_internals import (
     AutoDispatchBelowAutograd,
     are_functorch_transforms_active,
     has_tangent,
@@ -33,6 +31,8 @@ from fused_sepconv.tensors.torch_private import (
     set_forward_mode_enabled,
     single_level_autograd_function,
 )
+from fused_sepconv.tensors.activations import ACTIVATIONS
+from fused_sepconv.tensors.memory_format import memory_format_of
 
 
 class _Forward(torch.autograd.Function):
@@ -48,34 +48,59 @@ class _Forward(torch.autograd.Function):
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple, output: Tensor) -> None:
-        count, residual = cls.operator.count, cls.operator.residual
-        tensors = list(inputs[:count])
+        count = cls.operator.count
         ctx.arguments, ctx.backend = cls.operator.arguments(*inputs[count:-1]), inputs[-1]
-        activation = ACTIVATIONS[ctx.arguments.activation]
-        if residual is not None and activation.piecewise_linear:
-            tensors[residual] = None  # it is only ever needed to compute the last activation's argument again
-        reads_output = activation.from_output is not None and ctx.arguments.activation is not None
-        ctx.save_for_backward(*tensors, output if reads_output else None)
+        ctx.save_for_backward(*saved(cls.operator, inputs[:count], output, ctx.arguments.activation))
 
     @classmethod
     def backward(cls, ctx: Any, grad_output: Tensor) -> tuple:
-        count, residual = cls.operator.count, cls.operator.residual
-        *tensors, output = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[:count])
-        passes_through = False
-        if residual is not None and mask[residual]:
-            # Without an activation the residual's gradient is grad_output itself.
-            passes_through = ctx.arguments.activation is None
-            mask[residual] = not passes_through
-            if tensors[residual] is None:
-                tensors[residual] = grad_output  # stands in for it: its shape and strides alone are read
-        gradients = [None] * count
-        if any(mask):
-            results = cls.operator.backward(grad_output, *tensors, output, *ctx.arguments, ctx.backend, tuple(mask))
-            gradients = [grad if wanted else None for grad, wanted in zip(results, mask, strict=True)]
-        if passes_through:
-            gradients[residual] = grad_output
-        return (*gradients, *(None,) * len(ctx.arguments), None)
+        operator = cls.operator
+        mask = ctx.needs_input_grad[: operator.count]
+
+        def run(tensors: list[Tensor | None], output: Tensor | None, mask: tuple[bool, ...]) -> operators.Gradients:
+            return operator.backward(grad_output, *tensors, output, *ctx.arguments, ctx.backend, mask)
+
+        found = gradients(operator, grad_output, ctx.saved_tensors, mask, ctx.arguments.activation, run)
+        return (*found, *(None,) * len(ctx.arguments), None)
+
+
+def saved(
+    operator: Operator, tensors: tuple[Tensor | None, ...], output: Tensor, activation: str | None
+) -> tuple[Tensor | None, ...]:
+    """What a call's derivative reads: the inputs, and the output where the last activation's derivative is read from
+    it."""
+    last = ACTIVATIONS[activation]
+    if operator.residual is not None and last.piecewise_linear:
+        kept = list(tensors)
+        kept[operator.residual] = None  # it is only ever needed to compute the last activation's argument again
+        tensors = tuple(kept)
+    return *tensors, output if activation is not None and last.from_output is not None else None
+
+
+def gradients(
+    operator: Operator,
+    grad_output: Tensor,
+    kept: tuple[Tensor | None, ...],
+    mask: tuple[bool, ...],
+    activation: str | None,
+    run: Callable[[list[Tensor | None], Tensor | None, tuple[bool, ...]], tuple[Tensor | None, ...]],
+) -> list[Tensor | None]:
+    """The gradient of each input from what `saved` kept, by `run(tensors, output, mask)`; None where the mask does not
+    ask."""
+    *tensors, output = kept
+    residual = operator.residual
+    passes_through = residual is not None and mask[residual] and activation is None
+    if residual is not None and mask[residual]:
+        if passes_through:  # without an activation the residual's gradient is grad_output itself
+            mask = (*mask[:residual], False, *mask[residual + 1 :])
+        if tensors[residual] is None:
+            tensors[residual] = grad_output  # stands in for it: its shape and strides alone are read
+    found: list[Tensor | None] = [None] * operator.count
+    if any(mask):
+        found = [grad if wanted else None for grad, wanted in zip(run(tensors, output, mask), mask, strict=True)]
+    if passes_through:
+        found[residual] = grad_output
+    return found
 
 
 class _Backward(torch.autograd.Function):

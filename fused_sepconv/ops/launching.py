@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +19,31 @@ from fused_sepconv.planning.devices import DEVICES, Device, cuda_device
 from fused_sepconv.planning.plan import Plan, plan
 from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Kernels, Problem
 
-_family: str | None = None
+
+class _Wish:
+    """The family that `preferring` asks for."""
+
+    family: str | None = None
+
+
+wish = _Wish()
 
 
 @contextmanager
 def preferring(family: str | None) -> Iterator[None]:
     """Within the context the backend "fused" runs this family's kernels where they can: for tests and measurements."""
-    global _family
-    previous, _family = _family, family
+    previous, wish.family = wish.family, family
     try:
         yield
     finally:
-        _family = previous
+        wish.family = previous
+
+
+class Decision(NamedTuple):
+    """What runs a call, and whether that may be remembered."""
+
+    candidate: Candidate
+    settled: bool
 
 
 def choose(
@@ -40,7 +53,7 @@ def choose(
     trial: choice.Trial | None = None,
     arguments: Any = None,
     tensors: tuple[Tensor | None, ...] = (),
-) -> Candidate:
+) -> Decision:
     """What runs a problem on a device under a backend.
 
     `trial(candidate, problem, arguments, tensors)` runs a candidate: with it, autotuning can time what "auto" chooses
@@ -51,10 +64,14 @@ def choose(
     if tuner is not None and backend == "auto" and trial is not None and _tunable(planned):
         found = tuner.known(problem, device)
         if found is None:
-            with on_device(device):
-                found = tuner.decide(planned, device, trial, arguments, tensors)
-        return found.chosen
-    return planned.choose(backend, _family)
+            found = tuner.decide(planned, device, trial, arguments, tensors)
+        return Decision(found.chosen, tuner.known(problem, device) is not None)
+    return Decision(planned.choose(backend, wish.family), True)
+
+
+def guarded(run: Callable[..., Any], candidate: Candidate, problem: Any, device: torch.device) -> Callable[..., Any]:
+    """`run`, as it is."""
+    return run
 
 
 def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:

@@ -9,7 +9,7 @@ What sets one apart from the other is in its `Operator`, below; the rest is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +19,23 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_sepconv.families.pytorch import convolutions
-from fused_sepconv.ops import execution
-from fused_sepconv.ops.arguments import Arguments, DepthwiseArguments, autocasts, hashable, output_size
+from fused_sepconv.families import registry
+from fused_sepconv.families.pytorch import composed, convolutions
+from fused_sepconv.families.registry import Family
+from fused_sepconv.ops import calls, problems
+from fused_sepconv.ops.arguments import (
+    Arguments,
+    DepthwiseArguments,
+    autocasts,
+    check_depthwise_tensors,
+    check_tensors,
+    hashable,
+    normalise,
+    normalise_depthwise,
+    output_size,
+)
 from fused_sepconv.ops.backend import BACKENDS
+from fused_sepconv.ops.torch_internals import below_subclasses
 from fused_sepconv.tensors.memory_format import as_gradient, as_output, empty_output
 
 LIBRARY = torch.library.Library("fused_sepconv", "DEF")
@@ -45,8 +58,18 @@ class Operator:
     arguments: type[Arguments] | type[DepthwiseArguments]
     features: int
     """The position among the inputs of the weight whose dimension 0 is the output's channels."""
-    run: tuple[Callable[..., Tensor | None], Callable[..., tuple[Tensor | None, ...] | None]]
-    """Forward and backward on the plan's choice; None where that is PyTorch's own convolutions."""
+    problem_of: Callable[..., Any]
+    """The problem of a direction, for checked tensors and arguments."""
+    families: Mapping[str, Family]
+    """What may run it, by the names that plans use."""
+    normalise: Callable[[tuple, tuple], Arguments | DepthwiseArguments]
+    """The checked arguments of a user's tensors and options."""
+    check: Callable[[tuple, tuple], object]
+    """Refuses what a kernel must not see: the operator may be called directly, with anything."""
+    tuned_gradients: tuple[bool, ...]
+    """The gradients for which a backward is measured: those of x and the weights, whichever a call asks for."""
+    composed: Callable[[tuple, tuple], Callable[..., Tensor]]
+    """PyTorch's own convolutions for checked arguments and tensors like those given, differentiated by PyTorch."""
     reference: tuple[Callable[..., Tensor], Callable[..., tuple[Tensor | None, ...]]]
     """Forward and backward in PyTorch's own convolutions."""
     residual: int | None = None
@@ -64,6 +87,11 @@ class Operator:
     def count(self) -> int:
         """Of inputs."""
         return len(self.inputs)
+
+    @cached_property
+    def images(self) -> tuple[int, ...]:
+        """The positions of the inputs that are batches of images."""
+        return (0,) if self.residual is None else (0, self.residual)
 
     @property
     def schemas(self) -> tuple[str, str]:
@@ -99,44 +127,41 @@ def _define(operator: Operator) -> None:
 
 def _implement(operator: Operator) -> None:
     count, residual = operator.count, operator.residual
-    (run_forward, run_backward), (reference_forward, reference_backward) = operator.run, operator.reference
+    reference_forward, reference_backward = operator.reference
 
     def forward(*args: Any) -> Tensor:
         tensors, arguments, backend = args[:count], args[count:-1], args[-1]
         x = tensors[0]
-        if _asks_the_plan(x, backend):
-            with _without_autocast(x):  # the split family runs PyTorch's own 1x1
-                y = run_forward(tensors, operator.arguments(*hashable(arguments)), backend)
-            if y is not None:
-                return y
+        if asks_the_plan(x, backend):
+            with below_subclasses(), _without_autocast(x):  # the split family runs PyTorch's own 1x1
+                call = calls.find(operator, tensors, operator.arguments(*hashable(arguments)), backend)
+                return call.forward(*tensors)
         # The one thing that PyTorch's operators would promote.
         if residual is not None and tensors[residual] is not None and tensors[residual].dtype != x.dtype:
             raise TypeError(f"residual: expected x's dtype {x.dtype}, got {tensors[residual].dtype}")
-        with _without_autocast(x):
+        with below_subclasses(), _without_autocast(x):
             return as_output(x, reference_forward(*tensors, *arguments))
 
     def backward(grad_output: Tensor, *args: Any) -> Gradients:
         tensors, output, arguments = args[:count], args[count], args[count + 1 : -2]
         backend, output_mask = args[-2:]
         x = tensors[0]
-        gradients = None
-        with _without_autocast(x):
-            if _asks_the_plan(x, backend):
-                gradients = run_backward(
-                    grad_output, tensors, output, operator.arguments(*hashable(arguments)), backend, tuple(output_mask)
-                )
-            if gradients is None:
+        with below_subclasses(), _without_autocast(x):
+            if asks_the_plan(x, backend):
+                call = calls.find(operator, tensors, operator.arguments(*hashable(arguments)), backend)
+                gradients = call.backward(grad_output, tensors, output, tuple(output_mask))
+            else:
                 gradients = reference_backward(grad_output, *tensors, output, *arguments, output_mask)
-        return tuple(
-            x.new_empty(0) if grad is None else as_gradient(tensor, grad.clone() if grad is grad_output else grad)
-            for tensor, grad in zip(tensors, gradients, strict=True)
-        )
+            return tuple(
+                x.new_empty(0) if grad is None else as_gradient(tensor, grad.clone() if grad is grad_output else grad)
+                for tensor, grad in zip(tensors, gradients, strict=True)
+            )
 
     LIBRARY.impl(operator.name, forward, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{operator.name}_backward", backward, "CompositeExplicitAutograd")
 
 
-def _asks_the_plan(x: Tensor, backend: str) -> bool:
+def asks_the_plan(x: Tensor, backend: str) -> bool:
     """Whether a kernel could run: when it is asked for, or on a GPU; on the CPU a well-kept library beats our own."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -178,7 +203,7 @@ def _register_fakes(operator: Operator) -> None:
 
 
 def _register_vmap(operator: Operator) -> None:
-    images = (0,) if operator.residual is None else (0, operator.residual)
+    images = operator.images
 
     def forward(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
         inputs, batch_size = list(args[: operator.count]), info.batch_size
@@ -235,7 +260,22 @@ SEPARABLE_CONV2D = Operator(
     ),
     arguments=Arguments,
     features=2,
-    run=(execution.forward, execution.backward),
+    problem_of=problems.problem_of,
+    families=registry.SEPARABLE_CONV2D,
+    normalise=lambda tensors, options: (
+        normalise(
+            *tensors[:4],
+            *options[:3],
+            depthwise_bias=tensors[4],
+            residual=tensors[5],
+            pre_activation=options[3],
+            mid_activation=options[4],
+            activation=options[5],
+        ).arguments
+    ),
+    check=check_tensors,
+    tuned_gradients=(True, True, True, False, False, False),
+    composed=composed.separable,
     reference=(convolutions.forward, convolutions.backward),
     residual=5,
 )
@@ -244,7 +284,14 @@ DEPTHWISE_CONV2D = Operator(
     inputs=("Tensor x", "Tensor weight", "Tensor? bias"),
     arguments=DepthwiseArguments,
     features=1,
-    run=(execution.depthwise_forward, execution.depthwise_backward),
+    problem_of=problems.depthwise_problem_of,
+    families=registry.DEPTHWISE_CONV2D,
+    normalise=lambda tensors, options: (
+        normalise_depthwise(*tensors, *options[:3], pre_activation=options[3], activation=options[4]).arguments
+    ),
+    check=check_depthwise_tensors,
+    tuned_gradients=(True, True, False),
+    composed=composed.depthwise,
     reference=(convolutions.depthwise_forward, convolutions.depthwise_backward),
 )
 OPERATORS = (SEPARABLE_CONV2D, DEPTHWISE_CONV2D)

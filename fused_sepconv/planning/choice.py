@@ -363,5 +363,8 @@ def _from_environment() -> Tuner | None:
     return Tuner() if value == "1" else None
 
 
+generation = 0
+"""Grows when an earlier choice may have changed."""
+
 tuner = _from_environment()
 """The process's tuner, None where the variable is not set."""

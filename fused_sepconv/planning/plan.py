@@ -34,7 +34,7 @@ INSTANCES = simt.INSTANCES | depthwise.INSTANCES | mma_forward.INSTANCES | mma_w
 class Plan:
     """All candidates of a problem on a device, the fastest predicted first, those that can't run last.
 
-    Where nothing is known of the device's speed, PyTorch's own convolutions come first: a well-kept pytorch. Where
+    Where nothing is known of the device's speed, PyTorch's own convolutions come first: a well-kept library. Where
     autotuning has timed some, they come first, by what they took.
     """
 

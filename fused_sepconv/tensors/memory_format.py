@@ -39,6 +39,14 @@ def _channels_last_strides(x: Tensor) -> bool:
     return True
 
 
+def output_strides(x: Tensor, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """The strides, in elements, of a dense (N, channels, H, W) tensor in x's memory format."""
+    _, channels, height, width = shape
+    if memory_format_of(x) == torch.channels_last:
+        return height * width * channels, 1, width * channels, channels
+    return channels * height * width, height * width, width, 1
+
+
 def empty_output(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """An uninitialised (N, F, out_h, out_w) tensor for the output of a call on x."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
@@ -46,12 +54,7 @@ def empty_output(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 
 def as_output(x: Tensor, y: Tensor) -> Tensor:
     """y with the strides that `empty_output` would have given it; copied only where they differ."""
-    _, features, height, width = y.shape
-    if memory_format_of(x) == torch.channels_last:
-        strides = (height * width * features, 1, width * features, features)
-    else:
-        strides = (features * height * width, height * width, width, 1)
-    return y if y.stride() == strides else empty_output(x, y.shape).copy_(y)
+    return y if y.stride() == output_strides(x, y.shape) else empty_output(x, y.shape).copy_(y)
 
 
 def as_nhwc(image: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import fused_sepconv
 from fused_sepconv.families.depthwise import launch as depthwise_launch
 from fused_sepconv.families.depthwise import nhwc
 from fused_sepconv.families.depthwise import plan as depthwise
-from fused_sepconv.ops import execution, launching
+from fused_sepconv.ops import calls, launching, problems
 from fused_sepconv.ops.arguments import DepthwiseArguments
+from fused_sepconv.ops.operators import DEPTHWISE_CONV2D
 from fused_sepconv.planning.devices import DEVICES
 from fused_sepconv.planning.problem import DepthwiseProblem, NhwcTiling
 from tests.support.cases import ACTIVATIONS, CASES, DEPTHWISE, XCEPTION, Case, four_sides, pair, two_convolutions
@@ -28,6 +29,16 @@ FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 FAMILY = "depthwise"
+
+
+def depthwise_forward(tensors, arguments, backend):
+    """The depthwise operator's output by the kernels that the plan chooses."""
+    return calls.find(DEPTHWISE_CONV2D, tuple(tensors), arguments, backend).forward(*tensors)
+
+
+def depthwise_backward(grad_output, tensors, output, arguments, backend, mask):
+    """Its gradients, None where the mask does not ask."""
+    return calls.find(DEPTHWISE_CONV2D, tuple(tensors), arguments, backend).backward(grad_output, tensors, output, mask)
 
 
 def arguments_of(case: Case) -> DepthwiseArguments:
@@ -52,9 +63,9 @@ def grad_like(y: Tensor) -> Tensor:
 def ours(case: Case, tensors: list[Tensor | None]) -> list[Tensor]:
     """The output, then the gradients of x, weight and, if there is one, bias."""
     arguments = arguments_of(case)
-    y = execution.depthwise_forward(tuple(tensors), arguments, "fused")
+    y = depthwise_forward(tuple(tensors), arguments, "fused")
     mask = (True, True, tensors[2] is not None)
-    gradients = execution.depthwise_backward(grad_like(y), tuple(tensors), None, arguments, "fused", mask)
+    gradients = depthwise_backward(grad_like(y), tuple(tensors), None, arguments, "fused", mask)
     return [y, *(grad for grad in gradients if grad is not None)]
 
 
@@ -138,14 +149,16 @@ def test_the_fast_kernels_run_where_they_can(plain, layout):
 @pytest.mark.cases([case for case in DEPTHWISE if case.mid_activation])
 def test_where_shared_memory_is_short_a_step_of_its_own_goes_through_the_mid_activation(plain, case):
     tensors = inputs(case, torch.float32, "nhwc")
-    problem = execution.depthwise_problem_of("backward", tuple(tensors), arguments_of(case))
+    problem = problems.depthwise_problem_of("backward", tuple(tensors), arguments_of(case))
     devices = (dataclasses.replace(DEVICES["H200"], shared_bytes=1024 * kib) for kib in range(1, 228))
-    candidates = (depthwise.best(problem, device, execution.ALL_KERNELS) for device in devices)
+    candidates = (depthwise.best(problem, device, problems.ALL_KERNELS) for device in devices)
     candidate = next(candidate for candidate in candidates if candidate.family == "depthwise")
     assert len(candidate.steps) == 1
-    y = execution.depthwise_forward(tuple(tensors), arguments_of(case), "fused")
+    y = depthwise_forward(tuple(tensors), arguments_of(case), "fused")
     mask = (True, True, tensors[2] is not None)
-    grads = depthwise_launch.backward(candidate, problem, *tensors, grad_like(y), mask)
+    grad_output = grad_like(y)
+    run = depthwise_launch.Backward(candidate, problem, grad_output, tuple(tensors), None, mask)
+    grads = run(grad_output, tuple(tensors), None)
     exact = theirs(case, [None if tensor is None else tensor.double() for tensor in tensors])
     for mine, right in zip((grad for grad in grads if grad is not None), exact[1:], strict=True):
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=3e-6 * float(right.abs().max()))
@@ -160,7 +173,7 @@ def test_what_no_output_reads_makes_no_gradient_of_x(plain, layout):
     grad = grad_like(torch.empty(1, 8, 2, 2).contiguous(memory_format=FORMATS[layout]))
     mask = (True, False, False)
     with launching.preferring("depthwise"):
-        grad_x, _, _ = execution.depthwise_backward(grad, (x, weight, None), None, arguments_of(case), "fused", mask)
+        grad_x, _, _ = depthwise_backward(grad, (x, weight, None), None, arguments_of(case), "fused", mask)
     assert grad_x[:, :, :-1, :-1].abs().min() > 0
     assert not grad_x[:, :, -1].any() and not grad_x[:, :, :, -1].any()
 
@@ -184,7 +197,7 @@ def test_a_gradient_of_another_layout_is_read_right(native):
     tensors = inputs(case, torch.float32, "nhwc")
     grad = grad_like(torch.empty(2, 64, 9, 9))
     results = [
-        execution.depthwise_backward(g, tuple(tensors), None, arguments_of(case), "fused", (True, True, False))
+        depthwise_backward(g, tuple(tensors), None, arguments_of(case), "fused", (True, True, False))
         for g in (grad, grad.contiguous(memory_format=torch.channels_last))
     ]
     assert all(torch.equal(a, b) for a, b in zip(results[0][:2], results[1][:2], strict=True))
@@ -195,9 +208,9 @@ def test_a_gradient_is_the_same_when_it_is_the_only_one_asked_for(native, mask):
     case = DEPTHWISE[1]
     tensors = tuple(inputs(case, torch.float32, "nhwc"))
     arguments = arguments_of(case)
-    grad = grad_like(execution.depthwise_forward(tensors, arguments, "fused"))
-    whole = execution.depthwise_backward(grad, tensors, None, arguments, "fused", (True, True, True))
-    alone = execution.depthwise_backward(grad, tensors, None, arguments, "fused", mask)
+    grad = grad_like(depthwise_forward(tensors, arguments, "fused"))
+    whole = depthwise_backward(grad, tensors, None, arguments, "fused", (True, True, True))
+    alone = depthwise_backward(grad, tensors, None, arguments, "fused", mask)
     for wanted, one, all_ in zip(mask, alone, whole, strict=True):
         assert torch.equal(one, all_) if wanted else one is None
 
@@ -281,12 +294,12 @@ def counted(native: ModuleType, tensors: list[Tensor | None], case: Case, direct
     arguments = arguments_of(case)
     native.reset_counters()
     if direction == "forward":
-        execution.depthwise_forward(tuple(tensors), arguments, "fused")
+        depthwise_forward(tuple(tensors), arguments, "fused")
     else:
         grad = torch.zeros(case.N, case.K, *case.output_size, dtype=tensors[0].dtype)
         grad = grad.contiguous(memory_format=torch.channels_last)
         mask = (True, True, False)
-        execution.depthwise_backward(grad, tuple(tensors), None, arguments, "fused", mask)
+        depthwise_backward(grad, tuple(tensors), None, arguments, "fused", mask)
     counters = native.counters()
     names = ("x", "y", "grad_output", "grad_x")
     return {name: counters["bytes_read"].get(name, 0) + counters["bytes_written"].get(name, 0) for name in names}
@@ -298,8 +311,8 @@ def test_the_plan_knows_the_bytes_to_the_last(checked, case, sms):
     tensors = inputs(case, torch.bfloat16, "nhwc")
     with planned_for(sms):
         for direction in ("forward", "backward"):
-            problem = execution.depthwise_problem_of(direction, tuple(tensors), arguments_of(case))
-            candidate = launching.choose(problem, tensors[0].device, "fused")
+            problem = problems.depthwise_problem_of(direction, tuple(tensors), arguments_of(case))
+            candidate = launching.choose(problem, tensors[0].device, "fused").candidate
             if not isinstance(candidate.tiling, NhwcTiling):  # of NCHW pieces of 16 bytes reach beyond the rows
                 continue
             traits = next(t for t in depthwise.ALL_TRAITS if t.name == candidate.name)
@@ -325,7 +338,7 @@ def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, 
     channels = 64 if layout == "nhwc" else 2
     for layer in XCEPTION:
         whole = dataclasses.replace(problem_of_layer(layer, direction, layout), mid_activation=mid_activation)
-        candidate = depthwise.best(whole, DEVICES["H200"], execution.ALL_KERNELS)
+        candidate = depthwise.best(whole, DEVICES["H200"], problems.ALL_KERNELS)
         images = min(64, max(1, PIXELS // (layer.H * layer.W)))
         sample = dataclasses.replace(whole, N=images, C=channels)
         tiling = candidate.tiling
@@ -340,9 +353,11 @@ def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, 
         weight = torch.zeros(channels, 1, 3, 3, dtype=torch.bfloat16)
         checked.reset_counters()
         if direction == "forward":
-            depthwise_launch.forward(candidate, sample, x, weight, None)
+            depthwise_launch.Forward(candidate, sample, (x, weight, None))(x, weight, None)
         else:
-            depthwise_launch.backward(candidate, sample, x, weight, None, x.clone(), (True, True, False))
+            grad_output, sampled = x.clone(), (x, weight, None)
+            run = depthwise_launch.Backward(candidate, sample, grad_output, sampled, None, (True, True, False))
+            run(grad_output, sampled, None)
         counters = checked.counters()
         names = ("x", "y", "grad_output", "grad_x", "partial_weight")
         moved = sum(counters[way].get(name, 0) for way in ("bytes_read", "bytes_written") for name in names)

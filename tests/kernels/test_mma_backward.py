@@ -18,7 +18,7 @@ import fused_sepconv
 from fused_sepconv.families.mma import backward as mma_backward
 from fused_sepconv.families.mma import backward_weight as mma_weight
 from fused_sepconv.families.mma import launch as mma_launch
-from fused_sepconv.ops.execution import ALL_KERNELS
+from fused_sepconv.ops.problems import ALL_KERNELS
 from fused_sepconv.planning.devices import DEVICES, Device
 from fused_sepconv.planning.plan import plan
 from fused_sepconv.planning.problem import Candidate, MmaWeightTiling, Problem
@@ -84,13 +84,10 @@ def by_kernel(case: Case, stored: torch.dtype, step: Candidate, grad_z: Tensor |
     """The gradients of the pointwise weight and, where the case has it, of the bias."""
     tensors = batched(case, stored)
     names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
-    weight, bias = mma_launch.pointwise_weight_gradient(
-        step,
-        in_nhwc(case, stored),
-        grad_z_of(case, stored) if grad_z is None else grad_z,
-        tuple(tensors.get(name) for name in names),
-        want_bias=case.bias,
-    )
+    everything = tuple(tensors.get(name) for name in names)
+    grad_z = grad_z_of(case, stored) if grad_z is None else grad_z
+    run = mma_launch.PointwiseWeightGradient(step, in_nhwc(case, stored), everything, want_bias=case.bias)
+    weight, bias = run(grad_z, everything)
     return {"pointwise_weight": weight, "bias": bias} if case.bias else {"pointwise_weight": weight}
 
 
@@ -186,12 +183,11 @@ def test_pixels_that_no_output_reads_do_not_count(native, hole, mid_activation):
     with_hole = tensors["x"].clone(memory_format=torch.channels_last)
     with_hole[:, :, -1], with_hole[..., -1] = hole, hole
     step, call = step_of(case, torch.bfloat16), in_nhwc(case)
-    grads = [
-        mma_launch.pointwise_weight_gradient(
-            step, call, grad_z_of(case, torch.bfloat16), (x, *list(tensors.values())[1:3], None, None, None)
-        )[0]
-        for x in (tensors["x"], with_hole)
-    ]
+    grads = []
+    for x in (tensors["x"], with_hole):
+        everything = (x, *list(tensors.values())[1:3], None, None, None)
+        run = mma_launch.PointwiseWeightGradient(step, call, everything)
+        grads.append(run(grad_z_of(case, torch.bfloat16), everything)[0])
     assert torch.equal(*grads)
 
 

@@ -185,12 +185,12 @@ def test_a_layer_reads_what_the_plan_says_and_writes_the_output_alone(checked, c
 @pytest.mark.cases(SMALL)
 def test_what_can_not_run_has_its_reason(case):
     call = dataclasses.replace(problem(case, "forward", torch.bfloat16), layout="nhwc", aligned=True)
-    (candidate,) = mma_forward.candidates(call, launching.DEVICES["H200"], fused_sepconv.ops.execution.ALL_KERNELS)
+    (candidate,) = mma_forward.candidates(call, launching.DEVICES["H200"], fused_sepconv.ops.problems.ALL_KERNELS)
     assert bool(candidate.refusal) == (call.C % 8 != 0 or call.F % 8 != 0)
 
 
 @pytest.mark.parametrize("larger, reason", [({"N": 2**28}, "32 bits"), ({"H": 2**17, "W": 2**17}, "32-bit offsets")])
 def test_what_its_integers_can_not_number_is_refused(larger, reason):
     call = dataclasses.replace(MIDDLE, **larger)
-    (candidate,) = mma_forward.candidates(call, launching.DEVICES["H200"], fused_sepconv.ops.execution.ALL_KERNELS)
+    (candidate,) = mma_forward.candidates(call, launching.DEVICES["H200"], fused_sepconv.ops.problems.ALL_KERNELS)
     assert reason in candidate.refusal

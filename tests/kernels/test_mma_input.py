@@ -17,7 +17,7 @@ from fused_sepconv.families.mma import backward as mma_backward
 from fused_sepconv.families.mma import backward_input as mma_input
 from fused_sepconv.families.mma import launch as mma_launch
 from fused_sepconv.ops import launching
-from fused_sepconv.ops.execution import ALL_KERNELS
+from fused_sepconv.ops.problems import ALL_KERNELS
 from fused_sepconv.planning.devices import DEVICES
 from fused_sepconv.planning.problem import Candidate, MmaInputTiling, Problem
 from tests.planning.test_plan import problem
@@ -103,7 +103,8 @@ def run(case: Case, tensors: dict, grad_z: Tensor, candidate: Candidate, mask: t
     whole, _ = planned(case, grad_z.dtype)
     names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
     mask = (*mask[:2], mask[2] and case.depthwise_bias)
-    return list(mma_launch.input_gradients(candidate, whole, grad_z, tuple(tensors.get(name) for name in names), mask))
+    everything = tuple(tensors.get(name) for name in names)
+    return list(mma_launch.InputGradients(candidate, whole, everything, mask)(grad_z, everything))
 
 
 def theirs(case: Case, dtype: torch.dtype) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import fused_sepconv
 from fused_sepconv.ops import launching
-from fused_sepconv.ops.execution import ALL_KERNELS
+from fused_sepconv.ops.problems import ALL_KERNELS
 from fused_sepconv.planning.devices import DEVICES
 from fused_sepconv.planning.plan import plan
 from tests.planning.test_plan import problem

@@ -12,7 +12,7 @@ import torch
 import fused_sepconv
 from fused_sepconv.families.simt import plan as simt
 from fused_sepconv.ops.arguments import Arguments
-from fused_sepconv.ops.execution import ALL_KERNELS, problem_of
+from fused_sepconv.ops.problems import ALL_KERNELS, problem_of
 from fused_sepconv.planning.devices import DEVICES
 from fused_sepconv.planning.plan import plan
 from fused_sepconv.planning.problem import Kernels, Problem

@@ -15,7 +15,7 @@ import fused_sepconv
 from fused_sepconv.families.depthwise import plan as depthwise
 from fused_sepconv.families.mma import forward as mma_forward
 from fused_sepconv.native import loader, marshalling
-from fused_sepconv.ops import launching
+from fused_sepconv.ops import eager, launching
 from tests.cuda_on_cpu.build import build_native
 
 SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
@@ -23,12 +23,13 @@ SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
 
 @functools.cache
 def _file(checked: bool) -> str:
-    return str(build_native(checked))
+    return str(build_native("checked" if checked else "plain"))
 
 
 def _forget() -> None:
     """What the package remembers of its native module, from the finding of it to the structs that it made."""
     loader._search.cache_clear()
+    eager.clear()
     launching._kernels_off_cuda.cache_clear()
     marshalling.conv_shape.cache_clear()
     marshalling.tilings_of.cache_clear()
@@ -71,4 +72,8 @@ def planned_for(sms: int, widest: bool = False, tile: mma_forward.Shape | None =
                 kind: (tile,) if tile in all_shapes else all_shapes for kind, all_shapes in mma_forward.SHAPES.items()
             }
             patch.setattr(mma_forward, "SHAPES", shapes)
-        yield
+        eager.clear()
+        try:
+            yield
+        finally:
+            eager.clear()

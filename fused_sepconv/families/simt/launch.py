@@ -1,164 +1,239 @@
-"""Launches the SIMT family: the fused forward, and the steps of its backward."""
+"""Launches of the SIMT family: the fused forward, and the steps of its backward.
+
+Each class prepares its launches once, for a problem and the strides of its tensors; a call allocates and launches.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_sepconv.native import loader
-from fused_sepconv.native.marshalling import Tensors, address, contiguous, conv_shape, image_of, stream_of
+from fused_sepconv.native.marshalling import Tensors, address, conv_shape, stream_of, strides_of
 from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Problem, Splits
 from fused_sepconv.tensors.activations import ACTIVATIONS
-from fused_sepconv.tensors.memory_format import empty_output
+from fused_sepconv.tensors.memory_format import output_strides
+
+Gradients = tuple[Tensor | None, ...]
 
 
-def forward(candidate: Candidate, problem: Problem, tensors: Tensors, grad_output: Tensor | None = None) -> Tensor:
-    """y, or with grad_output the gradient of the last activation's argument."""
-    x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
-    y = empty_output(x, (problem.N, problem.F, problem.out_h, problem.out_w))
-    if problem.N == 0:
+class Forward:
+    """y of a fused forward, or, given grad_output, the gradient of the last activation's argument z."""
+
+    def __init__(self, candidate: Candidate, problem: Problem, tensors: Tensors, grad_output: Tensor | None = None):
+        x, *_, residual = tensors
+        self._shape = (problem.N, problem.F, problem.out_h, problem.out_w)
+        self._strides = output_strides(x, self._shape)
+        self._launch = loader.load().ForwardLaunch(
+            candidate.name,
+            conv_shape(problem),
+            (0, 0, 0, 0),
+            x.stride(),
+            strides_of(residual),
+            strides_of(grad_output),
+            self._strides,
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        pointwise_weight: Tensor,
+        bias: Tensor | None,
+        depthwise_bias: Tensor | None,
+        residual: Tensor | None,
+        grad_output: Tensor | None = None,
+    ) -> Tensor:
+        y = torch.empty_strided(self._shape, self._strides, dtype=x.dtype, device=x.device)
+        if not self._shape[0]:
+            return y
+        # The weights are small: a view with odd strides is copied rather than strided through.
+        depthwise_weight, pointwise_weight = depthwise_weight.contiguous(), pointwise_weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        depthwise_bias = None if depthwise_bias is None else depthwise_bias.contiguous()
+        self._launch(
+            x.data_ptr(),
+            depthwise_weight.data_ptr(),
+            pointwise_weight.data_ptr(),
+            address(bias),
+            address(depthwise_bias),
+            address(residual),
+            address(grad_output),
+            y.data_ptr(),
+            stream_of(x.device.index),
+        )
         return y
-    weights = contiguous(depthwise_weight, pointwise_weight, depthwise_bias, bias)
-    loader.load().forward(
-        candidate.name,
-        conv_shape(problem),
-        image_of(x),
-        *map(address, weights),
-        image_of(residual),
-        image_of(grad_output),
-        image_of(y),
-        (0, 0, 0, 0),
-        stream_of(x.device),
-    )
-    return y
 
 
-def backward(
-    candidate: Candidate,
-    problem: Problem,
-    grad_output: Tensor,
-    tensors: Tensors,
-    output: Tensor | None,
-    output_mask: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The six gradients, None where not asked for: the steps of `BackwardParams` in csrc/params.h that they need."""
-    want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
-    x, depthwise_weight, pointwise_weight, bias, depthwise_bias, _ = tensors
-    grad_z = _gradient_of_argument(candidate, problem, grad_output, tensors, output)
-    run = Steps(problem, x, depthwise_weight, pointwise_weight, depthwise_bias, grad_z)
-
-    grad_x = grad_depthwise = grad_depthwise_bias = grad_pointwise = grad_bias = None
-    if want_x or want_depthwise or want_depthwise_bias:
-        grad_t = empty_output(x, (problem.N, problem.K, problem.out_h, problem.out_w))
-        run.step("intermediate", grad_t=grad_t)
-        if want_x:
-            grad_x = torch.empty_like(x)
-            run.step("input", grad_t=grad_t, grad_x=grad_x)
-        grad_depthwise, grad_depthwise_bias = run.split_sums(
-            "depthwise_weight",
-            candidate.depthwise_splits,
-            depthwise_weight if want_depthwise else None,
-            depthwise_bias if want_depthwise_bias else None,
-            grad_t=grad_t,
-        )
-    if want_pointwise:
-        grad_pointwise, grad_bias = run.split_sums(
-            "pointwise_weight", candidate.pointwise_splits, pointwise_weight, bias if want_bias else None
-        )
-    elif want_bias:
-        grad_bias = grad_z.sum((0, 2, 3))
-    return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
-
-
-def _gradient_of_argument(
-    candidate: Candidate, problem: Problem, grad_output: Tensor, tensors: Tensors, output: Tensor | None
-) -> Tensor:
-    """The gradient of the last activation's argument z: read from the output, or at z computed again."""
-    activation = ACTIVATIONS[problem.activation]
-    if problem.activation is None:
-        return grad_output
-    if output is not None and activation.from_output is not None:
-        return activation.from_output(grad_output, output)
-    # The forward kernel, with grad_output: z is never rounded to the tensors' dtype on the way.
-    candidate = replace(candidate, name=candidate.name.replace("simt_backward", "simt_forward"))
-    return forward(candidate, problem, tensors, grad_output)
-
-
-class Steps:
-    """The launches of one backward: what they share, and how a split sum becomes a gradient."""
+class Backward:
+    """The gradients of a fused call, None where not asked for: the steps of `BackwardParams` in csrc/params.h."""
 
     def __init__(
         self,
-        problem: Problem | DepthwiseProblem,
-        x: Tensor,
-        depthwise_weight: Tensor,
-        pointwise_weight: Tensor | None = None,
-        depthwise_bias: Tensor | None = None,
-        grad_z: Tensor | None = None,
+        candidate: Candidate,
+        problem: Problem,
+        grad_output: Tensor,
+        tensors: Tensors,
+        output: Tensor | None,
+        mask: tuple[bool, ...],
     ) -> None:
-        self._problem = problem
-        self._x, self._grad_z = x, grad_z
-        self._weights = contiguous(depthwise_weight, pointwise_weight, depthwise_bias)
+        x, depthwise_weight, pointwise_weight, bias, depthwise_bias, _ = tensors
+        self._mask = mask
+        self._activation = ACTIVATIONS[problem.activation]
+        self._again = None
+        if problem.activation is not None and (output is None or self._activation.from_output is None):
+            # The forward kernel, with grad_output: z is never rounded to the tensors' dtype on the way.
+            forward = replace(candidate, name=candidate.name.replace("simt_backward", "simt_forward"))
+            self._again = Forward(forward, problem, tensors, grad_output)
+        self._shape = (problem.N, problem.K, problem.out_h, problem.out_w)
+        self._strides = output_strides(x, self._shape)
+        want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, _ = mask
+        self._intermediate = self._input = self._depthwise = self._pointwise = None
+        if want_x or want_depthwise or want_depthwise_bias:
+            self._intermediate = Step("intermediate", problem, x)
+            self._input = Step("input", problem, x) if want_x else None
+            self._depthwise = SplitSums(
+                "depthwise_weight",
+                problem,
+                x,
+                candidate.depthwise_splits,
+                depthwise_weight if want_depthwise else None,
+                depthwise_bias if want_depthwise_bias else None,
+            )
+        if want_pointwise:
+            self._pointwise = SplitSums(
+                "pointwise_weight",
+                problem,
+                x,
+                candidate.pointwise_splits,
+                pointwise_weight,
+                bias if want_bias else None,
+            )
 
-    def step(
+    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
+        _, _, _, want_bias, _, want_residual = self._mask
+        x = tensors[0]
+        if self._again is not None:
+            grad_z = self._again(*tensors, grad_output)
+        elif self._activation.from_output is not None:
+            grad_z = self._activation.from_output(grad_output, output)
+        weights = [None if t is None else t.contiguous() for t in (tensors[1], tensors[2], tensors[4])]
+        grad_x = grad_depthwise = grad_depthwise_bias = grad_pointwise = grad_bias = None
+        if self._intermediate is not None:
+            grad_t = torch.empty_strided(self._shape, self._strides, dtype=x.dtype, device=x.device)
+            self._intermediate(x, weights, grad_z=grad_z, grad_t=grad_t)
+            if self._input is not None:
+                grad_x = torch.empty_like(x)
+                self._input(x, weights, grad_t=grad_t, grad_x=grad_x)
+            grad_depthwise, grad_depthwise_bias = self._depthwise(x, weights, grad_t=grad_t)
+        if self._pointwise is not None:
+            grad_pointwise, grad_bias = self._pointwise(x, weights, grad_z=grad_z)
+        elif want_bias:
+            grad_bias = grad_z.sum((0, 2, 3))
+        grad_residual = grad_z if want_residual else None
+        return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_residual
+
+
+class Step:
+    """One launch of a backward. Its gradients may come in any strides: a launch is prepared for each that was met."""
+
+    def __init__(self, name: str, problem: Problem | DepthwiseProblem, x: Tensor, splits: Splits | None = None) -> None:
+        self._instance = f"simt_backward_{name}_{problem.dtype}_{problem.layout}"
+        self._problem, self._splits, self._x_strides = problem, splits, x.stride()
+        self._launches: dict[tuple, Any] = {}
+
+    def __call__(
         self,
-        name: str,
+        x: Tensor,
+        weights: list[Tensor | None],
         *,
+        grad_z: Tensor | None = None,
         grad_t: Tensor | None = None,
         grad_x: Tensor | None = None,
         partial_weight: Tensor | None = None,
         partial_bias: Tensor | None = None,
-        splits: Splits | None = None,
     ) -> None:
-        if self._problem.N == 0:
+        """`weights` are depthwise_weight, pointwise_weight and depthwise_bias, contiguous."""
+        if not self._problem.N:
             return
-        loader.load().backward(
-            f"simt_backward_{name}_{self._problem.dtype}_{self._problem.layout}",
-            conv_shape(self._problem),
-            image_of(self._x),
-            *map(address, self._weights),
-            image_of(self._grad_z),
-            image_of(grad_t),
-            image_of(grad_x),
+        strides = strides_of(grad_z), strides_of(grad_t), strides_of(grad_x)
+        launch = self._launches.get(strides)
+        if launch is None:
+            splits = self._splits or Splits(0, 0)
+            launch = self._launches[strides] = loader.load().BackwardLaunch(
+                self._instance,
+                conv_shape(self._problem),
+                (0, 0, 0, 0, 0),
+                splits.pixels_per_part,
+                splits.parts,
+                self._x_strides,
+                *strides,
+            )
+        depthwise_weight, pointwise_weight, depthwise_bias = weights
+        launch(
+            x.data_ptr(),
+            address(depthwise_weight),
+            address(pointwise_weight),
+            address(depthwise_bias),
+            address(grad_z),
+            address(grad_t),
+            address(grad_x),
             address(partial_weight),
             address(partial_bias),
-            splits.pixels_per_part if splits else 0,
-            splits.parts if splits else 0,
-            (0, 0, 0, 0, 0),
-            stream_of(self._x.device),
+            stream_of(x.device.index),
         )
 
-    def split_sums(
-        self, name: str, splits: Splits | None, weight: Tensor | None, bias: Tensor | None, grad_t: Tensor | None = None
+
+class SplitSums:
+    """The gradients of a weight and a bias, None for None: partial sums by one step, then their ordered reductions."""
+
+    def __init__(
+        self,
+        name: str,
+        problem: Problem | DepthwiseProblem,
+        x: Tensor,
+        splits: Splits | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        self._wanted = splits is not None and (weight is not None or bias is not None)
+        if self._wanted:
+            self._step = Step(name, problem, x, splits) if problem.N else None
+            self._sums = [None if like is None else Reduction(splits.parts, like) for like in (weight, bias)]
+
+    def __call__(
+        self, x: Tensor, weights: list[Tensor | None], **gradients: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of a weight and a bias, None for None: partial sums, then their ordered reduction."""
-        if (weight is None and bias is None) or splits is None:
+        if not self._wanted:
             return None, None
-        if self._problem.N == 0:
-            return tuple(None if like is None else torch.zeros_like(like) for like in (weight, bias))
-        compute = torch.float64 if self._x.dtype == torch.float64 else torch.float32
-        partials = [
-            None if like is None else torch.empty(splits.parts, like.numel(), dtype=compute, device=like.device)
-            for like in (weight, bias)
-        ]
-        self.step(name, grad_t=grad_t, partial_weight=partials[0], partial_bias=partials[1], splits=splits)
-        return tuple(
-            None if part is None else reduced(part, like) for part, like in zip(partials, (weight, bias), strict=True)
-        )
+        if self._step is None:
+            return tuple(None if sums is None else sums.zeros(x) for sums in self._sums)
+        partials = [None if sums is None else sums.empty(x) for sums in self._sums]
+        self._step(x, weights, **gradients, partial_weight=partials[0], partial_bias=partials[1])
+        return tuple(None if sums is None else sums(part) for sums, part in zip(self._sums, partials, strict=True))
 
 
-def reduced(partials: Tensor, like: Tensor) -> Tensor:
-    """The sum over the parts, in their order, in the shape and dtype of the weight whose gradient it is."""
-    parts, count = partials.shape[0], like.numel()
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    loader.load().reduce(
-        f"reduce_splits_{str(like.dtype).removeprefix('torch.')}",
-        address(partials),
-        address(out),
-        count,
-        parts,
-        stream_of(like.device),
-    )
-    return out
+class Reduction:
+    """A sum over parts, in their order, in the shape and dtype of the tensor whose gradient it is."""
+
+    def __init__(self, parts: int, like: Tensor) -> None:
+        self._parts, self._shape, self._count, self._dtype = parts, like.shape, like.numel(), like.dtype
+        self._compute = torch.float64 if like.dtype == torch.float64 else torch.float32
+        instance = f"reduce_splits_{str(like.dtype).removeprefix('torch.')}"
+        self._launch = loader.load().ReduceLaunch(instance, self._count, parts)
+
+    def empty(self, x: Tensor) -> Tensor:
+        """Memory for the parts, (parts, count), where x is."""
+        return torch.empty((self._parts, self._count), dtype=self._compute, device=x.device)
+
+    def zeros(self, x: Tensor) -> Tensor:
+        """The sum over no parts."""
+        return torch.zeros(self._shape, dtype=self._dtype, device=x.device)
+
+    def __call__(self, partials: Tensor) -> Tensor:
+        out = torch.empty(self._shape, dtype=self._dtype, device=partials.device)
+        self._launch(partials.data_ptr(), out.data_ptr(), stream_of(partials.device.index))
+        return out

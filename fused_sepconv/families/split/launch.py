@@ -1,4 +1,4 @@
-"""Runs the split family: our depthwise kernels, and PyTorch's own 1x1 beside them."""
+"""Launches of the split family: our depthwise kernels, and PyTorch's own 1x1 beside them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_sepconv.families.depthwise import launch as depthwise_launch
+from fused_sepconv.families.depthwise import launch as depthwise
 from fused_sepconv.native.marshalling import Tensors
 from fused_sepconv.planning.problem import Candidate, Problem
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import as_output, empty_output
-from fused_sepconv.tensors.torch_private import addmm_relu
+
+Gradients = tuple[Tensor | None, ...]
 
 _IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -26,121 +27,155 @@ _IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 
 
-def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
-    """The output: the depthwise result through device memory, then the 1x1, residual and activation."""
-    x, _, pointwise_weight, bias, _, residual = tensors
-    (depthwise,) = candidate.steps
-    t = _intermediate(depthwise, problem, tensors)
-    if candidate.pointwise == "matmul" and problem.activation == "relu" and residual is None:
-        return as_output(x, _matmul(t, pointwise_weight, bias, relu=True))
-    z = _pointwise(candidate, t, pointwise_weight, bias)
-    if residual is not None:
-        z.add_(residual)
-    return as_output(x, _IN_PLACE[problem.activation](z))
+class Forward:
+    """y: the depthwise result through device memory, then the 1x1, residual and activation."""
+
+    def __init__(self, candidate: Candidate, problem: Problem, tensors: Tensors) -> None:
+        (step,) = candidate.steps
+        self._intermediate = Intermediate(step, problem, tensors)
+        self._pointwise = Pointwise(candidate)
+        self._activation = None if problem.activation is None else _IN_PLACE[problem.activation]
+
+    def __call__(
+        self,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        pointwise_weight: Tensor,
+        bias: Tensor | None,
+        depthwise_bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        v = self._intermediate.depthwise(x, depthwise_weight, depthwise_bias)
+        z = self._pointwise(v, pointwise_weight, bias)
+        if residual is not None:
+            z.add_(residual)
+        return as_output(x, z if self._activation is None else self._activation(z))
 
 
-def backward(
-    candidate: Candidate,
-    problem: Problem,
-    grad_output: Tensor,
-    tensors: Tensors,
-    output: Tensor | None,
-    output_mask: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+class Backward:
     """The six gradients, None where not asked for; the depthwise result is computed again at most once."""
-    want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
-    x, _, pointwise_weight, *_ = tensors
-    again, one_pass = candidate.steps
-    grad_z, t = gradient_of_argument(candidate, again, problem, grad_output, tensors, output)
-    if want_pointwise and t is None:
-        t = _intermediate(again, problem, tensors)
-    want_t = want_x or want_depthwise or want_depthwise_bias
-    grad_t, grad_pointwise, grad_bias = pointwise_backward(
-        candidate, grad_z, t, pointwise_weight, (want_t, want_pointwise, want_bias), x
-    )
-    grad_x = grad_depthwise = grad_depthwise_bias = None
-    if want_t:
-        grad_x, grad_depthwise, grad_depthwise_bias = depthwise_backward(
-            one_pass, problem, grad_t, tensors, (want_x, want_depthwise, want_depthwise_bias)
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        problem: Problem,
+        grad_output: Tensor,
+        tensors: Tensors,
+        output: Tensor | None,
+        mask: tuple[bool, ...],
+    ) -> None:
+        again, one_pass = candidate.steps
+        self._mask = mask
+        self._intermediate = Intermediate(again, problem, tensors)
+        self._argument = ArgumentGradient(candidate, problem, self._intermediate, output)
+        self._pointwise = Pointwise(candidate)
+        self._depthwise = DepthwiseBackward(one_pass, problem, tensors, mask)
+
+    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
+        want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = self._mask
+        grad_z, v = self._argument(grad_output, tensors, output)
+        if want_pointwise and v is None:
+            v = self._intermediate(tensors)
+        want_v = want_x or want_depthwise or want_depthwise_bias
+        grad_v, grad_pointwise, grad_bias = self._pointwise.backward(
+            grad_z, v, tensors[2], (want_v, want_pointwise, want_bias), tensors[0]
         )
-    return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
+        grad_x = grad_depthwise = grad_depthwise_bias = None
+        if want_v:
+            grad_x, grad_depthwise, grad_depthwise_bias = self._depthwise(grad_v, tensors)
+        grad_residual = grad_z if want_residual else None
+        return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_residual
 
 
-def gradient_of_argument(
-    candidate: Candidate,
-    again: Candidate,
-    problem: Problem,
-    grad_output: Tensor,
-    tensors: Tensors,
-    output: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the last activation's argument z, and the depthwise result where z was computed again for it.
+class Intermediate:
+    """v, the depthwise result through the mid-activation."""
 
-    `again` is the kernel of the depthwise result.
-    """
-    if problem.activation is None:
-        return grad_output, None
-    activation = ACTIVATIONS[problem.activation]
-    if output is not None and activation.from_output is not None:
-        return activation.from_output(grad_output, output), None
-    _, _, pointwise_weight, bias, _, residual = tensors
-    t = _intermediate(again, problem, tensors)
-    z = _pointwise(candidate, t, pointwise_weight, bias)
-    return activation.backward(grad_output, z if residual is None else z.add_(residual)), t
+    def __init__(self, step: Candidate, problem: Problem, tensors: Tensors) -> None:
+        x, depthwise_weight, _, _, depthwise_bias, _ = tensors
+        self.depthwise = depthwise.Forward(step, problem.depthwise("forward"), (x, depthwise_weight, depthwise_bias))
+
+    def __call__(self, tensors: Tensors) -> Tensor:
+        x, depthwise_weight, _, _, depthwise_bias, _ = tensors
+        return self.depthwise(x, depthwise_weight, depthwise_bias)
 
 
-def depthwise_backward(
-    one_pass: Candidate, problem: Problem, grad_t: Tensor, tensors: Tensors, mask: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, the depthwise weight and its bias from that of the 1x1's input."""
-    x, depthwise_weight, _, _, depthwise_bias, _ = tensors
-    return depthwise_launch.backward(
-        one_pass, problem.depthwise("backward"), x, depthwise_weight, depthwise_bias, grad_t, mask
-    )
+class ArgumentGradient:
+    """The gradient of the last activation's argument z, and v where z was computed again for it, else None."""
+
+    def __init__(
+        self, candidate: Candidate, problem: Problem, intermediate: Intermediate, output: Tensor | None
+    ) -> None:
+        self._identity = problem.activation is None
+        self._activation = ACTIVATIONS[problem.activation]
+        self._from_output = self._activation.from_output if output is not None else None
+        self._intermediate, self._pointwise = intermediate, Pointwise(candidate)
+
+    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self._identity:
+            return grad_output, None
+        if self._from_output is not None:
+            return self._from_output(grad_output, output), None
+        _, _, pointwise_weight, bias, _, residual = tensors
+        v = self._intermediate(tensors)
+        z = self._pointwise(v, pointwise_weight, bias)
+        return self._activation.backward(grad_output, z if residual is None else z.add_(residual)), v
 
 
-def _intermediate(step: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
-    """The depthwise result."""
-    x, depthwise_weight, _, _, depthwise_bias, _ = tensors
-    return depthwise_launch.forward(step, problem.depthwise("forward"), x, depthwise_weight, depthwise_bias)
+class DepthwiseBackward:
+    """The gradients of x, the depthwise weight and its bias from grad_v, that of the 1x1's input."""
+
+    def __init__(self, step: Candidate, problem: Problem, tensors: Tensors, mask: tuple[bool, ...]) -> None:
+        x, depthwise_weight, _, _, depthwise_bias, _ = tensors
+        want_x, want_depthwise, _, _, want_depthwise_bias, _ = mask
+        self._run = depthwise.Backward(
+            step,
+            problem.depthwise("backward"),
+            None,
+            (x, depthwise_weight, depthwise_bias),
+            None,
+            (want_x, want_depthwise, want_depthwise_bias),
+        )
+
+    def __call__(self, grad_v: Tensor, tensors: Tensors) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, depthwise_weight, _, _, depthwise_bias, _ = tensors
+        return self._run(grad_v, (x, depthwise_weight, depthwise_bias), None)
 
 
-def _pointwise(candidate: Candidate, t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The 1x1 in a tensor of its own: (N, F, out_h, out_w)."""
-    return _matmul(t, weight, bias) if candidate.pointwise == "matmul" else F.conv2d(t, weight, bias)
+class Pointwise:
+    """PyTorch's own 1x1 and its gradients: by "conv2d", or by "matmul" on an NHWC image's pixels as rows."""
 
+    def __init__(self, candidate: Candidate) -> None:
+        self._matmul = candidate.pointwise == "matmul"
 
-def _matmul(t: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    """The 1x1 of an NHWC image as a product of its pixels, as rows, with the weight."""
-    rows, columns = _rows(t), weight.flatten(1).t()
-    if relu:
-        bias = rows.new_zeros(weight.shape[0]) if bias is None else bias
-        z = addmm_relu(bias, rows, columns)
-    else:
+    def __call__(self, v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """z in a tensor of its own: (N, F, out_h, out_w)."""
+        if not self._matmul:
+            return F.conv2d(v, weight, bias)
+        rows, columns = _rows(v), weight.flatten(1).t()
         z = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
-    return _image(z, t.shape)
+        return _image(z, v.shape)
 
-
-def pointwise_backward(
-    candidate: Candidate, grad_z: Tensor, t: Tensor | None, weight: Tensor, mask: tuple[bool, bool, bool], x: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the 1x1's input, weight and bias, None where the mask does not ask."""
-    want_t, want_weight, want_bias = mask
-    if candidate.pointwise == "matmul":
-        rows, features = _rows(grad_z), weight.flatten(1)
-        return (
-            _image(torch.mm(rows, features), grad_z.shape) if want_t else None,
-            torch.mm(rows.t(), _rows(t)).view(weight.shape) if want_weight else None,
-            grad_z.sum((0, 2, 3)) if want_bias else None,
+    def backward(
+        self, grad_z: Tensor, v: Tensor | None, weight: Tensor, mask: tuple[bool, bool, bool], x: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of the 1x1's input, weight and bias, None where the mask does not ask."""
+        want_v, want_weight, want_bias = mask
+        grad_v = None
+        if self._matmul and want_v:
+            grad_v = _image(torch.mm(_rows(grad_z), weight.flatten(1)), grad_z.shape)
+            mask = (False, want_weight, want_bias)
+        if not any(mask):
+            return grad_v, None, None
+        if v is None:
+            # Only the weight's gradient reads v; of this one, PyTorch looks at the shape and strides.
+            n, _, height, width = grad_z.shape
+            v = empty_output(x, (n, weight.shape[1], height, width))
+        # The weight's gradient by a convolution in every dtype: it sums in float32, where a matrix product in 16 bits
+        # may split its sum over all pixels into parts that it adds in 16 bits.
+        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_z, v, weight, [weight.shape[0]], (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask
         )
-    if t is None:
-        # Only the weight's gradient reads the input; of this one, PyTorch looks at the shape and strides.
-        n, _, height, width = grad_z.shape
-        t = empty_output(x, (n, weight.shape[1], height, width))
-    grads = torch.ops.aten.convolution_backward(
-        grad_z, t, weight, [weight.shape[0]], (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask
-    )
-    return tuple(grads)
+        return grad_v if self._matmul else grad_input, grad_weight, grad_bias
 
 
 def _rows(image: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""The families by name, and how each prepares a candidate: one protocol for all of them.
+
+`forward(candidate, problem, tensors)` and `backward(candidate, problem, grad_output, tensors, output, mask)` look at
+the strides and dtypes of the tensors given, and make something that runs on every later call like this one:
+`run(*tensors)` gives the output, `run(grad_output, tensors, output)` the gradients, None where the mask does not ask.
+`output` is the forward's result where the last activation's derivative is read from it, else None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fused_sepconv.families.depthwise import launch as depthwise
+from fused_sepconv.families.mma import launch as mma
+from fused_sepconv.families.pytorch import launch as pytorch
+from fused_sepconv.families.simt import launch as simt
+from fused_sepconv.families.split import launch as split
+
+RunForward = Callable[..., Tensor]
+RunBackward = Callable[[Tensor, tuple[Any, ...], "Tensor | None"], "tuple[Tensor | None, ...]"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Prepares both directions of a family's candidates."""
+
+    forward: Callable[..., RunForward]
+    backward: Callable[..., RunBackward]
+
+
+SEPARABLE_CONV2D = {
+    "reference": Family(pytorch.SeparableForward, pytorch.SeparableBackward),
+    "simt": Family(simt.Forward, simt.Backward),
+    "split": Family(split.Forward, split.Backward),
+    "mma": Family(mma.prepare_forward, mma.prepare_backward),
+}
+DEPTHWISE_CONV2D = {
+    "reference": Family(pytorch.DepthwiseForward, pytorch.DepthwiseBackward),
+    "simt": Family(depthwise.Forward, depthwise.Backward),
+    "depthwise": Family(depthwise.Forward, depthwise.Backward),
+}

@@ -1,0 +1,161 @@
+"""Prepared calls: the first call of a signature does all the thinking; later ones look it up, allocate and launch.
+
+A signature is what a tensor's metadata decides: shape, strides, dtype, device, alignment. Nothing of its contents is
+kept. Whatever else changes what runs is in the key too: the arguments, the backend, PyTorch's precision and determinism
+flags, and the generation of what was measured.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_sepconv.families.registry import RunBackward, RunForward
+from fused_sepconv.ops import launching
+from fused_sepconv.planning import choice
+from fused_sepconv.planning.problem import Candidate
+from fused_sepconv.tensors.memory_format import tf32
+
+if TYPE_CHECKING:
+    from fused_sepconv.ops.operators import Operator
+
+MOST = 4096
+"""Prepared calls that are kept; the oldest leaves for a new one."""
+
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_deterministic = torch._C._get_deterministic_algorithms
+_cudnn_benchmark, _cudnn_deterministic = torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic
+
+_calls: dict[tuple, Prepared] = {}
+_lock = threading.Lock()
+
+
+def clear() -> None:
+    """Forgets all prepared calls."""
+    with _lock:
+        _calls.clear()
+
+
+def keep(cache: dict[tuple, Any], key: tuple, value: Any) -> Any:
+    """Puts a value into a bounded cache; returns it."""
+    with _lock:
+        while len(cache) >= MOST:
+            del cache[next(iter(cache))]
+        cache[key] = value
+    return value
+
+
+class Prepared:
+    """A checked call of an operator, on tensors of one signature, under one backend: both directions of it."""
+
+    def __init__(self, operator: Operator, tensors: tuple[Tensor | None, ...], arguments: tuple, backend: str) -> None:
+        self.operator, self.arguments, self.backend = operator, arguments, backend
+        self._index = tensors[0].device.index if tensors[0].is_cuda else None
+        self._forward: RunForward | None = None
+        self._backwards: dict[tuple, RunBackward] = {}
+
+    def forward(self, *tensors: Tensor | None) -> Tensor:
+        """The output."""
+        run = self._forward or self._prepare_forward(tensors)
+        if self._index is None or self._index == _current_device():
+            return run(*tensors)
+        with torch.cuda.device(self._index):
+            return run(*tensors)
+
+    def backward(
+        self, grad_output: Tensor, tensors: tuple[Tensor | None, ...], output: Tensor | None, mask: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """A gradient for each tensor, None where the mask does not ask."""
+        key = (*_signature(grad_output), *(() if output is None else _signature(output)), mask)
+        run = self._backwards.get(key) or self._prepare_backward(key, grad_output, tensors, output, mask)
+        if self._index is None or self._index == _current_device():
+            return run(grad_output, tensors, output)
+        with torch.cuda.device(self._index):
+            return run(grad_output, tensors, output)
+
+    def _prepare_forward(self, tensors: tuple[Tensor | None, ...]) -> RunForward:
+        problem = self.operator.problem_of("forward", tensors, self.arguments)
+
+        def trial(candidate: Candidate, problem: Any, arguments: Any, own: tuple) -> Tensor:
+            return self.operator.families[candidate.family].forward(candidate, problem, own)(*own)
+
+        with launching.on_device(tensors[0].device):
+            decision = launching.choose(problem, tensors[0].device, self.backend, trial, self.arguments, tensors)
+            run = self.operator.families[decision.candidate.family].forward(decision.candidate, problem, tensors)
+        run = launching.guarded(run, decision.candidate, problem, tensors[0].device)
+        if decision.settled:
+            self._forward = run
+        return run
+
+    def _prepare_backward(
+        self,
+        key: tuple,
+        grad_output: Tensor,
+        tensors: tuple[Tensor | None, ...],
+        output: Tensor | None,
+        mask: tuple[bool, ...],
+    ) -> RunBackward:
+        x = tensors[0]
+        problem = self.operator.problem_of("backward", tensors, self.arguments)
+        shape = (problem.N, getattr(problem, "F", problem.K), problem.out_h, problem.out_w)
+        _check_like("grad_output", grad_output, x, shape)
+        if output is not None:
+            _check_like("output", output, x, shape)
+        wanted = self.operator.tuned_gradients
+
+        def trial(candidate: Candidate, problem: Any, arguments: Any, own: tuple) -> tuple[Tensor | None, ...]:
+            grad, *inputs, y = own
+            family = self.operator.families[candidate.family]
+            return family.backward(candidate, problem, grad, tuple(inputs), y, wanted)(grad, tuple(inputs), y)
+
+        with launching.on_device(x.device):
+            everything = (grad_output, *tensors, output)
+            decision = launching.choose(problem, x.device, self.backend, trial, self.arguments, everything)
+            family = self.operator.families[decision.candidate.family]
+            run = family.backward(decision.candidate, problem, grad_output, tensors, output, mask)
+        run = launching.guarded(run, decision.candidate, problem, x.device)
+        if decision.settled:
+            if len(self._backwards) >= 64:  # gradients of ever new strides
+                self._backwards.clear()
+            self._backwards[key] = run
+        return run
+
+
+def find(operator: Operator, tensors: tuple[Tensor | None, ...], arguments: tuple, backend: str) -> Prepared:
+    """The prepared call of checked tensors and arguments; ValueError or TypeError where they are not right."""
+    key: list[Any] = [operator.name, arguments, backend, *flags(tensors[0], backend)]
+    for tensor in tensors:
+        key += (None,) if tensor is None else _signature(tensor)
+    found = _calls.get(key := tuple(key))
+    if found is None:
+        operator.check(tensors, arguments)
+        found = keep(_calls, key, Prepared(operator, tensors, arguments, backend))
+    return found
+
+
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
+
+
+def flags(x: Tensor, backend: str) -> tuple[Any, ...]:
+    """What changes a choice besides the call: PyTorch's flags, a family asked for, what was measured since."""
+    if x.is_cuda:
+        found = (launching.wish.family, choice.generation, _deterministic(), _cudnn_benchmark(), _cudnn_deterministic())
+    elif backend == "fused":
+        found = (launching.wish.family,)
+    else:
+        return ()  # PyTorch's own, whatever is set
+    return (*found, tf32()) if x.dtype is torch.float32 else found
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected the output's shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")

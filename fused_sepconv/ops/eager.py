@@ -1,0 +1,184 @@
+"""Eager calls on plain tensors, which skip PyTorch's dispatcher.
+
+A call with nothing unusual about it (no compiler, mode, transform, tracer, tensor subclass or forward-mode derivative)
+is a lookup by everything that decides what runs; all others go through the operator. Both end in `calls.Prepared`.
+
+Where PyTorch's own convolutions run, they run as such: PyTorch's autograd differentiates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sepconv.ops import autograd, calls
+from fused_sepconv.ops.backend import BACKENDS
+from fused_sepconv.ops.calls import Prepared
+from fused_sepconv.ops.operators import Operator, asks_the_plan
+from fused_sepconv.ops.torch_internals import (
+    excluded_keys,
+    included_keys,
+    is_plain_state,
+    may_skip_dispatcher,
+    tensor_keys,
+)
+from fused_sepconv.tensors.memory_format import as_gradient
+
+Route = Callable[..., Tensor]
+
+_routes: dict[tuple, Route | None] = {}
+_UNKNOWN: Any = object()
+
+
+def run(operator: Operator, tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str) -> Tensor | None:
+    """The result of an eager call, or None where it has to go through PyTorch's dispatcher.
+
+    `tensors` and `options` are a user's own. A call that was not met before is checked.
+    """
+    if not may_skip_dispatcher():
+        return None
+    try:
+        # repr tells 1 from True and 1.0, which are equal as keys.
+        parts: list[Any] = [
+            operator.name,
+            repr(options),
+            backend,
+            included_keys().raw_repr(),
+            excluded_keys().raw_repr(),
+            *calls.flags(tensors[0], backend),
+        ]
+        for tensor in tensors:
+            if tensor is None:
+                parts.append(None)
+            else:
+                parts += (
+                    tensor.shape,
+                    tensor.stride(),
+                    tensor.dtype,
+                    tensor.device,
+                    tensor.data_ptr() & 15,
+                    tensor_keys(tensor).raw_repr(),
+                    tensor.__class__,
+                )
+        key = tuple(parts)
+        route = _routes.get(key, _UNKNOWN)
+    except Exception:  # no tensor, no strides, no hash: whatever it is, the checks will say
+        return None
+    if route is _UNKNOWN:
+        route = calls.keep(_routes, key, _route(operator, tensors, options, backend))
+    return None if route is None else route(*tensors)
+
+
+def clear() -> None:
+    """Forgets all routes and prepared calls."""
+    _routes.clear()
+    calls.clear()
+
+
+def _route(operator: Operator, tensors: tuple, options: tuple, backend: str) -> Route | None:
+    """How calls of one key run; None for the dispatcher."""
+    x = tensors[0]
+    if not _are_plain(tensors) or not is_plain_state() or x.dim() != 4 or backend not in BACKENDS:
+        return None
+    if x.device.type not in ("cpu", "cuda"):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return _Autocast(operator, options, backend, x.device.type)
+    arguments = operator.normalise(tensors, options)
+    if asks_the_plan(x, backend):
+        return _Kernels(calls.find(operator, tensors, arguments, backend))
+    return operator.composed(arguments, tensors)
+
+
+class _Autocast:
+    """Casts as a convolution under autocast would, then runs without it."""
+
+    def __init__(self, operator: Operator, options: tuple, backend: str, device_type: str) -> None:
+        self._operator, self._options, self._backend, self._device_type = operator, options, backend, device_type
+
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        dtype = torch.get_autocast_dtype(self._device_type)
+        cast = tuple(
+            tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors
+        )
+        with torch.autocast(self._device_type, enabled=False):
+            y = run(self._operator, cast, self._options, self._backend)
+            if y is None:
+                arguments = self._operator.normalise(cast, self._options)
+                y = self._operator.forward(*cast, *arguments, self._backend)
+        return y
+
+
+class _Kernels:
+    """What the plan chooses, with a derivative where one can be asked for."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    return _apply(self._prepared, *tensors)
+        return self._prepared.forward(*tensors)
+
+
+class _Function(torch.autograd.Function):
+    """A prepared call and its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, prepared: Prepared, *tensors: Tensor | None) -> Tensor:
+        y = prepared.forward(*tensors)
+        ctx.prepared = prepared
+        ctx.save_for_backward(*autograd.saved(prepared.operator, tensors, y, prepared.arguments.activation))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        prepared = ctx.prepared
+        operator, arguments, backend = prepared.operator, prepared.arguments, prepared.backend
+        kept, mask = ctx.saved_tensors, ctx.needs_input_grad[1:]
+
+        def run(tensors: list[Tensor | None], output: Tensor | None, mask: tuple[bool, ...]) -> Any:
+            if _differentiates_plainly(grad_output, *tensors):
+                call = calls.find(operator, tuple(tensors), arguments, backend)
+                found = list(call.backward(grad_output, tuple(tensors), output, mask))
+                for image in operator.images:
+                    if found[image] is not None:
+                        found[image] = as_gradient(tensors[image], found[image])
+                return found
+            return operator.backward(grad_output, *tensors, output, *arguments, backend, mask)
+
+        return None, *autograd.gradients(operator, grad_output, kept, mask, arguments.activation, run)
+
+
+# `Function.apply` in Python binds the arguments by their signature and asks for transforms, of which there are none
+# here: most of its time. Its base class does the rest.
+_apply: Route = super(torch.autograd.Function, _Function).apply
+
+
+def _differentiates_plainly(grad_output: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether the gradients are numbers alone: not differentiated in their turn, nor seen by a mode or transform."""
+    return (
+        not torch.is_grad_enabled()
+        and may_skip_dispatcher()
+        and is_plain_state()
+        and not torch.is_autocast_enabled(grad_output.device.type)
+        and _are_plain((grad_output, *tensors))
+    )
+
+
+def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a kernel may read the tensors' memory as it is: no subclass, lazy negation or tensor of zeros without
+    memory."""
+    for tensor in tensors:
+        if tensor is not None and (
+            (tensor.__class__ is not Tensor and tensor.__class__ is not torch.nn.Parameter)
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
+        ):
+            return False
+    return True

@@ -1,0 +1,93 @@
+"""Names of PyTorch's that are not public, each with what happens where it is missing. Imported here alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+try:
+    # How `torch.autograd.Function.apply` and its functorch rule work inside, as they have since 2.0. Without them the
+    # operators have no derivatives, so the import fails.
+    from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+    from torch._C import _AutoDispatchBelowAutograd as AutoDispatchBelowAutograd
+    from torch._functorch.utils import enable_single_level_autograd_function as single_level_autograd_function
+    from torch._VF import _unpack_dual
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode_enabled
+except ImportError as error:
+    raise ImportError(
+        f"fused_sepconv uses names inside PyTorch that this one, {torch.__version__}, does not have: {error}. "
+        "It is tested with PyTorch 2.6 to 2.14"
+    ) from error
+
+__all__ = [
+    "AutoDispatchBelowAutograd",
+    "are_functorch_transforms_active",
+    "below_subclasses",
+    "has_tangent",
+    "in_forward_mode",
+    "is_plain_state",
+    "may_skip_dispatcher",
+    "set_forward_mode_enabled",
+    "single_level_autograd_function",
+]
+
+_C = torch._C
+_NAMES = (
+    "_dispatch_keys",
+    "_dispatch_tls_local_exclude_set",
+    "_dispatch_tls_local_include_set",
+    "_get_tracing_state",
+    "_len_torch_dispatch_stack",
+    "_len_torch_function_stack",
+)
+_complete = all(hasattr(_C, name) for name in _NAMES) and hasattr(forward_ad, "_current_level")
+"""Where a name is missing, every call goes through the dispatcher: as right, and slower."""
+
+if _complete:
+    tensor_keys = _C._dispatch_keys
+    """A tensor's dispatch keys: wrappers, lazy negation and the like have keys of their own. Read with `raw_repr()`."""
+    included_keys = _C._dispatch_tls_local_include_set
+    excluded_keys = _C._dispatch_tls_local_exclude_set
+    """The keys that this thread adds and leaves out: modes, transforms, tracers and autocast change them."""
+    _function_modes = _C._len_torch_function_stack
+    _profiles = _C._autograd._profiler_enabled
+
+
+def may_skip_dispatcher() -> bool:
+    """Whether nobody wants to see the operator itself: no compiler, function mode, profiler or forward-mode derivative.
+
+    The rest is in the dispatch keys of the thread and the tensors.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _complete
+        and not in_forward_mode()
+        and not _function_modes()
+        and not _profiles()
+    )
+
+
+def is_plain_state() -> bool:
+    """Whether no dispatch mode, `torch.func` transform or tracer is active."""
+    return not (
+        _C._len_torch_dispatch_stack() or are_functorch_transforms_active() or _C._get_tracing_state() is not None
+    )
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode level was entered in Python."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether the tensor is dual. Costs a view of it."""
+    return _unpack_dual(tensor, level=0).tangent is not None
+
+
+def below_subclasses() -> AbstractContextManager[Any]:
+    """Where a kernel works: a tensor subclass's own `__torch_function__` and `new_empty` are not asked again."""
+    return _C.DisableTorchFunctionSubclass()
