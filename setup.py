@@ -6,8 +6,10 @@ import os
 import shutil
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -23,6 +25,23 @@ try:
     toolkit, why_without = choose_toolkit(os.environ)
 except BuildError as error:
     raise SystemExit(f"fused_sepconv: {error}") from None
+
+
+def missing_requirements() -> list[str]:
+    """What a build without isolation (`pip install --no-build-isolation`) lacks: pip leaves that to the build."""
+    missing = []
+    if int(setuptools.__version__.split(".")[0]) < 65:
+        missing.append(f"setuptools>=65 (found {setuptools.__version__})")
+    if not find_spec("setuptools.command.bdist_wheel") and not find_spec("wheel"):  # setuptools has it since 70.1
+        missing.append("wheel")
+    if toolkit is not None:
+        missing += [name for name in ("pybind11", "ninja") if not find_spec(name)]
+    return missing
+
+
+if {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv) and (missing := missing_requirements()):
+    quoted = " ".join(f'"{item.split(" (")[0]}"' for item in missing)
+    raise SystemExit(f"fused_sepconv: this build lacks {', '.join(missing)}. `pip install {quoted}` brings it")
 
 
 class BuildPython(build_py):

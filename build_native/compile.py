@@ -122,7 +122,10 @@ def ninja_file(csrc: Path, toolkit: Toolkit, gencode: list[str], pybind11: str, 
             *["-include", "build_info.h", *(f"-I{include}" for include in includes)],
         ),
         nvccflags=ninja_words(
-            *["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"],
+            *["-O3", "-std=c++17", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"],
+            # Without -lineinfo, which makes the module larger: NVCC_APPEND_FLAGS=-lineinfo adds it, so that profilers
+            # and compute-sanitizer name source lines.
+            *(["--compress-mode=size"] if toolkit.compresses() else ["-Xfatbin=-compress-all"]),
             *[f"-I{csrc}", *gencode],
             # nvcc's host compiler is the one that the user chose, unless that is more than a compiler's name.
             *([f"-ccbin={cxx}"] if "CXX" in environ and " " not in cxx else []),

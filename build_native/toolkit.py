@@ -11,7 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_ARCHITECTURES = ("80", "90a", "100", "120")
+OLDEST_NVCC = (12, 1)  # has all intrinsics that csrc/ uses; 11.8 fails in the middle of the build
+DEFAULT_ARCHITECTURES = ("80", "90", "100", "120")
+# Machine code serves its own major version: 80 runs on 8.6 and 8.9, 100 on 10.3, 120 on 12.1. PTX runs on every newer
+# GPU: 100's also on 11.0, which has no machine code here, where 120's would leave it with nothing.
+PORTABLE = "100"
+OLDEST_ARCHITECTURE = 80  # has cp.async and mma.sync in bfloat16
 CONVENTIONAL_ROOT = Path("/usr/local/cuda")
 REMEDIES = (
     "set CUDA_HOME to a CUDA toolkit (the folder with bin/nvcc and include/cuda_runtime.h), or install one from "
@@ -47,6 +52,15 @@ class Toolkit:
             raise ValueError(f"{root} has no libcudart_static.a")
         return cls(nvcc, include, library)
 
+    @classmethod
+    def usable_at(cls, root: Path) -> Toolkit:
+        """The toolkit whose top folder is `root`, new enough; ValueError says what is missing there."""
+        toolkit = cls.at(root)
+        release = toolkit.version()
+        if tuple(map(int, release.split("."))) < OLDEST_NVCC:
+            raise ValueError(f"{root} has nvcc {release}, older than {'.'.join(map(str, OLDEST_NVCC))}")
+        return toolkit
+
     def version(self) -> str:
         """The release that nvcc names, such as "13.0"."""
         output = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -55,8 +69,13 @@ class Toolkit:
             raise BuildError(f"{self.nvcc} --version names no release: {output.strip()!r}")
         return found[1]
 
+    def compresses(self) -> bool:
+        """Whether nvcc can make the fat binary as small as can be (--compress-mode, since 12.8)."""
+        run = subprocess.run([self.nvcc, "--help"], capture_output=True, text=True)
+        return "--compress-mode" in run.stdout
+
     def known_architectures(self) -> set[int]:
-        """The numbers that `nvcc --list-gpu-arch` prints: it names 90 where it can compile for 90 and for 90a."""
+        """The numbers that `nvcc --list-gpu-arch` prints."""
         output = subprocess.run([self.nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
         return {int(number) for number in re.findall(r"compute_(\d+)", output)}
 
@@ -92,7 +111,7 @@ def find_toolkit(environ: Mapping[str, str], conventional: Path = CONVENTIONAL_R
             refused.append(f"{name}: none")
             continue
         try:
-            return Toolkit.at(root)
+            return Toolkit.usable_at(root)
         except ValueError as missing:
             refused.append(f"{name}: {missing}")
     raise LookupError("no CUDA toolkit found (" + "; ".join(refused) + ")")
@@ -115,7 +134,7 @@ def choose_toolkit(environ: Mapping[str, str], conventional: Path = CONVENTIONAL
 
 @dataclass(frozen=True)
 class Architecture:
-    """A GPU architecture to compile for: "90a" is machine code, with `ptx` also portable code for later GPUs."""
+    """A GPU architecture to compile for: "90" is machine code, with `ptx` also portable code for later GPUs."""
 
     name: str
     ptx: bool = False
@@ -134,30 +153,56 @@ class Architecture:
         return flags
 
 
-def parse_architectures(text: str) -> list[Architecture]:
-    """Reads "80;90a" or "8.0,9.0a+PTX"."""
+# The generations that PyTorch's list may name, as far as the kernels run there.
+GENERATIONS = {"ampere": "80;86", "ada": "89", "hopper": "90", "blackwell+tegra": "110", "blackwell": "100;103;120;121"}
+
+
+def parse_architectures(text: str, variable: str = "FUSED_SEPCONV_ARCHS") -> list[Architecture]:
+    """Reads "80;90" or "8.0,9.0+PTX"."""
     architectures = []
     for item in filter(None, (item.strip() for item in re.split("[;,]", text))):
         found = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", item, re.IGNORECASE)
         if found is None:
             raise BuildError(
-                f'FUSED_SEPCONV_ARCHS: {item!r} is no architecture. Name each by its number, as in "80;90a;100+PTX" '
+                f'{variable}: {item!r} is no architecture. Name each by its number, as in "80;90;100+PTX" '
                 "('native' and the like are not supported, as a build never asks for a GPU)"
             )
         architectures.append(Architecture(found[1] + found[2] + found[3].lower(), ptx=found[4] is not None))
     return list(dict.fromkeys(architectures))
 
 
+def pytorch_architectures(text: str) -> list[Architecture]:
+    """Reads PyTorch's TORCH_CUDA_ARCH_LIST: "7.5;8.0 9.0+PTX" or "Ampere;Hopper+PTX". Drops what is too old for the
+    kernels: the list is often one for all extensions of a machine."""
+    variable, numbers = "TORCH_CUDA_ARCH_LIST", []
+    for item in re.split(r"[;,\s]+", text.strip()):
+        name, ptx = re.fullmatch(r"(.*?)(\+PTX)?", item, re.IGNORECASE).groups()
+        named = GENERATIONS.get(name.lower(), name).split(";")
+        numbers += [*named[:-1], named[-1] + (ptx or "")]
+    listed = parse_architectures(";".join(numbers), variable)
+    chosen = [architecture for architecture in listed if architecture.number >= OLDEST_ARCHITECTURE]
+    if listed and not chosen:
+        raise BuildError(
+            f"{variable} is {text!r}, but the kernels need {OLDEST_ARCHITECTURE} or newer. FUSED_SEPCONV_ARCHS names "
+            "others than PyTorch's, FUSED_SEPCONV_CUDA=0 installs without kernels"
+        )
+    return chosen
+
+
 def choose_architectures(environ: Mapping[str, str], known: set[int]) -> list[Architecture]:
-    """What FUSED_SEPCONV_ARCHS names, or the default list as far as nvcc knows it with PTX of the highest."""
+    """What FUSED_SEPCONV_ARCHS names, or TORCH_CUDA_ARCH_LIST, or the default list as far as nvcc knows it."""
     listed = ", ".join(map(str, sorted(known)))
-    chosen = parse_architectures(environ.get("FUSED_SEPCONV_ARCHS", ""))
+    variable = "FUSED_SEPCONV_ARCHS"
+    chosen = parse_architectures(environ.get(variable, ""))
+    if not chosen:
+        variable = "TORCH_CUDA_ARCH_LIST"
+        chosen = pytorch_architectures(environ.get(variable, ""))
     if chosen:
         if unknown := [architecture.name for architecture in chosen if architecture.number not in known]:
-            raise BuildError(f"FUSED_SEPCONV_ARCHS: this nvcc does not know {', '.join(unknown)}; it knows {listed}")
+            raise BuildError(f"{variable}: this nvcc does not know {', '.join(unknown)}; it knows {listed}")
         return chosen
-    chosen = [architecture for architecture in map(Architecture, DEFAULT_ARCHITECTURES) if architecture.number in known]
-    if not chosen:
+    names = [name for name in DEFAULT_ARCHITECTURES if int(name) in known]
+    if not names:
         raise BuildError(f"this nvcc knows none of {', '.join(DEFAULT_ARCHITECTURES)} (it knows {listed})")
-    highest = max(chosen, key=lambda architecture: architecture.number)
-    return [Architecture(item.name, ptx=item is highest) for item in chosen]
+    portable = PORTABLE if PORTABLE in names else names[-1]
+    return [Architecture(name, ptx=name == portable) for name in names]

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <initializer_list>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -76,6 +77,8 @@ template <class Made, class Params>
 void run(const Made& instance, const Params& params, Stream stream) {
 #if defined(FSC_EMULATED) && !defined(FSC_NULL)
   const EmulatedBuffers buffers(instance, params);
+#elif !defined(FSC_EMULATED)
+  load(instance);
 #endif
   instance.run(instance, params, stream);
 }
@@ -294,11 +297,12 @@ int driver_version() {
   return version;
 }
 
-// What the driver says of every instance on the current device. Raises where there is no usable driver, no device, or
-// no code for its architecture.
+#ifndef FSC_EMULATED
+
+// What the driver says of every instance on the current device. Loads them all. Raises where there is no usable driver,
+// no device, or no code for its architecture.
 py::dict attributes() {
   py::dict result;
-#ifndef FSC_EMULATED
   for_each_instance([&](const Instance& instance) {
     cudaFuncAttributes of;
     check(cudaFuncGetAttributes(&of, instance.kernel), instance.name.c_str(), "cudaFuncGetAttributes");
@@ -308,9 +312,51 @@ py::dict attributes() {
     figures["binary_version"] = of.binaryVersion;
     result[py::str(instance.name)] = figures;
   });
-#endif
   return result;
 }
+
+// Whether the build runs on the current device: loads one small kernel. (error's name, what it says, whether asking
+// again can't change it); empty strings where it runs.
+std::tuple<std::string, std::string, bool> probe() {
+  cudaFuncAttributes of;
+  const cudaError_t status = cudaFuncGetAttributes(&of, reduce_instances().at("reduce_splits_float32").kernel);
+  if (status == cudaSuccess) return {"", "", false};
+  (void)cudaGetLastError();
+  bool permanent = false;
+  for (const cudaError_t lasting :
+       {cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction,
+        cudaErrorUnsupportedPtxVersion, cudaErrorJitCompilerNotFound, cudaErrorInvalidPtx, cudaErrorInvalidKernelImage,
+        cudaErrorSystemDriverMismatch, cudaErrorCompatNotSupportedOnDevice})
+    permanent = permanent || status == lasting;
+  return {cudaGetErrorName(status), cudaGetErrorString(status), permanent};
+}
+
+// Makes a device current, with its primary context.
+void set_device(int index) { check(cudaSetDevice(index), "the device", "cudaSetDevice"); }
+
+// A device's figures, as the driver has them; no context is made.
+py::dict device_attributes(int index) {
+  py::dict result;
+  for (const auto& [name, attribute] : std::initializer_list<std::pair<const char*, cudaDeviceAttr>>{
+           {"major", cudaDevAttrComputeCapabilityMajor},
+           {"minor", cudaDevAttrComputeCapabilityMinor},
+           {"sms", cudaDevAttrMultiProcessorCount},
+           {"clock_khz", cudaDevAttrClockRate},
+           {"memory_clock_khz", cudaDevAttrMemoryClockRate},
+           {"memory_bus_bits", cudaDevAttrGlobalMemoryBusWidth},
+           {"l2_bytes", cudaDevAttrL2CacheSize},
+           {"block_shared_bytes", cudaDevAttrMaxSharedMemoryPerBlockOptin},
+           {"sm_shared_bytes", cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+           {"sm_threads", cudaDevAttrMaxThreadsPerMultiProcessor},
+           {"sm_registers", cudaDevAttrMaxRegistersPerMultiprocessor}}) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, index), "the device", "cudaDeviceGetAttribute");
+    result[name] = value;
+  }
+  return result;
+}
+
+#endif
 
 }  // namespace
 }  // namespace fused_sepconv
@@ -404,11 +450,15 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&reduce_launch), py::arg("instance"), py::arg("count"), py::arg("splits"))
       .def("__call__", &run_reduce, without_gil);
   m.def("instances", &instances);
-  m.def("attributes", &attributes);
   m.def("driver_version", &driver_version);
   m.def("build_info", &build_info);
 
 #ifdef FSC_EMULATED
   bind_emulator(m);
+#else
+  m.def("attributes", &attributes);
+  m.def("probe", &probe);
+  m.def("set_device", &set_device, py::arg("index"));
+  m.def("device_attributes", &device_attributes, py::arg("index"));
 #endif
 }

@@ -2,6 +2,7 @@
 // it by.
 #pragma once
 
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,15 @@
 #include "device.h"
 
 namespace fused_sepconv {
+
+// The devices that a kernel is loaded on, a bit each; a copy of an instance starts with none.
+struct LoadedOn {
+  std::atomic<uint64_t> devices{0};
+
+  LoadedOn() = default;
+  LoadedOn(const LoadedOn&) noexcept {}
+  LoadedOn& operator=(const LoadedOn&) noexcept { return *this; }
+};
 
 struct Instance {
   std::string name;              // such as "simt_forward_float32_nhwc"
@@ -18,6 +28,7 @@ struct Instance {
   int threads = 0;               // a block; where the plan chooses, at most
   int shared_bytes = 0;          // dynamic shared memory a block; where the plan chooses, at most
   const void* kernel = nullptr;  // for cudaFuncGetAttributes
+  mutable LoadedOn loaded_on;
 };
 
 struct ForwardInstance : Instance {
@@ -46,6 +57,38 @@ struct MmaInputInstance : Instance {
 struct ReduceInstance : Instance {
   void (*run)(const Instance&, const ReduceParams&, Stream) = nullptr;
 };
+
+#ifndef FSC_EMULATED
+
+// Loads the instance's kernel on the current device when it is first used there.
+//
+// The launch would do so too, but inside a graph capture, where loading can be refused and end the capture: here it is
+// no part of what is captured, as PyTorch's allocator does it with its own memory. Above 48 KiB of shared memory a
+// kernel must opt in, for the most that a block may have: the plan may ask for any less in another call.
+inline void load(const Instance& instance) {
+  const char* name = instance.name.c_str();
+  int device = 0;
+  check(cudaGetDevice(&device), name, "cudaGetDevice");
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;  // the 65th is asked at each call
+  if (instance.loaded_on.devices.load(std::memory_order_acquire) & bit) return;
+
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), name, "cudaThreadExchangeStreamCaptureMode");
+  cudaFuncAttributes of;
+  cudaError_t status = cudaFuncGetAttributes(&of, instance.kernel);
+  if (status == cudaSuccess && instance.shared_bytes > 48 * 1024) {
+    int most = 0;
+    status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status == cudaSuccess)
+      status = cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
+  const cudaError_t restored = cudaThreadExchangeStreamCaptureMode(&mode);
+  check(status, name, "loading the kernel");
+  check(restored, name, "cudaThreadExchangeStreamCaptureMode");
+  instance.loaded_on.devices.fetch_or(bit, std::memory_order_release);
+}
+
+#endif
 
 // One function a family and step, defined in the .cu of that name.
 std::vector<ForwardInstance> simt_forward_instances();

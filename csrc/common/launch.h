@@ -33,22 +33,9 @@ void launch(const char* instance, void (*kernel)(Params), const Grid& grid, Stre
 
 #else
 
-// The dynamic shared memory that a block may have on the current device.
-inline int most_shared_bytes(const char* instance) {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), instance, "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), instance,
-        "cudaDeviceGetAttribute");
-  return bytes;
-}
-
 template <class Params>
 void launch(const char* instance, void (*kernel)(Params), const Grid& grid, Stream stream, const Params& params) {
-  // Above 48 KiB a kernel must opt in, once a device; the calls are cheap. It is always for the most: the limit belongs
-  // to the kernel, and another thread may set it between this call and the launch.
-  if (grid.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes(instance)),
-          instance, "cudaFuncSetAttribute");
+  // `load` has opted in to more than 48 KiB of shared memory.
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
            reinterpret_cast<cudaStream_t>(stream)>>>(params);
   check(cudaGetLastError(), instance, "launch");

@@ -77,18 +77,19 @@ class Instance(NamedTuple):
     local_bytes: int | None  # a thread: spilled registers and arrays that did not fit into registers
 
 
-def instances(architecture: str | None = None) -> dict[str, Instance]:
+def instances(architecture: str | None = None, ask_driver: bool = False) -> dict[str, Instance]:
     """Every kernel of the native module by name, with what the binary says of it.
 
-    The driver's figures (cudaFuncGetAttributes) for the current device where there is a driver that runs the build, or
-    else the compiler's report for `architecture` ("sm_90a"); without an architecture, the most of any.
+    The compiler's report for `architecture` ("sm_90"); without an architecture, the most of any. With `ask_driver`
+    the driver's figures (cudaFuncGetAttributes) for the current device, where there is a driver that runs the build:
+    that loads every kernel, and where only PTX fits compiles it, which takes a minute.
 
     Empty where there is no native module. The emulation has neither registers nor local memory.
     """
     module = load()
     if module is None:
         return {}
-    driver = _driver_figures(module) if architecture is None else {}
+    driver = _driver_figures(module) if ask_driver else {}
     reports = [report for name, report in resources().items() if architecture in (None, name)]
     compiled: dict[int | str, list[tuple[int, int]]] = {}
     for kernel in (kernel for report in reports for kernel in report.values()):
@@ -107,12 +108,68 @@ def instances(architecture: str | None = None) -> dict[str, Instance]:
 
 
 def _driver_figures(module: ModuleType) -> dict[str, dict[str, int]]:
-    if not module.driver_version():
-        return {}
     try:
-        return dict(module.attributes())
+        return dict(module.attributes()) if module.driver_version() else {}
     except RuntimeError:  # a driver without a device, or one that the build has no code for
         return {}
+
+
+class _Answer(NamedTuple):
+    """What a device said to the module's probe; empty where the build runs there."""
+
+    module: ModuleType
+    reason: str
+
+
+_answers: dict[int, _Answer] = {}
+
+
+def why_not_on(index: int) -> str:
+    """A sentence that says why the build can't run on a CUDA device; empty where it can.
+
+    The first call loads one small kernel there; others are loaded when they are first used. What can't change (the
+    device or the driver is too old) is remembered, and asked again is what may: no memory left, say.
+    """
+    module = load()
+    if module is None:
+        return why_missing()
+    known = _answers.get(index)
+    if known is not None and known.module is module:
+        return known.reason
+    try:
+        module.set_device(index)
+        error, message, lasting = module.probe()
+    except RuntimeError as failure:
+        return str(failure)
+    built = module.build_info()["architectures"]
+    reason = f"the kernels, built for {built}, do not run on GPU {index}: {error}: {message}" if error else ""
+    if not error or lasting:
+        _answers[index] = _Answer(module, reason)
+    if not error:
+        figures = module.device_attributes(index)
+        capability = (figures["major"], figures["minor"])
+        if not has_code_for(built, capability):
+            number = "".join(map(str, capability))
+            warnings.warn(
+                f"fused_sepconv was built for {built}, which has no machine code for GPU {index} of compute capability "
+                f"{'.'.join(map(str, capability))}: the driver compiles each kernel when it is first used, which takes "
+                f"seconds, and keeps it in its cache. FUSED_SEPCONV_ARCHS={number} builds machine code",
+                stacklevel=2,
+            )
+    return reason
+
+
+def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for such as "80;90a;100+PTX" has machine code that runs on the capability.
+
+    It runs on its own capability and on later ones of the same major number; that of an "a" on its own alone.
+    """
+    for item in architectures.split(";"):
+        name = item.removesuffix("+PTX")
+        major, minor = divmod(int(name.rstrip("af")), 10)
+        if (major, minor) == capability or (major == capability[0] and minor < capability[1] and name[-1] != "a"):
+            return True
+    return False
 
 
 @functools.cache

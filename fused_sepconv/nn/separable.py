@@ -217,5 +217,6 @@ def _is_plain(child: nn.Module) -> bool:
         and not child._forward_pre_hooks
         and not child._backward_hooks
         and not child._backward_pre_hooks
-        and not {"forward", "_conv_forward"} & child.__dict__.keys()
+        and "forward" not in child.__dict__  # two questions: Dynamo before 2.13 can't trace the dictionary's keys()
+        and "_conv_forward" not in child.__dict__
     )

@@ -256,8 +256,10 @@ def _is_traced(specs: tuple[TensorSpec | None, ...]) -> bool:
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a device."""
-    # is_autocast_enabled refuses devices that autocast does not know (meta).
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # is_autocast_enabled refuses devices that autocast does not know. Dynamo before 2.13 can't trace
+    # is_autocast_available; of those devices it compiles for meta alone.
+    known = device_type != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
 
 
 def _as_autocast_reads(x: Any, *others: Any) -> tuple[Any, ...]:

@@ -21,14 +21,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-# PyTorch's own names for what `torch.autograd.Function.apply` and its functorch rule do inside; stable since 2.0.
-from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-
 from fused_sepconv.ops import operators
 from fused_sepconv.ops.operators import Operator
+from fused_sepconv.ops.torch_internals import (
+    AutoDispatchBelowAutograd,
+    are_functorch_transforms_active,
+    has_tangent,
+    in_forward_mode,
+    set_forward_mode_enabled,
+    single_level_autograd_function,
+)
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import memory_format_of
 
@@ -178,7 +180,7 @@ def _as_function_of_tensors(operator: Operator, ctx: Any) -> tuple[Any, dict[int
 
 def _vjp(function: Any, primals: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The vector-Jacobian product, differentiable in its turn."""
-    if _are_functorch_transforms_active():
+    if are_functorch_transforms_active():
         return torch.func.vjp(function, *primals)[1](cotangents)
     # torch.func refuses to work under saved-tensor hooks (save_on_cpu, checkpointing); plain autograd does not.
     differentiable = torch.is_grad_enabled()
@@ -192,12 +194,12 @@ def _vjp(function: Any, primals: tuple[Tensor, ...], cotangents: tuple[Tensor, .
 @contextmanager
 def _below_autograd() -> Iterator[None]:
     """Where a Function's forward calls its op for the value."""
-    if not _are_functorch_transforms_active():
-        with _AutoDispatchBelowAutograd():
+    if not are_functorch_transforms_active():
+        with AutoDispatchBelowAutograd():
             yield
         return
     # A Function switches gradients off around its forward, but the transforms below this level differentiate too.
-    with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+    with torch.enable_grad(), set_forward_mode_enabled(True), AutoDispatchBelowAutograd():
         yield
 
 
@@ -209,18 +211,8 @@ def _records(args: tuple) -> bool:
     return False
 
 
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
 def _is_traced(arg: Any) -> bool:
     return isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter)
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    # A graph that is being traced makes dual tensors without entering the level in Python: the tensors alone tell. (Not
-    # asked of ordinary tensors, in whose eager calls the level tells: asking costs a view of each, 20 % of a call.)
-    return torch._VF._unpack_dual(tensor, level=0).tangent is not None
 
 
 def _entrance(operator: Operator) -> Callable[..., Tensor]:
@@ -231,11 +223,11 @@ def _entrance(operator: Operator) -> Callable[..., Tensor]:
     op, count, composite = operator.forward, operator.count, _forward_composite(operator)
 
     def call(*args: Any) -> Tensor:
-        if _in_forward_mode():
+        if in_forward_mode():
             return composite(*args)
-        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or _records(args[:count]):
+        if torch.compiler.is_compiling() or are_functorch_transforms_active() or _records(args[:count]):
             return op(*args)
-        with _AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             return op(*args)
 
     return call
@@ -245,16 +237,18 @@ def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite
     """What the op does at PyTorch's Autograd key: apply the function, once, at the level being processed."""
 
     def kernel(*args: Any) -> Any:
-        if _in_forward_mode() or any(_is_traced(arg) and _has_tangent(arg) for arg in args):
+        # A graph that is being traced makes dual tensors without entering the level in Python: the tensors alone tell.
+        # (Not asked of ordinary tensors, in whose eager calls the level tells: asking costs 20 % of a call.)
+        if in_forward_mode() or any(_is_traced(arg) and has_tangent(arg) for arg in args):
             return composite(*args)
         if not _records(args):
-            with _AutoDispatchBelowAutograd():
+            with AutoDispatchBelowAutograd():
                 return op(*args)
         # Function.apply would hand the call to the whole stack of transforms again: its base class applies it here.
         apply = super(torch.autograd.Function, function).apply
-        if not _are_functorch_transforms_active():
+        if not are_functorch_transforms_active():
             return apply(*args)
-        with enable_single_level_autograd_function():
+        with single_level_autograd_function():
             return apply(*args)
 
     return kernel

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -96,24 +97,19 @@ def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
     return replace(DEVICES["H200"], name=f"a {device_type} device", source=""), _kernels_off_cuda(device_type)
 
 
-_usable: dict[int, Kernels] = {}
-
-
 def _cuda_kernels(index: int) -> Kernels:
-    """The kernels that the driver can run on a device. Asked until it answers: a failure may pass."""
-    if index not in _usable:
-        native = loader.load()
-        if native is None:
-            return Kernels(frozenset(), loader.why_missing())
-        if native.build_info()["emulated"]:
-            return Kernels(frozenset(), "the native module that was loaded is the CPU emulation, for CPU tensors")
-        try:
-            # Fails where the driver is too old, or the build has no code for this architecture.
-            with torch.cuda.device(index):
-                _usable[index] = Kernels(frozenset(native.attributes()))
-        except RuntimeError as error:
-            return Kernels(frozenset(), str(error))
-    return _usable[index]
+    """The kernels that can run on a device: all of the build, once the device has answered."""
+    native = loader.load()
+    if native is not None and native.build_info()["emulated"]:
+        return Kernels(frozenset(), "the native module that was loaded is the CPU emulation, for CPU tensors")
+    with torch.cuda.device(index):
+        reason = loader.why_not_on(index)
+    return Kernels(frozenset(), reason) if reason else _compiled(native)
+
+
+@lru_cache(maxsize=1)
+def _compiled(native: ModuleType) -> Kernels:
+    return Kernels(frozenset(instance["name"] for instance in native.instances()))
 
 
 @lru_cache(maxsize=8)

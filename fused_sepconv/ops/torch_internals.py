@@ -6,11 +6,37 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+
+try:
+    # How `torch.autograd.Function.apply` and its functorch rule work inside, as they have since 2.0. Without them the
+    # operators have no derivatives, so the import fails.
+    from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+    from torch._C import _AutoDispatchBelowAutograd as AutoDispatchBelowAutograd
+    from torch._functorch.utils import enable_single_level_autograd_function as single_level_autograd_function
+    from torch._VF import _unpack_dual
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode_enabled
+except ImportError as error:
+    raise ImportError(
+        f"fused_sepconv uses names inside PyTorch that this one, {torch.__version__}, does not have: {error}. "
+        "It is tested with PyTorch 2.6 to 2.14"
+    ) from error
+
+__all__ = [
+    "AutoDispatchBelowAutograd",
+    "are_functorch_transforms_active",
+    "below_subclasses",
+    "has_tangent",
+    "in_forward_mode",
+    "is_plain_state",
+    "may_skip_dispatcher",
+    "set_forward_mode_enabled",
+    "single_level_autograd_function",
+]
 
 _C = torch._C
 _NAMES = (
-    "_are_functorch_transforms_active",
     "_dispatch_keys",
     "_dispatch_tls_local_exclude_set",
     "_dispatch_tls_local_include_set",
@@ -39,7 +65,7 @@ def may_skip_dispatcher() -> bool:
     return (
         not torch.compiler.is_compiling()
         and _complete
-        and forward_ad._current_level < 0
+        and not in_forward_mode()
         and not _function_modes()
         and not _profiles()
     )
@@ -48,8 +74,18 @@ def may_skip_dispatcher() -> bool:
 def is_plain_state() -> bool:
     """Whether no dispatch mode, `torch.func` transform or tracer is active."""
     return not (
-        _C._len_torch_dispatch_stack() or _C._are_functorch_transforms_active() or _C._get_tracing_state() is not None
+        _C._len_torch_dispatch_stack() or are_functorch_transforms_active() or _C._get_tracing_state() is not None
     )
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode level was entered in Python."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether the tensor is dual. Costs a view of it."""
+    return _unpack_dual(tensor, level=0).tangent is not None
 
 
 def below_subclasses() -> AbstractContextManager[Any]:

@@ -44,11 +44,14 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
-def make_toolkit(root: Path, include: str = "include", library: str = "lib64") -> Path:
+def make_toolkit(
+    root: Path, include: str = "include", library: str = "lib64", release: str = "12.8", options: str = ""
+) -> Path:
     """A folder that looks like a CUDA toolkit; its nvcc answers what a build asks."""
-    answers = """#!/bin/sh
+    answers = f"""#!/bin/sh
 case "$1" in
-  --version) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;
+  --version) echo "Cuda compilation tools, release {release}, V{release}.93" ;;
+  --help) echo "{options}" ;;
   --list-gpu-arch) printf 'compute_80\\ncompute_90\\ncompute_100\\n' ;;
   --dryrun) echo "#$ _SPACE_= " >&2; echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
 esac
@@ -88,15 +91,44 @@ class TestSourcesDigest:
 
 
 class TestArchitectures:
-    def test_default_is_what_nvcc_knows_with_ptx_of_the_highest(self) -> None:
-        chosen = toolkit.choose_architectures({}, {75, 80, 86, 90, 100, 120, 121})
-        assert ";".join(map(str, chosen)) == "80;90a;100;120+PTX"
-        assert ";".join(map(str, toolkit.choose_architectures({}, {80, 90}))) == "80;90a+PTX"
+    def test_default_is_what_nvcc_knows_with_portable_code_for_every_newer_gpu(self) -> None:
+        chosen = toolkit.choose_architectures({}, {75, 80, 86, 90, 100, 110, 120, 121})
+        assert ";".join(map(str, chosen)) == "80;90;100+PTX;120"
+        assert ";".join(map(str, toolkit.choose_architectures({}, {80, 90}))) == "80;90+PTX"
 
     @pytest.mark.parametrize("text", ["80;90a+PTX", "80,90a+PTX", " 8.0; 9.0A+ptx;", "80;90a+PTX;80"])
     def test_spellings(self, text: str) -> None:
         chosen = toolkit.choose_architectures({"FUSED_SEPCONV_ARCHS": text}, {80, 90})
         assert chosen == [Architecture("80"), Architecture("90a", ptx=True)]
+
+    @pytest.mark.parametrize(
+        "text, expected",
+        [
+            ("8.0;9.0+PTX", "80;90+PTX"),
+            ("7.5 8.0 9.0+PTX", "80;90+PTX"),
+            ("7.0;8.0,9.0", "80;90"),
+            ("Ampere;Hopper+PTX", "80;86;90+PTX"),
+            ("", "80;90+PTX"),
+            (" ", "80;90+PTX"),
+        ],
+    )
+    def test_pytorchs_list_is_taken_where_ours_is_not_set(self, text: str, expected: str) -> None:
+        chosen = toolkit.choose_architectures({"TORCH_CUDA_ARCH_LIST": text}, {80, 86, 90})
+        assert ";".join(map(str, chosen)) == expected
+        environ = {"TORCH_CUDA_ARCH_LIST": text, "FUSED_SEPCONV_ARCHS": "86"}
+        assert toolkit.choose_architectures(environ, {80, 86, 90}) == [Architecture("86")]
+
+    @pytest.mark.parametrize(
+        "text, message",
+        [
+            ("Common", "TORCH_CUDA_ARCH_LIST: 'Common' is no architecture"),
+            ("Hopper;12.0", "TORCH_CUDA_ARCH_LIST: this nvcc does not know 120; it knows 80, 90"),
+            ("7.0;7.5", "TORCH_CUDA_ARCH_LIST is '7.0;7.5', but the kernels need 80 or newer"),
+        ],
+    )
+    def test_what_of_pytorchs_list_is_refused(self, text: str, message: str) -> None:
+        with pytest.raises(BuildError, match=message):
+            toolkit.choose_architectures({"TORCH_CUDA_ARCH_LIST": text}, {80, 90})
 
     def test_ptx_is_of_the_plain_architecture(self) -> None:
         assert Architecture("90a", ptx=True).flags() == [
@@ -112,7 +144,7 @@ class TestArchitectures:
     def test_refuses_what_nvcc_does_not_know(self) -> None:
         with pytest.raises(BuildError, match=r"does not know 120; it knows 80, 90"):
             toolkit.choose_architectures({"FUSED_SEPCONV_ARCHS": "80;120"}, {80, 90})
-        with pytest.raises(BuildError, match=r"knows none of 80, 90a, 100, 120"):
+        with pytest.raises(BuildError, match=r"knows none of 80, 90, 100, 120"):
             toolkit.choose_architectures({}, {70})
 
 
@@ -134,6 +166,14 @@ class TestToolkitSearch:
         conventional = make_toolkit(tmp_path / "usual")
         found = toolkit.find_toolkit({"CUDA_HOME": str(headless), "PATH": ""}, conventional)
         assert found.include == conventional / "include"
+
+    def test_one_that_is_too_old_is_passed_over(self, tmp_path: Path) -> None:
+        old = make_toolkit(tmp_path / "old", release="11.8")
+        with pytest.raises(LookupError, match=r"the conventional place: .*old has nvcc 11\.8, older than 12\.1"):
+            toolkit.find_toolkit({"PATH": ""}, old)
+        oldest = make_toolkit(tmp_path / "oldest", release="12.1")
+        found = toolkit.find_toolkit({"CUDA_HOME": str(old), "PATH": ""}, oldest)
+        assert found.nvcc == oldest / "bin" / "nvcc"
 
     def test_layouts_of_other_distributions(self, tmp_path: Path) -> None:
         root = make_toolkit(tmp_path, include="targets/sbsa-linux/include", library="targets/sbsa-linux/lib")
@@ -179,6 +219,13 @@ class TestSwitch:
         environ = {"FUSED_SEPCONV_CUDA": "0", "PATH": ""}
         assert toolkit.choose_toolkit(environ, make_toolkit(tmp_path)) == (None, "FUSED_SEPCONV_CUDA=0")
 
+    def test_a_toolkit_that_is_too_old_is_like_none(self, tmp_path: Path) -> None:
+        old = make_toolkit(tmp_path, release="12.0")
+        found, reason = toolkit.choose_toolkit({"PATH": ""}, old)
+        assert found is None and "nvcc 12.0, older than 12.1" in reason
+        with pytest.raises(BuildError, match=r"FUSED_SEPCONV_CUDA=1, but .*nvcc 12\.0, older than 12\.1.*Remedies"):
+            toolkit.choose_toolkit({"FUSED_SEPCONV_CUDA": "1", "PATH": ""}, old)
+
     def test_1_insists_and_lists_the_remedies(self, tmp_path: Path) -> None:
         with pytest.raises(BuildError, match=r"(?s)no CUDA toolkit found.*Remedies: set CUDA_HOME.*install one.*unset"):
             toolkit.choose_toolkit({"FUSED_SEPCONV_CUDA": "1", "PATH": ""}, tmp_path)
@@ -209,6 +256,14 @@ class TestNinjaFile:
         assert "-I/pybind11" in flags["cxxflags"]
         assert "-I/pybind11" not in flags["nvccflags"]
         assert "fast_math" not in text
+
+    @pytest.mark.parametrize(
+        "options, flag", [("--compress-mode [size]", "--compress-mode=size"), ("", "-Xfatbin=-compress-all")]
+    )
+    def test_machine_code_is_compressed_and_without_line_numbers(self, tmp_path, options: str, flag: str) -> None:
+        found = toolkit.Toolkit.at(make_toolkit(tmp_path, options=options))
+        text = compile.ninja_file(tmp_path, found, Architecture("80").flags(), "/pybind11", {})
+        assert flag in text and "lineinfo" not in text
 
 
 class TestResourceReport:
