@@ -9,6 +9,7 @@
 
 #include <array>
 #include <initializer_list>
+#include <mutex>
 #include <unordered_map>
 #include <utility>
 
@@ -77,13 +78,31 @@ const auto& reduce_instances() {
   return all;
 }
 
-// Runs an instance; in the emulation, on buffers that the emulator knows.
+// Launches since the last reset_launch_counts(), whichever threads made them.
+std::mutex counting;
+std::unordered_map<const Instance*, int64_t> launches;
+
+// Runs an instance, and counts it where the launch succeeded; in the emulation, on buffers that the emulator knows.
 template <class Made, class Params>
 void run(const Made& instance, const Params& params, Stream stream) {
 #ifdef FSC_EMULATED
   const EmulatedBuffers buffers(instance, params);
 #endif
   instance.run(instance, params, stream);
+  const std::lock_guard<std::mutex> alone(counting);
+  ++launches[&instance];
+}
+
+std::unordered_map<std::string, int64_t> launch_counts() {
+  const std::lock_guard<std::mutex> alone(counting);
+  std::unordered_map<std::string, int64_t> counts;
+  for (const auto& [instance, count] : launches) counts.emplace(instance->name, count);
+  return counts;
+}
+
+void reset_launch_counts() {
+  const std::lock_guard<std::mutex> alone(counting);
+  launches.clear();
 }
 
 void forward(const std::string& instance, const ConvShape& shape, const ImageArgument& x, Address depthwise_weight,
@@ -332,6 +351,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("grad_x"), py::arg("partial_weight"), py::arg("partial_bias"), py::arg("stream"));
   m.def("reduce", &reduce, without_gil, py::arg("instance"), py::arg("partials"), py::arg("out"), py::arg("count"),
         py::arg("splits"), py::arg("stream"));
+  m.def("launch_counts", &launch_counts, "{instance name: launches since the last reset_launch_counts()}.");
+  m.def("reset_launch_counts", &reset_launch_counts);
   m.def("instances", &instances);
   m.def("attributes", &attributes);
   m.def("driver_version", &driver_version);

@@ -60,12 +60,12 @@ def report(case: Case, dtype: str, memory_format: torch.memory_format, device: s
     exact = case.tensors()
     stored = {name: tensor.to(device, DTYPES[dtype]) for name, tensor in exact.items()}
     stored["x"] = stored["x"].contiguous(memory_format=memory_format)
-    loader.load().reset_counters() if device == "cpu" else None
-    ours = results(fused_sepconv.separable_conv2d, stored, case)
-    ran = ", ".join(loader.load().executed()) if device == "cpu" else ""
-    print(f"{case} {dtype}" + (f": {ran}" if ran else ""), flush=True)
-    eager = results(eager_in(dtype, device), stored, case)
-    oracle = results(two_convolutions, {name: tensor.cpu().double() for name, tensor in stored.items()}, case)
+    loader.load().reset_launch_counts()
+    ours = results(fused_sepconv.separable_conv2d, stored, case, DTYPES[dtype])
+    print(f"{case} {dtype}: {', '.join(loader.load().launch_counts())}", flush=True)
+    eager = results(eager_in(dtype, device), stored, case, DTYPES[dtype])
+    exact = {name: tensor.cpu().double() for name, tensor in stored.items()}
+    oracle = results(two_convolutions, exact, case, DTYPES[dtype])
     wrong = 0
     for name, mine in ours.items():
         errors = [relative_error(result, oracle[name]) for result in (mine, eager[name])]
@@ -85,11 +85,13 @@ def eager_in(dtype: str, device: str) -> Callable[..., Tensor]:
     return lambda **arguments: two_convolutions(**arguments, pointwise=pointwise_in_tf32)
 
 
-def results(function: Callable[..., Tensor], tensors: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """The output, and the gradients for a random gradient of it."""
+def results(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor], case: Case, rounded: torch.dtype
+) -> dict[str, Tensor]:
+    """The output, and the gradients for a random gradient of it, the same in every dtype: rounded to one of them."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     y = function(**leaves, **case.options)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(rounded).to(y)
     grads = torch.autograd.grad(y, list(leaves.values()), grad)
     return {"y": y.detach(), **{f"gradient of {name}": each for name, each in zip(leaves, grads, strict=True)}}
 
