@@ -30,8 +30,6 @@ def forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
     x, _, pointwise_weight, bias, _, residual = tensors
     (depthwise,) = candidate.steps
     t = _intermediate(depthwise, problem, tensors)
-    if candidate.pointwise == "matmul" and problem.activation == "relu" and residual is None:
-        return as_output(x, _matmul(t, pointwise_weight, bias, relu=True))
     z = _pointwise(candidate, t, pointwise_weight, bias)
     if residual is not None:
         z.add_(residual)
@@ -109,29 +107,30 @@ def _pointwise(candidate: Candidate, t: Tensor, weight: Tensor, bias: Tensor | N
     return _matmul(t, weight, bias) if candidate.pointwise == "matmul" else F.conv2d(t, weight, bias)
 
 
-def _matmul(t: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    """The 1x1 of an NHWC image as a product of its pixels, as rows, with the weight."""
+def _matmul(t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 1x1 of an NHWC image as a product of its pixels, as rows, with the weight.
+
+    An activation is a pass of its own: cuBLAS has relu in its epilogue, but does not say that it keeps NaN.
+    """
     rows, columns = _rows(t), weight.flatten(1).t()
-    if relu:
-        bias = rows.new_zeros(weight.shape[0]) if bias is None else bias
-        z = torch._addmm_activation(bias, rows, columns)  # relu in the product's epilogue
-    else:
-        z = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
-    return _image(z, t.shape)
+    return _image(torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns), t.shape)
 
 
 def pointwise_backward(
     candidate: Candidate, grad_z: Tensor, t: Tensor | None, weight: Tensor, mask: tuple[bool, bool, bool], x: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the 1x1's input, weight and bias, None where the mask does not ask."""
+    """The gradients of the 1x1's input, weight and bias, None where the mask does not ask.
+
+    That of the weight is a sum over all pixels, which cuBLAS may cut into parts and add in 16 bits
+    (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). A convolution adds in float32.
+    """
     want_t, want_weight, want_bias = mask
-    if candidate.pointwise == "matmul":
-        rows, features = _rows(grad_z), weight.flatten(1)
-        return (
-            _image(torch.mm(rows, features), grad_z.shape) if want_t else None,
-            torch.mm(rows.t(), _rows(t)).view(weight.shape) if want_weight else None,
-            grad_z.sum((0, 2, 3)) if want_bias else None,
-        )
+    grad_t = None
+    if candidate.pointwise == "matmul" and want_t:
+        grad_t = _image(torch.mm(_rows(grad_z), weight.flatten(1)), grad_z.shape)
+        mask = (False, want_weight, want_bias)
+    if not any(mask):
+        return grad_t, None, None
     if t is None:
         # Only the weight's gradient reads the input; of this one, PyTorch looks at the shape and strides.
         n, _, height, width = grad_z.shape
@@ -139,7 +138,7 @@ def pointwise_backward(
     grads = torch.ops.aten.convolution_backward(
         grad_z, t, weight, [weight.shape[0]], (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask
     )
-    return tuple(grads)
+    return grads[0] if grad_t is None else grad_t, grads[1], grads[2]
 
 
 def _rows(image: Tensor) -> Tensor:

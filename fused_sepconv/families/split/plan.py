@@ -68,8 +68,8 @@ def bound(steps: Sequence[Candidate], passes: Sequence[Pass], problem: Problem, 
 def pointwise(problem: Problem) -> tuple[str, list[Pass]]:
     """How PyTorch should run the 1x1, and its passes: "conv2d", or "matmul" on the pixels as rows.
 
-    Both are one product. A matmul on 16-bit NHWC pixels carries the bias and relu in its epilogue, which PyTorch's
-    convolution adds in passes of their own. In float32 a matmul would go by matmul's precision flags, not by
+    Both are one product. A matmul on 16-bit NHWC pixels carries the bias in its epilogue, which PyTorch's convolution
+    adds in a pass of its own. In float32 a matmul would go by matmul's precision flags, not by
     convolution's; in NCHW the pixels are no rows.
     """
     t, y = problem.intermediate_bytes, problem.y_bytes
@@ -80,7 +80,7 @@ def pointwise(problem: Problem) -> tuple[str, list[Pass]]:
         passes = [Pass("1x1", product, problem.pointwise_flops)]
         if problem.residual:
             passes.append(Pass("residual", 3 * y))
-        if problem.activation and not (rows and problem.activation == "relu" and not problem.residual):
+        if problem.activation:
             passes.append(Pass("activation", 2 * y))
         return how, passes
     passes = [Pass("activation", 3 * y)] if problem.activation else []
