@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -19,7 +20,7 @@ from torch import Tensor
 import fused_sepconv
 from fused_sepconv.native import loader
 from fused_sepconv.ops.launching import preferring
-from tests.support.cases import XCEPTION, Case, two_convolutions
+from tests.support.cases import XCEPTION, XCEPTION_REDUCED, Case, two_convolutions
 from tests.support.closeness import assert_as_close_as_eager
 from tests.support.emulation import emulated_kernels
 from tests.support.tf32 import pointwise_in_tf32
@@ -39,15 +40,17 @@ def main() -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: all that the tensor cores serve")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), default="nhwc", help="default: %(default)s")
     parser.add_argument("--layers", default="", metavar="TEXT", help="only layers whose name contains this, as @19")
+    parser.add_argument("--reduced", action="store_true", help="an eighth of the channels, on small images")
     given = parser.parse_args()
     dtypes = [given.dtype] if given.dtype else [name for name in DTYPES if name != "float32"]
-    layers = [case for case in XCEPTION if given.layers in case.name]
+    layers = [case for case in (XCEPTION_REDUCED if given.reduced else XCEPTION) if given.layers in case.name]
     if not layers:
         parser.error(f"argument --layers: no layer's name contains {given.layers!r}")
 
     gpu = torch.cuda.is_available()
     wrong = 0
-    with contextlib.nullcontext() if gpu else emulated_kernels(checked=False), preferring(given.family):
+    emulated = contextlib.nullcontext() if gpu or os.environ.get("FUSED_SEPCONV_NATIVE") else emulated_kernels(False)
+    with emulated, preferring(given.family):
         for case, dtype in product(layers, dtypes):
             with allowing_tf32(dtype == "tf32"), fused_sepconv.use_backend("fused"):
                 wrong += report(case, dtype, LAYOUTS[given.layout], "cuda" if gpu else "cpu")
