@@ -202,7 +202,7 @@ def compare(run: Run, device: str, sms: tuple[int, ...]) -> Iterator[str | None]
         tensors["residual"] = tensors["residual"].sign() * 8
     stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     definition = run.case.definition
-    eager = results(eager_in(run.dtype, "cpu") if run.dtype == "tf32" else definition, stored, run.case, dtype)
+    eager = results(eager_in(run.dtype) if run.dtype == "tf32" else definition, stored, run.case, dtype)
     exact = {name: tensor.double() for name, tensor in stored.items()}
     oracle = results(definition, exact, run.case, dtype)
     for count in sms:
