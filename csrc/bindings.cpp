@@ -9,6 +9,7 @@
 
 #include <array>
 #include <initializer_list>
+#include <mutex>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -72,7 +73,11 @@ const auto& reduce_instances() {
   return all;
 }
 
-// Runs an instance; in the emulation, on buffers that the emulator knows.
+// Launches since the last reset_launch_counts(), whichever threads made them.
+std::mutex counting;
+std::unordered_map<const Instance*, int64_t> launches;
+
+// Runs an instance, and counts it where the launch succeeded; in the emulation, on buffers that the emulator knows.
 template <class Made, class Params>
 void run(const Made& instance, const Params& params, Stream stream) {
 #if defined(FSC_EMULATED) && !defined(FSC_NULL)
@@ -81,6 +86,20 @@ void run(const Made& instance, const Params& params, Stream stream) {
   load(instance);
 #endif
   instance.run(instance, params, stream);
+  const std::lock_guard<std::mutex> alone(counting);
+  ++launches[&instance];
+}
+
+std::unordered_map<std::string, int64_t> launch_counts() {
+  const std::lock_guard<std::mutex> alone(counting);
+  std::unordered_map<std::string, int64_t> counts;
+  for (const auto& [instance, count] : launches) counts.emplace(instance->name, count);
+  return counts;
+}
+
+void reset_launch_counts() {
+  const std::lock_guard<std::mutex> alone(counting);
+  launches.clear();
 }
 
 // A prepared launch: an instance and its params, filled once for a signature of tensors. A call copies the params, so
@@ -449,6 +468,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<ReduceLaunch>(m, "ReduceLaunch", py::module_local())
       .def(py::init(&reduce_launch), py::arg("instance"), py::arg("count"), py::arg("splits"))
       .def("__call__", &run_reduce, without_gil);
+  m.def("launch_counts", &launch_counts, "{instance name: launches since the last reset_launch_counts()}.");
+  m.def("reset_launch_counts", &reset_launch_counts);
   m.def("instances", &instances);
   m.def("driver_version", &driver_version);
   m.def("build_info", &build_info);

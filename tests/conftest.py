@@ -1,7 +1,7 @@
 """Where the tests run: every test that asks for ``target`` runs on each place there is.
 
-The CPU is always there. A GPU joins by itself where PyTorch sees one; where there is none the kernels run too, emulated
-on the CPU. All run the same tests. A test may also ask for
+The CPU is always there. A GPU joins by itself where PyTorch sees one, with each family of kernels by name; where there
+is none the kernels run too, emulated on the CPU. All run the same tests. A test may also ask for
 
 - ``dtype``: each dtype that the target computes in, or those of ``@pytest.mark.dtypes(...)`` among them; with
   ``@pytest.mark.gradients``, each that it has gradients in;
@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 import fused_sepconv
 from fused_sepconv.ops import launching
+from tests.accuracy import allowing_tf32
 from tests.support.cases import CASES, Case
 from tests.support.emulation import emulated_kernels
 
@@ -41,9 +43,16 @@ class Target:
     dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
     gradient_dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
     patience: dict[torch.dtype, float] = field(default_factory=dict)  # multiplications of the largest case it runs
+    family: str | None = None  # whose kernels "fused" runs, where they can
+    layouts: tuple[torch.memory_format, ...] = (torch.contiguous_format,)  # of x, in the tests that go through them
 
     def __str__(self) -> str:
-        return f"{self.device}-{self.backend}"
+        return "-".join(filter(None, (self.device, self.backend, self.family)))
+
+    def in_each_layout(self, x: Tensor) -> Iterator[Tensor]:
+        """x, as a tensor of its own; an image without a batch has one layout."""
+        for layout in self.layouts if x.dim() == 4 else self.layouts[:1]:
+            yield x.detach().clone(memory_format=layout).requires_grad_(x.requires_grad)
 
     def runs(self, case: Case, dtype: torch.dtype) -> bool:
         return case.multiplications <= self.patience.get(dtype, math.inf)
@@ -57,7 +66,13 @@ def targets() -> tuple[Target, ...]:
     # On most CPUs PyTorch has no fast 16-bit convolution: a full-size layer forward and back takes ten seconds.
     found = [Target("cpu", "auto", patience={torch.float16: 1e7, torch.bfloat16: 1e7})]
     if torch.cuda.is_available():
-        return (*found, Target("cuda", "auto"), Target("cuda", "fused"))
+        # Layers at full size are tests/accuracy.py's: their oracle is the CPU's work.
+        small = dict.fromkeys(EVERY_DTYPE, 2e7)
+        layouts = (torch.contiguous_format, torch.channels_last)
+        families = (
+            Target("cuda", "fused", patience=small, family=f, layouts=layouts) for f in ("simt", "split", "mma")
+        )
+        return (*found, Target("cuda", "auto", patience=small), *families)
     return (*found, EMULATED)
 
 
@@ -107,7 +122,9 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         with emulated_kernels(checked=False):
             yield request.param
     else:
-        with fused_sepconv.use_backend(request.param.backend):
+        # float32 is strict, as it is on the CPU: for small problems cuDNN takes TF32 or not, as it likes.
+        strict = allowing_tf32(False) if request.param.device == "cuda" else nullcontext()
+        with strict, fused_sepconv.use_backend(request.param.backend), launching.preferring(request.param.family):
             yield request.param
 
 

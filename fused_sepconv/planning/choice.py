@@ -212,31 +212,37 @@ def _alone_in(folder: Path) -> Iterator[None]:
 WARM_UP = 2  # the first run loads, searches (cudnn.benchmark) and allocates
 FEWEST, MOST = 5, 20
 SPENT_SECONDS = 0.05  # of GPU time, on the runs of one candidate
-FLUSHES = 4
+QUEUED_SECONDS = 3e-4  # of GPU work that waits before each run
 
 
 def cuda_seconds(call: Callable[[], object]) -> float:
     """Median seconds of a call on the current CUDA stream.
 
-    Before each run a buffer twice the size of L2 is overwritten a few times: no run finds its inputs there, and the
-    host gets ahead of the GPU meanwhile, so that what the events enclose is not kept waiting by the launches.
+    Before each run a buffer twice the size of L2 is written and then read, until that takes QUEUED_SECONDS and as long
+    again as the host may take to ask for it. So no run finds its inputs in L2, no dirty line is written back at its
+    expense, and the host is ahead of the GPU: what the events enclose does not wait for launches.
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    flush = torch.empty(2 * getattr(properties, "L2_cache_size", 64 << 20), dtype=torch.uint8, device="cuda")
+    flush = torch.empty(2 * properties.L2_cache_size // 8, dtype=torch.int64, device="cuda")
 
-    def run(times: int) -> list[float]:
+    def empty_l2() -> None:
+        flush.zero_()
+        flush.sum()
+
+    def timed(call: Callable[[], object], rounds: int, times: int) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
         for start, end in events:
-            for _ in range(FLUSHES):
-                flush.zero_()
+            for _ in range(rounds):
+                empty_l2()
             start.record()
             call()
             end.record()
         events[-1][1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
+        return [max(start.elapsed_time(end) / 1e3, 1e-9) for start, end in events]
 
-    expected = max(run(WARM_UP)[-1], 1e-9)
-    return median(run(min(max(int(SPENT_SECONDS / expected), FEWEST), MOST)))
+    rounds = math.ceil(2 * QUEUED_SECONDS / min(timed(empty_l2, 1, WARM_UP)))
+    expected = timed(call, rounds, WARM_UP)[-1]
+    return median(timed(call, rounds, min(max(int(SPENT_SECONDS / expected), FEWEST), MOST)))
 
 
 # The tuner ------------------------------------------------------------------------------------------------------------

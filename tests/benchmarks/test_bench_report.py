@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tarfile
-import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -203,47 +200,6 @@ def test_a_result_of_another_schema_is_refused(result: dict[str, Any], tmp_path:
     path.write_text(json.dumps(result | {"schema": 1}))
     with pytest.raises(ValueError, match="schema 1"):
         record.read(path)
-
-
-# The report of a machine with a GPU
-
-
-def gpu_report(tmp_path: Path, python: str, budget: int) -> tuple[int, str, Path]:
-    """Runs the script with a stand-in for Python; returns its exit status, its summary and the folder it filled."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(f"#!/bin/sh\n{python}\n")
-    stand_in.chmod(0o755)
-    out = tmp_path / "report"
-    environment = {"PATH": "/usr/bin:/bin", "OUT": str(out), "PYTHON": str(stand_in), "BUDGET": str(budget)}
-    done = subprocess.run(
-        ["bash", CHECKOUT / "benchmarks" / "gpu_report.sh"], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert (out / "summary.txt").read_text() in done.stdout
-    return done.returncode, (out / "summary.txt").read_text(), out
-
-
-STAGES = ["environment", "build", "cases", "tests", "conformance", "bench", "bench-compile"]
-
-
-def test_the_gpu_report_survives_every_failing_stage(tmp_path: Path) -> None:
-    status, text, out = gpu_report(tmp_path, "echo broken; exit 3", budget=60)
-    lines = {line.split()[0]: line for line in text.splitlines()}
-    assert set(STAGES) < set(lines)
-    assert status == sum("exit 3" in line or "exit 1" in line for line in lines.values()) >= len(STAGES) - 1
-    assert all("broken" in lines[stage] for stage in STAGES[1:])
-    with tarfile.open(f"{out}.tar.gz") as archive:
-        assert {f"report/{stage}.log" for stage in STAGES} < set(archive.getnames())
-
-
-def test_the_gpu_report_keeps_to_its_time_and_leaves_some_for_the_benchmark(tmp_path: Path) -> None:
-    hangs_but_in_the_benchmark = 'case "$*" in *bench.py*) echo measured;; *) sleep 60;; esac'
-    started = time.monotonic()
-    status, text, _ = gpu_report(tmp_path, hangs_but_in_the_benchmark, budget=15)
-    assert time.monotonic() - started < 45  # where the stages' own limits add up to many minutes
-    lines = {line.split()[0]: line for line in text.splitlines()}
-    assert "time out" in lines["build"] and "time out" in lines["tests"]
-    assert "ok" in lines["bench"] and "ok" in lines["bench-compile"]
-    assert status > 0
 
 
 # Plan

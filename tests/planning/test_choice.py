@@ -676,15 +676,29 @@ def test_the_timer_warms_up_and_gives_the_median_in_seconds(monkeypatch):
         def elapsed_time(self, end: Event) -> float:
             return end.at - self.at
 
+    queued: list[float] = []  # before each run
+    idle_since = [0.0]
+
     def run() -> None:
+        queued.append(now[0] - idle_since[0])
         now[0] += next(taken)
+        idle_since[0] = now[0]
+
+    state: list[str] = []  # what was done to L2
 
     class Buffer:
         def zero_(self) -> None:
-            now[0] += 1000.0  # is not counted
+            now[0] += 0.03
+            state.append("written")
+
+        def sum(self) -> None:
+            now[0] += 0.02
+            state.append("read")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=50 << 20))
-    monkeypatch.setattr(torch, "empty", lambda size, **_: Buffer() if size == 100 << 20 else None)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: Buffer() if size * 8 == 100 << 20 else None)
     assert choice.cuda_seconds(run) == pytest.approx(0.025)
+    assert state[-1] == "read" and state[-2] == "written"
+    assert queued and min(queued) >= 2 * choice.QUEUED_SECONDS * 1e3 - 1e-9

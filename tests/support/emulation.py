@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -16,6 +16,8 @@ from fused_sepconv.families.depthwise import plan as depthwise
 from fused_sepconv.families.mma import forward as mma_forward
 from fused_sepconv.native import loader, marshalling
 from fused_sepconv.ops import eager, launching
+from fused_sepconv.planning.plan import Plan
+from fused_sepconv.planning.problem import Candidate
 from tests.cuda_on_cpu.build import build_native
 
 SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
@@ -50,11 +52,14 @@ def emulated_kernels(checked: bool) -> Iterator[ModuleType]:
 
 
 @contextmanager
-def planned_for(sms: int, widest: bool = False, tile: mma_forward.Shape | None = None) -> Iterator[None]:
-    """Within the context CPU tensors are planned for as if on a device of so many SMs: fewer blocks, that do more.
+def planned_for(
+    sms: int, widest: bool = False, tile: mma_forward.Shape | None = None, through: str = ""
+) -> Iterator[None]:
+    """Within the context calls are planned for as if on a device of so many SMs: fewer blocks, that do more.
 
     With `widest`, depthwise kernels get the widest tiles, and so the most warps, that the plan would compare; with
-    `tile`, tensor-core kernels get tiles of that shape where there are such kernels.
+    `tile`, tensor-core kernels get tiles of that shape where there are such kernels; with `through`, the backend
+    "fused" runs a candidate with that kernel among its steps where the preferred family has one.
     """
     here, cuts = launching._here, depthwise.cuts
 
@@ -72,8 +77,18 @@ def planned_for(sms: int, widest: bool = False, tile: mma_forward.Shape | None =
                 kind: (tile,) if tile in all_shapes else all_shapes for kind, all_shapes in mma_forward.SHAPES.items()
             }
             patch.setattr(mma_forward, "SHAPES", shapes)
+        if through:
+            patch.setattr(Plan, "choose", functools.partialmethod(_choose_through, Plan.choose, through))
         eager.clear()
         try:
             yield
         finally:
             eager.clear()
+
+
+def _choose_through(plan: Plan, choose: Callable, kernel: str, backend: str, family: str | None = None) -> Candidate:
+    for candidate in plan.candidates:
+        runs = not candidate.refusal and candidate.family == family and backend == "fused"
+        if runs and kernel in (step.name for step in candidate.steps):
+            return candidate
+    return choose(plan, backend, family)

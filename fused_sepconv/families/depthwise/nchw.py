@@ -70,6 +70,25 @@ class NchwTraits:
             return (count - 1) * self.stride + self.kernel
         return (count - 1 + self.kernel - 1) // self.stride + 1
 
+    def _ways(self, columns: int) -> int:
+        """Cycles of a warp's access to shared memory whose lanes are so many columns apart: a bank gives 4 bytes."""
+        return max(1, columns * ELEMENT_BYTES[self.dtype] // 4)
+
+    @property
+    def shared_cycles(self) -> int:
+        """Of a warp, for an item a lane: its window, and its own values (the output; or x and its gradient)."""
+        values = self.rows * COLUMNS * self._ways(COLUMNS)
+        window = self._own_window(self.rows) * self._own_window(COLUMNS)
+        if self.forward:
+            return window * self._ways(COLUMNS * self.stride) + values
+        return window * self._ways(COLUMNS // self.stride) + 2 * values
+
+    @property
+    def mid_shared_cycles(self) -> int:
+        """The same of an item of the mid-activation's argument in the backward: x's window, the gradient and back."""
+        window = self.kernel * ((COLUMNS - 1) * self.stride + self.kernel)
+        return window * self._ways(COLUMNS * self.stride) + 2 * COLUMNS * self._ways(COLUMNS)
+
     @property
     def instructions(self) -> float:
         """Of an item, about: every element of a window is read, converted and guarded by itself, and where there is a
@@ -237,6 +256,20 @@ def cuts(problem: DepthwiseProblem, traits: NchwTraits, device: Device) -> Itera
                 shared_bytes=shared_bytes,
             )
             yield NchwCut(problem, traits, tiling)
+
+
+def shared_cycles_of_unit(cut: NchwCut) -> float:
+    """Of a block's accesses to shared memory, bank conflicts counted: its items, and the pieces that come and go."""
+    t, p, traits = cut.tiling, cut.problem, cut.traits
+    items = _items(p, 1, t.columns, COLUMNS) * _items(p, 0, t.rows, traits.rows)
+    x, y = _pieces(p, traits, t.rows)
+    total = items * traits.shared_cycles + (x + y) * PIECE // 4  # a warp's pieces meet each bank PIECE // 4 times
+    if not traits.forward:
+        total += x * PIECE // 4  # the gradient goes out as x came
+        if p.mid_activation:
+            rows = min(traits.window(p, t.rows), p.out_h)
+            total += _items(p, 1, p.out_w, COLUMNS) * rows * traits.mid_shared_cycles
+    return t.images * total / 32
 
 
 def instructions_of_unit(cut: NchwCut) -> float:

@@ -260,12 +260,14 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | NchwCut) -> C
     if isinstance(cut, NchwCut):
         threads, steps, total = nchw.THREADS, tiling.units_per_part, cut.units
         step_instructions = nchw.instructions_of_unit(cut)
+        step_shared_cycles = nchw.shared_cycles_of_unit(cut)
         columns_of_blocks = problem.K
     else:
         threads, steps, total = WARP * tiling.warps, tiling.groups_per_part, cut.total_groups
         step_instructions = threads * traits.instructions(
             tiling.warps, problem.pre_activation, bool(problem.mid_activation)
         )
+        step_shared_cycles = 0.0  # each access meets every bank once: the instructions take longer
         columns_of_blocks = cut.chunks
     steps = min(steps, max(total, 1))
     byte_count, blocks = cut.bytes(), cut.blocks
@@ -281,6 +283,7 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | NchwCut) -> C
         "memory": byte_count / (device.bandwidth * BANDWIDTH_FRACTION),
         "the fullest SM's memory": sm_bytes / (device.bandwidth / device.sms * SM_BANDWIDTH),
         "instructions": blocks_of_fullest * steps * step_instructions / issue_rate,
+        "shared memory": blocks_of_fullest * steps * step_shared_cycles / device.clock,
         "latency": ceil(waves) * steps * (GROUP_SECONDS + step_instructions / issue_rate),
     }
     return Candidate(
