@@ -11,6 +11,8 @@ import torch
 from fused_sepconv.planning import devices
 from fused_sepconv.planning.devices import DEVICES, HOPPER_SYNC_FRACTION, Device
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
