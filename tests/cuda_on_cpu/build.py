@@ -122,9 +122,9 @@ def _ninja_text(target: Path, name: str, kernel_sources: list[Path], host_source
 
     module_folder = target.parent / name
     runtime = sorted(path.relative_to(ROOT) for path in (ROOT / EMULATOR / "runtime").glob("*.cpp"))
-    # The emulator and host code are never instrumented, and the emulator's objects serve all modules of both builds.
+    # The emulator and host code are never instrumented, and their objects serve all modules of both builds.
     compile_each(kernel_sources, module_folder, ["-O2", *(CHECKED_FLAGS if checked else [])])
-    compile_each([*host_sources, EMULATOR / "bind_emulator.cpp"], module_folder, ["-O1"])
+    compile_each([*host_sources, EMULATOR / "bind_emulator.cpp"], BUILD / "host", ["-O1"])
     compile_each(runtime, BUILD / "runtime", ["-O3"])
     lines += [f"build {target}: link {' '.join(map(str, objects))}", f"default {target}"]
     return "\n".join(lines) + "\n"
