@@ -11,6 +11,9 @@ What a target does not run is never collected, so nothing is ever skipped.
 
 Tests of one family's kernels run emulated in either place: ``native`` is both builds in turn, ``plain`` and ``checked``
 are one each. ``FAMILY`` in their file is whose kernels "fused" then runs, where they can.
+
+Tests come in three tiers: ``pytest -m quick``, ``pytest`` (all but ``full``) and ``pytest -m full`` (the rest). A test
+has its tier by a marker, or a part of its cases has: ``cases(..., quick=..., full=...)`` and ``checked_on``.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor
 import fused_sepconv
 from fused_sepconv.ops import launching
 from tests.accuracy import allowing_tf32
-from tests.support.cases import CASES, Case
+from tests.support.cases import CASES, FEATURES, Case
 from tests.support.emulation import emulated_kernels
 
 EVERY_DTYPE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -57,14 +60,21 @@ class Target:
     def runs(self, case: Case, dtype: torch.dtype) -> bool:
         return case.multiplications <= self.patience.get(dtype, math.inf)
 
+    def runs_by_default(self, case: Case, dtype: torch.dtype) -> bool:
+        """Whether it is no repetition: on a CPU "auto" is PyTorch's convolutions in every dtype, held against them."""
+        return self != LIBRARY or dtype == torch.float64 or case in FEATURES
+
 
 # Device code is slow on the CPU: no case of more than a million multiplications.
 EMULATED = Target("cpu", "fused", patience=dict.fromkeys(EVERY_DTYPE, 1e6))
 
 
+# On most CPUs PyTorch has no fast 16-bit convolution: a full-size layer forward and back takes ten seconds.
+LIBRARY = Target("cpu", "auto", patience={torch.float16: 1e7, torch.bfloat16: 1e7})
+
+
 def targets() -> tuple[Target, ...]:
-    # On most CPUs PyTorch has no fast 16-bit convolution: a full-size layer forward and back takes ten seconds.
-    found = [Target("cpu", "auto", patience={torch.float16: 1e7, torch.bfloat16: 1e7})]
+    found = [LIBRARY]
     if torch.cuda.is_available():
         # Layers at full size are tests/accuracy.py's: their oracle is the CPU's work.
         small = dict.fromkeys(EVERY_DTYPE, 2e7)
@@ -80,21 +90,25 @@ TARGETS = targets()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cases(cases): the cases that the test's `case` goes through")
+    config.addinivalue_line(
+        "markers",
+        "cases(cases, quick=(), full=()): the cases that the test's `case` goes through; those of the quick tier among "
+        "them, and more of the full one",
+    )
+    config.addinivalue_line("markers", "checked_on(cases): what the checked build goes through by default")
     config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes that the test's `dtype` goes through")
     config.addinivalue_line("markers", "gradients: only where the target has gradients")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    def marked(name: str) -> tuple | None:
-        marker = metafunc.definition.get_closest_marker(name)
-        return marker.args if marker else None
+    def marked(name: str) -> pytest.Mark | None:
+        return metafunc.definition.get_closest_marker(name)
 
     wanted = [name for name in ("target", "dtype", "case") if name in metafunc.fixturenames]
     if not {"target", "case"} & set(wanted):
         return
-    (cases,) = marked("cases") or (CASES,)
-    dtypes = marked("dtypes") or EVERY_DTYPE
+    cases, tiers = (marked("cases").args[0], marked("cases").kwargs) if marked("cases") else (CASES, {})
+    dtypes = marked("dtypes").args if marked("dtypes") else EVERY_DTYPE
     gradients = marked("gradients") is not None
 
     def rows() -> Iterator[tuple[Target, torch.dtype | None, Case | None]]:
@@ -104,15 +118,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 if "case" not in wanted:
                     yield target, dtype, None
                     continue
-                for case in cases:
+                for case in (*cases, *(case for case in tiers.get("full", ()) if case not in cases)):
                     if dtype is None or target.runs(case, dtype):
                         yield target, dtype, case
 
+    def marks(target: Target, dtype: torch.dtype | None, case: Case | None) -> tuple[pytest.MarkDecorator, ...]:
+        if case is None:
+            return ()
+        if case not in cases or ("target" in wanted and not target.runs_by_default(case, dtype)):
+            return (pytest.mark.full,)
+        return (pytest.mark.quick,) if case in tiers.get("quick", ()) else ()
+
     columns = [("target", "dtype", "case").index(name) for name in wanted]
-    values = [tuple(row[column] for column in columns) for row in rows()]
-    ids = ["-".join(str(value).removeprefix("torch.") for value in value_row) for value_row in values]
-    indirect = ["target"] if "target" in wanted else False
-    metafunc.parametrize(wanted, values, ids=ids, indirect=indirect)
+    values = []
+    for row in rows():
+        value_row = [row[column] for column in columns]
+        name = "-".join(str(value).removeprefix("torch.") for value in value_row)
+        values.append(pytest.param(*value_row, id=name, marks=marks(*row)))
+    metafunc.parametrize(wanted, values, indirect=["target"] if "target" in wanted else False)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("checked_on")
+        if marker and item.callspec.params["native"]:
+            case = next((value for value in item.callspec.params.values() if isinstance(value, Case)), None)
+            if case not in marker.args[0]:
+                item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture

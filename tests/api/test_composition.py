@@ -38,6 +38,9 @@ CHOSEN = named(
     "everything",
 )
 
+# What each kind of tracing, which takes seconds, goes through by default.
+TRACED = both(named("batch 0", "same, stride 2, even size", "everything"))
+
 
 def leaves(case, dtype=torch.float64, requires_grad=True, seed=0, device="cpu"):
     return {name: t.to(device, dtype).requires_grad_(requires_grad) for name, t in case.tensors(seed).items()}
@@ -52,7 +55,7 @@ def close(actual, expected, tolerance=1e-10):
 
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
-@pytest.mark.cases(both((*CHOSEN, *named("batch 0", "1x1 image", "silu after"))))
+@pytest.mark.cases(TRACED, full=both((*CHOSEN, *named("batch 0", "1x1 image", "silu after"))))
 def test_opcheck_finds_nothing_in_the_forward(target, case, requires_grad):
     if requires_grad and torch.float32 not in target.gradient_dtypes:
         requires_grad = False
@@ -61,7 +64,7 @@ def test_opcheck_finds_nothing_in_the_forward(target, case, requires_grad):
 
 
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc"))
-@pytest.mark.cases(both(CHOSEN))
+@pytest.mark.cases(both(named("everything")), full=both(CHOSEN))
 def test_opcheck_finds_nothing_in_the_forward_of_either_layout(case, layout):
     tensors = leaves(case, torch.float32)
     tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
@@ -71,7 +74,7 @@ def test_opcheck_finds_nothing_in_the_forward_of_either_layout(case, layout):
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
-@pytest.mark.cases(both((*CHOSEN, *named("batch 0", "1x1 image", "silu after"))))
+@pytest.mark.cases(TRACED, full=both((*CHOSEN, *named("batch 0", "1x1 image", "silu after"))))
 def test_opcheck_finds_nothing_in_the_backward(target, case, requires_grad):
     tensors = leaves(case, torch.float32, requires_grad, device=target.device)
     arguments = backward_arguments(case, tensors, requires_grad, target.backend)
@@ -124,7 +127,7 @@ def value_and_gradients(function, tensors, options):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-@pytest.mark.cases(both((*CHOSEN, *named("unbatched, everything", "batch 0", "silu after"))))
+@pytest.mark.cases(TRACED, full=both((*CHOSEN, *named("unbatched, everything", "batch 0", "silu after"))))
 def test_it_compiles_into_one_graph_forward_and_backward(case, dynamic):
     compiled = torch.compile(function_of(case), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     tensors = leaves(case)
@@ -170,6 +173,7 @@ def test_one_dynamic_graph_serves_every_size():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.quick
 def test_the_op_is_one_node_of_the_graph():
     seen = []
 
@@ -473,20 +477,20 @@ def maps(cases):
     ]
 
 
-@pytest.mark.parametrize("in_dim", (0, 1, -1))
 @pytest.mark.parametrize("mapping", maps(VMAPPED))
-def test_vmap_is_a_loop(mapping, in_dim):
+def test_vmap_is_a_loop(mapping):
     case, mapped = mapping
-    tensors = stacked(case, mapped, in_dim)
-    names = list(tensors)
-    in_dims = tuple(in_dim if name in mapped else None for name in names)
+    names = list(case.tensors())
 
     def call(*values):
         return function_of(case)(**dict(zip(names, values, strict=True)), **case.options)
 
-    expected = one_by_one(case, tensors, mapped, in_dim)
-    close(torch.vmap(call, in_dims=in_dims)(*tensors.values()), expected)
-    close(torch.vmap(call, in_dims=in_dims, out_dims=2)(*tensors.values()), expected.movedim(0, 2))
+    for in_dim in (0, 1, -1):
+        tensors = stacked(case, mapped, in_dim)
+        in_dims = tuple(in_dim if name in mapped else None for name in names)
+        expected = one_by_one(case, tensors, mapped, in_dim)
+        close(torch.vmap(call, in_dims=in_dims)(*tensors.values()), expected)
+        close(torch.vmap(call, in_dims=in_dims, out_dims=2)(*tensors.values()), expected.movedim(0, 2))
 
 
 @pytest.mark.parametrize("mapping", maps(named("everything")))
@@ -543,6 +547,7 @@ def test_vmap_over_a_batch_of_none_or_one(case):
     assert empty.shape == (1, 0, *case.output_shape[1:])
 
 
+@pytest.mark.quick
 def test_many_models_at_once():
     """An ensemble, as torch.func.stack_module_state makes it."""
     modules = [SeparableConv2d(3, 4, 3, padding="same", stride=2, dtype=torch.float64) for _ in range(3)]
@@ -598,6 +603,7 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(case):
             close(ours[i], eager)
 
 
+@pytest.mark.quick
 def test_per_sample_gradients_of_a_module():
     """The recipe of PyTorch's own tutorial: functional_call, grad, vmap."""
     torch.manual_seed(0)
@@ -884,6 +890,7 @@ def test_func_grad_and_vmap_compile(case):
 # Other ways to run a graph
 
 
+@pytest.mark.quick
 def test_checkpointing_recomputes_the_same():
     module = SeparableConv2d(4, 4, 3, padding=1, activation="gelu", dtype=torch.float64)
     results = []
@@ -895,6 +902,7 @@ def test_checkpointing_recomputes_the_same():
         assert torch.equal(a, b)
 
 
+@pytest.mark.quick
 def test_threads_may_share_a_module():
     module = SeparableConv2d(4, 6, 3, padding=1, activation="relu", dtype=torch.float64)
     images = [torch.randn(n % 3 + 1, 4, 6 + n % 2, 6, dtype=torch.float64) for n in range(16)]

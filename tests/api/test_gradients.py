@@ -7,7 +7,7 @@ import torch
 
 from fused_sepconv import DepthwiseConv2dFunction, SeparableConv2dFunction, separable_conv2d
 from tests.support.calls import backward_op, each_input, function_of, op_arguments
-from tests.support.cases import CASES, SMALL, Case, both, depthwise, named, two_convolutions
+from tests.support.cases import CASES, FEATURES, SMALL, Case, both, named, two_convolutions
 from tests.support.closeness import assert_gradient_as_close_as_eager
 
 
@@ -25,7 +25,7 @@ def gradients(function, inputs, options, grad_output):
 
 
 @pytest.mark.gradients
-@pytest.mark.cases(both(CASES))
+@pytest.mark.cases(both(CASES), quick=FEATURES)
 def test_every_gradient_of_every_case_is_as_close_to_the_oracle_as_eagers(target, dtype, case):
     generator = torch.Generator().manual_seed(1)
     grad_output = torch.randn(case.output_shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -40,9 +40,17 @@ def test_every_gradient_of_every_case_is_as_close_to_the_oracle_as_eagers(target
             assert_gradient_as_close_as_eager(gradient, eager[name], oracle[name], name=f"gradient of {name}")
 
 
+# A case for each feature: the test above holds every case against float64 too. The rest is differentiated in full.
+DIFFERENTIATED = both(named(
+    "plain", "biases", "one column", "windows in the padding alone", "batch 0", "unbatched", "depth multiplier 3",
+    "stride 3", "same, stride 2, dilation 2", "four different sides", "relu6 thrice", "elu thrice", "silu thrice",
+    "hardswish thrice", "gelu thrice", "everything",
+))  # fmt: skip
+
+
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float64)
-@pytest.mark.cases(both(SMALL))
+@pytest.mark.cases(DIFFERENTIATED, full=both(SMALL))
 def test_gradcheck(target, dtype, case):
     inputs = leaves(case.tensors(), dtype, target.device)
 
@@ -52,17 +60,9 @@ def test_gradcheck(target, dtype, case):
     assert torch.autograd.gradcheck(call, tuple(inputs.values()), check_batched_grad=False)
 
 
-# The second derivative of the depthwise convolution is a part of the separable one's: a case for each feature will do.
-TWICE_DIFFERENTIATED = named(
-    "plain", "biases", "one column", "windows in the padding alone", "batch 0", "unbatched", "depth multiplier 3",
-    "stride 3", "same, stride 2, dilation 2", "four different sides", "relu6 thrice", "elu thrice", "silu thrice",
-    "hardswish thrice", "gelu thrice", "everything",
-)  # fmt: skip
-
-
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float64)
-@pytest.mark.cases((*SMALL, *depthwise(TWICE_DIFFERENTIATED)))
+@pytest.mark.cases(DIFFERENTIATED, full=SMALL)
 def test_gradgradcheck(target, dtype, case):
     inputs = leaves(case.tensors(), dtype, target.device)
 
@@ -199,9 +199,8 @@ MASKED = [
 
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float64)
-@pytest.mark.parametrize("with_output", (False, True), ids=("recomputed", "from the output"))
 @pytest.mark.parametrize("masked", MASKED)
-def test_the_backward_op_gives_the_gradients_that_its_mask_asks_for(target, dtype, masked, with_output):
+def test_the_backward_op_gives_the_gradients_that_its_mask_asks_for(target, dtype, masked):
     case, mask = masked
     inputs = leaves(case.tensors(), dtype, target.device)
     mask = [asked and name in inputs for name, asked in zip(case.inputs, mask, strict=True)]
@@ -209,15 +208,16 @@ def test_the_backward_op_gives_the_gradients_that_its_mask_asks_for(target, dtyp
     expected = gradients(case.definition, inputs, case.options, grad_output)
     y = case.definition(**inputs, **case.options).detach()
     inputs = {name: tensor.detach() for name, tensor in inputs.items()}
-    found = backward_op(case)(
-        grad_output, *(inputs.get(name) for name in case.inputs), y if with_output else None,
-        *op_arguments(case, target.backend), mask,
-    )  # fmt: skip
-    for name, wanted, gradient in zip(case.inputs, mask, found, strict=True):
-        if wanted:
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
-        else:
-            assert gradient.shape == (0,), "an empty tensor stands for what was not asked for"
+    for output in (None, y):
+        found = backward_op(case)(
+            grad_output, *(inputs.get(name) for name in case.inputs), output,
+            *op_arguments(case, target.backend), mask,
+        )  # fmt: skip
+        for name, wanted, gradient in zip(case.inputs, mask, found, strict=True):
+            if wanted:
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
+            else:
+                assert gradient.shape == (0,), "an empty tensor stands for what was not asked for"
 
 
 # What is kept for the backward
@@ -240,6 +240,7 @@ SAVED = named(
 
 
 @pytest.mark.gradients
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.cases(both(SAVED))
 def test_nothing_is_kept_for_the_backward_but_the_inputs_and_some_outputs(target, dtype, case):
     inputs = leaves(case.tensors(), dtype, target.device)
@@ -332,19 +333,19 @@ ARRIVALS = {
 
 
 @pytest.mark.gradients
-@pytest.mark.parametrize("arrival", ARRIVALS)
 @pytest.mark.cases(both(named("everything", "same, stride 2, even size", "relu thrice", "residual")))
-def test_a_gradient_may_arrive_in_any_layout(target, dtype, case, arrival):
-    grad_output = ARRIVALS[arrival](torch.randn(case.output_shape, dtype=dtype, device=target.device))
+def test_a_gradient_may_arrive_in_any_layout(target, dtype, case):
     inputs = leaves(case.tensors(), dtype, target.device)
-    before = grad_output.clone()
-    ours = gradients(function_of(case), inputs, case.options, grad_output)
-    eager = gradients(case.definition, inputs, case.options, before.contiguous())
     exact = leaves({name: tensor.detach() for name, tensor in inputs.items()}, torch.float64)
-    oracle = gradients(case.definition, exact, case.options, before.cpu())
-    assert torch.equal(grad_output, before)
-    for name, gradient in ours.items():
-        assert_gradient_as_close_as_eager(gradient, eager[name], oracle[name], name=f"gradient of {name}")
+    for arrival, make in ARRIVALS.items():
+        grad_output = make(torch.randn(case.output_shape, dtype=dtype, device=target.device))
+        before = grad_output.clone()
+        ours = gradients(function_of(case), inputs, case.options, grad_output)
+        eager = gradients(case.definition, inputs, case.options, before.contiguous())
+        oracle = gradients(case.definition, exact, case.options, before.cpu())
+        assert torch.equal(grad_output, before)
+        for name, gradient in ours.items():
+            assert_gradient_as_close_as_eager(gradient, eager[name], oracle[name], name=f"{arrival}: {name}")
 
 
 @pytest.mark.gradients

@@ -1,6 +1,8 @@
 """Memory layout: the output follows x's memory format alone, a gradient has its input's strides, and what fake and
 meta tensors promise is what real ones have."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,7 +12,10 @@ from tests.support.calls import backward_op, function_of, op_arguments, saved_ou
 from tests.support.cases import SMALL, XCEPTION_REDUCED, Case, both, named
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
-formats = pytest.mark.parametrize("memory_format", (CONTIGUOUS, CHANNELS_LAST), ids=("nchw", "nhwc"))
+FORMATS = (CONTIGUOUS, CHANNELS_LAST)
+
+# A default run covers every pair of what a layout test goes through, a full one every product.
+exhaustive = pytest.mark.parametrize("exhaustive", (False, pytest.param(True, marks=pytest.mark.full)))
 
 IMAGES = named(
     "plain",
@@ -42,50 +47,49 @@ def made(case, target, memory_format, weights_format=CONTIGUOUS, dtype=torch.flo
     return tensors
 
 
-@formats
-@pytest.mark.parametrize("weights_format", (CONTIGUOUS, CHANNELS_LAST), ids=("weights nchw", "weights nhwc"))
 @pytest.mark.cases(both(IMAGES))
-def test_the_output_follows_x_whatever_the_weights_are(target, case, memory_format, weights_format):
-    y = function_of(case)(**made(case, target, memory_format, weights_format), **case.options)
-    assert y.is_contiguous(memory_format=memory_format)
-    other = CHANNELS_LAST if memory_format is CONTIGUOUS else CONTIGUOUS
-    assert not y.is_contiguous(memory_format=other)
+def test_the_output_follows_x_whatever_the_weights_are(target, case):
+    for memory_format, weights_format in product(FORMATS, FORMATS):
+        y = function_of(case)(**made(case, target, memory_format, weights_format), **case.options)
+        assert y.is_contiguous(memory_format=memory_format)
+        other = CHANNELS_LAST if memory_format is CONTIGUOUS else CONTIGUOUS
+        assert not y.is_contiguous(memory_format=other)
 
 
-@formats
-def test_the_output_follows_x_whatever_the_residual_is(target, memory_format):
+def test_the_output_follows_x_whatever_the_residual_is(target):
     (case,) = named("residual")
-    tensors = made(case, target, memory_format)
-    other = CHANNELS_LAST if memory_format is CONTIGUOUS else CONTIGUOUS
-    tensors["residual"] = tensors["residual"].contiguous(memory_format=other)
-    y = separable_conv2d(**tensors, **case.options)
-    assert y.is_contiguous(memory_format=memory_format)
+    for memory_format, other in zip(FORMATS, reversed(FORMATS), strict=True):
+        tensors = made(case, target, memory_format)
+        tensors["residual"] = tensors["residual"].contiguous(memory_format=other)
+        y = separable_conv2d(**tensors, **case.options)
+        assert y.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.cases(both((*SMALL, *XCEPTION_REDUCED)))
-def test_the_output_is_dense(target, case):
-    y = function_of(case)(**made(case, target, CONTIGUOUS), **case.options)
-    assert y.is_contiguous()
-    if case.N:
-        y = function_of(case)(**made(case, target, CHANNELS_LAST), **case.options)
-        assert y.is_contiguous(memory_format=CHANNELS_LAST)
+def test_the_output_is_dense(target):
+    for case in both((*SMALL, *XCEPTION_REDUCED)):
+        for memory_format in FORMATS if case.N else (CONTIGUOUS,):
+            y = function_of(case)(**made(case, target, memory_format), **case.options)
+            assert y.is_contiguous(memory_format=memory_format), case
 
 
 @pytest.mark.gradients
-@formats
-@pytest.mark.parametrize("weights_format", (CONTIGUOUS, CHANNELS_LAST), ids=("weights nchw", "weights nhwc"))
-@pytest.mark.parametrize("arriving", (CONTIGUOUS, CHANNELS_LAST), ids=("from nchw", "from nhwc"))
+@exhaustive
 @pytest.mark.cases(both(IMAGES))
-def test_a_gradient_has_the_strides_of_its_input(target, case, memory_format, weights_format, arriving):
-    tensors = made(case, target, memory_format, weights_format)
-    for tensor in tensors.values():
-        tensor.requires_grad_()
-    y = function_of(case)(**tensors, **case.options)
-    grad_output = torch.randn_like(y).contiguous(memory_format=arriving)
-    for name, gradient in zip(tensors, torch.autograd.grad(y, list(tensors.values()), grad_output), strict=True):
-        # With no activation after it, the residual's gradient is the arriving one itself, as in any addition.
-        model = grad_output if name == "residual" and case.activation is None else tensors[name]
-        assert strides(gradient) == strides(model), name
+def test_a_gradient_has_the_strides_of_its_input(target, case, exhaustive):
+    for memory_format, weights_format, arriving in product(FORMATS, repeat=3):
+        # Half of the eight have every pair: those where the third format says whether the first two are alike.
+        if not exhaustive and (memory_format is weights_format) != (arriving is CONTIGUOUS):
+            continue
+        tensors = made(case, target, memory_format, weights_format)
+        for tensor in tensors.values():
+            tensor.requires_grad_()
+        y = function_of(case)(**tensors, **case.options)
+        grad_output = torch.randn_like(y).contiguous(memory_format=arriving)
+        found = torch.autograd.grad(y, list(tensors.values()), grad_output)
+        for name, gradient in zip(tensors, found, strict=True):
+            # With no activation after it, the residual's gradient is the arriving one itself, as in any addition.
+            model = grad_output if name == "residual" and case.activation is None else tensors[name]
+            assert strides(gradient) == strides(model), (name, memory_format, weights_format, arriving)
 
 
 @pytest.mark.parametrize("padding", (1, "same", ((0, 1), (2, 0))), ids=str)
@@ -129,62 +133,73 @@ FAKED = (
 )  # fmt: skip
 
 
-def alike(promised, real):
-    assert promised.shape == real.shape
-    assert promised.dtype == real.dtype
-    assert strides(promised) == strides(real)
-    assert promised.storage_offset() == real.storage_offset()
+def alike(promised, real, where):
+    assert promised.shape == real.shape, where
+    assert promised.dtype == real.dtype, where
+    assert strides(promised) == strides(real), where
+    assert promised.storage_offset() == real.storage_offset(), where
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def combinations(case, others, exhaustive):
+    """(layout, one of the others): all of them, or each layout with one, which another case has with another layout."""
+    if exhaustive:
+        return list(product(LAYOUTS, others))
+    first = sum(map(ord, case.name))
+    return [(layout, others[(first + number) % len(others)]) for number, layout in enumerate(LAYOUTS)]
+
+
+@exhaustive
 @pytest.mark.cases(both([case for case in FAKED if case.N != 0]))
-def test_a_fake_forward_promises_what_a_real_one_gives(target, dtype, case, layout):
-    tensors = {name: LAYOUTS[layout](t.to(target.device, dtype)) for name, t in case.tensors().items()}
-    real = function_of(case)(**tensors, **case.options)
-    if target.device == "cpu":
-        with FakeTensorMode() as mode:
-            fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-            alike(function_of(case)(**fakes, **case.options), real)
-    metas = {name: torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="meta") for name, t in tensors.items()}
-    promised = function_of(case)(**metas, **case.options)
-    assert promised.device.type == "meta"
-    alike(promised, real)
+def test_a_fake_forward_promises_what_a_real_one_gives(target, case, exhaustive):
+    for where in combinations(case, target.dtypes, exhaustive):
+        layout, dtype = where
+        tensors = {name: LAYOUTS[layout](t.to(target.device, dtype)) for name, t in case.tensors().items()}
+        real = function_of(case)(**tensors, **case.options)
+        if target.device == "cpu":
+            with FakeTensorMode() as mode:
+                fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+                alike(function_of(case)(**fakes, **case.options), real, where)
+        promised = function_of(case)(**{name: meta(tensor) for name, tensor in tensors.items()}, **case.options)
+        assert promised.device.type == "meta"
+        alike(promised, real, where)
+
+
+def meta(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 @pytest.mark.gradients
-@pytest.mark.dtypes(torch.float32)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("arriving", ("nchw", "nhwc", "sliced", "expanded wholly"))
+@exhaustive
 @pytest.mark.cases(both([case for case in FAKED if case.N is not None]))
-def test_a_fake_backward_promises_what_a_real_one_gives(target, dtype, case, layout, arriving):
-    layout = layout if case.N else "nchw"
-    tensors = {name: LAYOUTS[layout](t.to(target.device, dtype)) for name, t in case.tensors().items()}
-    y = function_of(case)(**tensors, **case.options)
-    grad_output = LAYOUTS[arriving](torch.randn_like(y)) if case.N else torch.randn_like(y)
-    mask = [name in tensors for name in case.inputs]
-    saved = saved_output(case, y)
+def test_a_fake_backward_promises_what_a_real_one_gives(target, case, exhaustive):
+    mask = [name in case.tensors() for name in case.inputs]
 
     def backward(grad_output, tensors, saved):
         inputs = (tensors.get(name) for name in case.inputs)
         return backward_op(case)(grad_output, *inputs, saved, *op_arguments(case, target.backend), mask)
 
-    real = backward(grad_output, tensors, saved)
-    if target.device == "cpu":
-        with FakeTensorMode() as mode:
-            fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-            promised = backward(mode.from_tensor(grad_output), fakes, saved if saved is None else mode.from_tensor(y))
+    arrivals = ("nchw", "nhwc", "sliced", "expanded wholly")
+    for where in combinations(case, arrivals, exhaustive) if case.N else [("nchw", "nchw")]:
+        layout, arriving = where
+        tensors = {name: LAYOUTS[layout](t.to(target.device, torch.float32)) for name, t in case.tensors().items()}
+        y = function_of(case)(**tensors, **case.options)
+        grad_output = LAYOUTS[arriving](torch.randn_like(y))
+        saved = saved_output(case, y)
+        real = backward(grad_output, tensors, saved)
+        if target.device == "cpu":
+            with FakeTensorMode() as mode:
+                fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+                promised = backward(
+                    mode.from_tensor(grad_output), fakes, None if saved is None else mode.from_tensor(saved)
+                )
+            for a, b in zip(promised, real, strict=True):
+                alike(a, b, where)
+        metas = {name: meta(tensor) for name, tensor in tensors.items()}
+        promised = backward(meta(grad_output), metas, None if saved is None else meta(saved))
         for a, b in zip(promised, real, strict=True):
-            alike(a, b)
-
-    def meta(tensor):
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
-
-    metas = {name: meta(tensor) for name, tensor in tensors.items()}
-    promised = backward(meta(grad_output), metas, None if saved is None else meta(saved))
-    for a, b in zip(promised, real, strict=True):
-        alike(a, b)
-    for name, gradient in zip(case.inputs, real, strict=True):
-        assert gradient.shape == (tensors[name].shape if name in tensors else (0,))
+            alike(a, b, where)
+        for name, gradient in zip(case.inputs, real, strict=True):
+            assert gradient.shape == (tensors[name].shape if name in tensors else (0,)), where
 
 
 @pytest.mark.cases(both(named("everything", "same, stride 2, even size", "relu thrice")))

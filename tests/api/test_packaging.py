@@ -16,6 +16,8 @@ from build_native import compile, resources, toolkit
 from build_native.toolkit import Architecture, BuildError
 from fused_sepconv.native import loader, sources
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PTXAS_OUTPUT = """\

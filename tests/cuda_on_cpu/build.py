@@ -127,12 +127,13 @@ def _ninja_text(target: Path, name: str, kernel_sources: list[Path], host_source
 
     module_folder = target.parent / name
     runtime = sorted(path.relative_to(ROOT) for path in (ROOT / EMULATOR / "runtime").glob("*.cpp"))
-    # The emulator and host code are never instrumented, and the emulator's objects serve all modules of all builds.
+    # The emulator and host code are never instrumented, and their objects serve all modules of all builds but the null one.
+    null = flavour == "null"
     compile_each(kernel_sources, module_folder, FLAVOURS[flavour])
     compile_each(
         [*host_sources, EMULATOR / "bind_emulator.cpp"],
-        module_folder,
-        ["-O1", *(["-DFSC_NULL"] if flavour == "null" else [])],
+        BUILD / ("host_null" if null else "host"),
+        ["-O1", *(["-DFSC_NULL"] if null else [])],
     )
     compile_each(runtime, BUILD / "runtime", ["-O3"])
     lines += [f"build {target}: link {' '.join(map(str, objects))}", f"default {target}"]

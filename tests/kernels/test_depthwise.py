@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -27,6 +28,10 @@ from tests.support.emulation import SCHEDULES, planned_for
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+LIGHT = tuple(
+    case for case in DEPTHWISE if math.prod((case.N, case.K, *case.output_size, *pair(case.kernel))) < 300_000
+)
 
 FAMILY = "depthwise"
 
@@ -82,8 +87,16 @@ def theirs(case: Case, tensors: list[Tensor | None]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad)]
 
 
-@pytest.mark.parametrize("sms, widest", [(132, False), (1, False), (1, True)], ids=["many blocks", "few", "wide"])
+@pytest.mark.parametrize(
+    "sms, widest",
+    [
+        pytest.param(132, False, id="many blocks"),
+        pytest.param(1, False, id="few", marks=pytest.mark.full),
+        pytest.param(1, True, id="wide"),
+    ],
+)
 @pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.checked_on(LIGHT)
 @pytest.mark.cases(DEPTHWISE)
 def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, layout, sms, widest):
     tensors = inputs(case, torch.float32, layout)
@@ -112,6 +125,8 @@ def test_as_close_as_eager_in_every_dtype(plain, case, dtype, layout):
         assert_as_close_as_eager(mine, other, right)
 
 
+@pytest.mark.checked_on(())
+@pytest.mark.quick
 def test_every_instance_is_executed(native):
     native.reset_counters()
     for kernel in (3, 5, 7):
@@ -137,8 +152,10 @@ def test_the_fast_kernels_run_where_they_can(plain, layout):
             ours(case, inputs(case, torch.bfloat16, layout))
         ran = plain.executed()
         dilated = case.dilation != 1
-        fast = layout == "nhwc" or not dilated or case.stride in (1, case.dilation)
-        fast_back = fast and case.multiplier == 1 and not (dilated and case.stride == case.dilation)
+        strides, dilations = pair(case.stride), pair(case.dilation)
+        common = tuple(map(math.gcd, strides, dilations))
+        fast = layout == "nhwc" or not dilated or strides == common
+        fast_back = fast and case.multiplier == 1 and not (dilated and max(common) > 1)
         assert any(name.startswith(f"depthwise_forward_{layout}") for name in ran) == fast, case
         assert any(name.startswith(f"depthwise_backward_{layout}") for name in ran) == fast_back, case
         # In the one pass over them, through the mid-activation too: no step of its own computes the forward again.
@@ -164,15 +181,22 @@ def test_where_shared_memory_is_short_a_step_of_its_own_goes_through_the_mid_act
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=3e-6 * float(right.abs().max()))
 
 
+UNREAD = (
+    Case("unread", 1, 8, 6, 6, 1, stride=2, padding=0, mid_activation="silu"),
+    Case("unread beside several tiles", 1, 40, 22, 46, 1, kernel=5, stride=2, padding=0, mid_activation="silu"),
+)
+
+
+@pytest.mark.parametrize("sms, widest", [(132, False), (3, False), (1, True)], ids=["many blocks", "few", "wide"])
 @pytest.mark.parametrize("layout", FORMATS)
-def test_what_no_output_reads_makes_no_gradient_of_x(plain, layout):
+@pytest.mark.cases(UNREAD)
+def test_what_no_output_reads_makes_no_gradient_of_x(plain, case, layout, sms, widest):
     """The last row and column: an output that read them would lie past the end, and have no gradient to multiply."""
-    case = Case("unread", 1, 8, 6, 6, 1, stride=2, padding=0, mid_activation="silu")
     x, weight, _ = inputs(case, torch.float32, layout)
     x[:, :, -1], x[:, :, :, -1] = torch.nan, torch.nan
-    grad = grad_like(torch.empty(1, 8, 2, 2).contiguous(memory_format=FORMATS[layout]))
+    grad = grad_like(torch.empty(1, case.K, *case.output_size).contiguous(memory_format=FORMATS[layout]))
     mask = (True, False, False)
-    with launching.preferring("depthwise"):
+    with launching.preferring("depthwise"), planned_for(sms, widest):
         grad_x, _, _ = depthwise_backward(grad, (x, weight, None), None, arguments_of(case), "fused", mask)
     assert grad_x[:, :, :-1, :-1].abs().min() > 0
     assert not grad_x[:, :, -1].any() and not grad_x[:, :, :, -1].any()
@@ -226,8 +250,14 @@ def forward_and_back(function, tensors: dict[str, Tensor], options: dict) -> lis
     return [y.detach(), *torch.autograd.grad(y, list(tensors.values()), grad_like(y.detach()))]
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+@pytest.mark.parametrize(
+    "dtype, layout",
+    [
+        pytest.param(dtype, layout, id=f"{dtype}-{layout}", marks=() if dtype in defaults else pytest.mark.full)
+        for layout, defaults in (("nhwc", (torch.float64, torch.float16)), ("nchw", (torch.float32, torch.bfloat16)))
+        for dtype in (torch.float64, *DTYPES)
+    ],
+)
 def test_the_split_family_gives_every_case_right(plain, dtype, layout):
     for case in (*SMALL, *(case for case in DEPTHWISE if case.N)):
         tensors = {name: tensor.to(dtype) for name, tensor in case.tensors().items()}
@@ -332,11 +362,16 @@ PIXELS = 24_000  # of the sample of a layer's images: a large one, or 240 of the
     [("forward", None), ("backward", None), ("backward", "relu")],
     ids=["forward", "backward", "backward with a mid-activation"],
 )
-def test_the_xception_layers_read_and_write_little_more_than_they_must(checked, direction, mid_activation, layout):
+@pytest.mark.parametrize(
+    "layers", [XCEPTION[:1] + XCEPTION[-1:], pytest.param(XCEPTION, marks=pytest.mark.full)], ids=["two", "all"]
+)
+def test_the_xception_layers_read_and_write_little_more_than_they_must(
+    checked, direction, mid_activation, layout, layers
+):
     """At batch 64, in bfloat16, as planned for an H200: the blocks of one chunk of channels, for some of the images."""
     print()
     channels = 64 if layout == "nhwc" else 2
-    for layer in XCEPTION:
+    for layer in layers:
         whole = dataclasses.replace(problem_of_layer(layer, direction, layout), mid_activation=mid_activation)
         candidate = depthwise.best(whole, DEVICES["H200"], problems.ALL_KERNELS)
         images = min(64, max(1, PIXELS // (layer.H * layer.W)))

@@ -15,6 +15,8 @@ import pytest
 from tests.cuda_on_cpu.build import ROOT, build_module
 from tests.cuda_on_cpu.conformance import vectors
 
+pytestmark = pytest.mark.quick
+
 KERNELS = Path("tests/cuda_on_cpu/test_kernels")
 SCHEDULES = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
 

@@ -51,6 +51,8 @@ OWN = (
     Case("stride 2, dilation 3", 1, 8, 19, 22, 8, stride=2, dilation=3, padding=3, bias=True),
     Case("stride 2, dilation 4", 1, 8, 19, 22, 8, stride=2, dilation=4, padding=((4, 1), (0, 3))),
     Case("dilation 2", 1, 8, 11, 13, 8, dilation=2, padding=2, depthwise_bias=True, mid_activation="silu"),
+    Case("strides and dilations", 1, 8, 13, 19, 8, padding=((1, 2), (3, 0)), stride=(2, 1), dilation=(3, 4)),
+    Case("a row and a column", 2, 8, 9, 11, 8, kernel=(3, 1), padding=((1, 0), (0, 2)), stride=(1, 2)),
     Case("depth multiplier 5", 1, 16, 6, 6, 16, multiplier=5, pre_activation="relu"),
     Case("depth multiplier 3", 1, 24, 6, 7, 16, multiplier=3, mid_activation="relu6", depthwise_bias=True),
     Case("no padding", 2, 16, 9, 8, 16, padding=0, bias=True),
@@ -120,11 +122,13 @@ def assert_right(case: Case, stored: torch.dtype, step: Candidate | None = None)
         assert_gradient_as_close_as_eager(ours[name], eager[name], oracle, name=f"{case.name}: {name}")
 
 
+@pytest.mark.checked_on(OWN)
 @pytest.mark.cases(LIGHT)
 def test_the_gradient_is_as_close_as_eagers(native, case):
     assert_right(case, torch.bfloat16)
 
 
+@pytest.mark.checked_on(OWN[:4])
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "tf32"])
 @pytest.mark.cases(tuple(case for case in OWN if case in LIGHT))
 def test_and_in_the_other_dtypes(native, case, stored):
@@ -154,6 +158,7 @@ def test_every_cut_gives_the_gradient_and_takes_the_shared_memory_that_the_plan_
         assert plain.counters()["shared_bytes"][step.name] == cut.shared_bytes
 
 
+@pytest.mark.checked_on([case for case in OWN if case in LIGHT])
 @pytest.mark.cases(OWN)
 def test_every_schedule_gives_the_same_bits(native, case):
     step = step_of(case, torch.bfloat16)
@@ -166,6 +171,7 @@ def test_every_schedule_gives_the_same_bits(native, case):
         assert all(torch.equal(result[name], gradient) for name, gradient in results[0].items())
 
 
+@pytest.mark.quick
 def test_every_instance_is_executed(plain):
     plain.reset_counters()
     for case, stored in itertools.product(OWN, (torch.bfloat16, torch.float16, torch.float32)):
@@ -283,7 +289,7 @@ def test_the_kernel_moves_what_the_plan_says(checked, case, stored):
     assert_bytes(checked, case, step)
 
 
-@pytest.mark.cases(LAYERS)
+@pytest.mark.cases(LAYERS[::3], full=LAYERS)
 def test_a_layer_moves_what_the_plan_says(checked, case):
     step = step_of(case, torch.bfloat16)
     checked.reset_counters()
@@ -305,11 +311,11 @@ def assert_bytes(checked: ModuleType, case: Case, step: Candidate) -> None:
     assert counters["shared_bytes"][step.name] == step.shared_bytes
 
 
-@pytest.mark.cases(SMALL)
-def test_what_can_not_run_has_its_reason(case):
-    call = dataclasses.replace(problem(case, "backward", torch.bfloat16), layout="nhwc", aligned=True)
-    candidate, *_ = mma_backward.candidates(call, DEVICES["H200"], ALL_KERNELS)
-    assert bool(candidate.refusal) == (call.C % 8 != 0 or call.F % 8 != 0)
+def test_what_can_not_run_has_its_reason():
+    for case in SMALL:
+        call = dataclasses.replace(problem(case, "backward", torch.bfloat16), layout="nhwc", aligned=True)
+        candidate, *_ = mma_backward.candidates(call, DEVICES["H200"], ALL_KERNELS)
+        assert bool(candidate.refusal) == (call.C % 8 != 0 or call.F % 8 != 0), case
 
 
 def test_what_is_too_large_has_its_reason():
@@ -320,13 +326,13 @@ def test_what_is_too_large_has_its_reason():
     assert "shared memory" in mma_weight.best(call, dataclasses.replace(FEW, shared_bytes=4096), ALL_KERNELS).refusal
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.cases(XCEPTION)
-def test_the_plan_weighs_it_against_the_others(case, device):
-    made = plan(dataclasses.replace(in_nhwc(case), N=64), DEVICES[device], ALL_KERNELS)
-    families = {candidate.family: candidate for candidate in made.candidates}
-    assert not families["mma"].refusal
-    assert families["mma"].note in str(made)
-    assert families["mma"].steps[0].shared_bytes <= DEVICES[device].shared_bytes
-    # It saves the depthwise result's way out and in again, less the partial sums'.
-    assert families["mma"].bytes < families["split"].bytes or families["mma"].steps[0].tiling.parts > 1
+def test_the_plan_weighs_it_against_the_others(case):
+    for device in DEVICES.values():
+        made = plan(dataclasses.replace(in_nhwc(case), N=64), device, ALL_KERNELS)
+        families = {candidate.family: candidate for candidate in made.candidates}
+        assert not families["mma"].refusal
+        assert families["mma"].note in str(made)
+        assert families["mma"].steps[0].shared_bytes <= device.shared_bytes
+        # It saves the depthwise result's way out and in again, less the partial sums'.
+        assert families["mma"].bytes < families["split"].bytes or families["mma"].steps[0].tiling.parts > 1

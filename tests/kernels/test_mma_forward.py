@@ -49,6 +49,8 @@ OWN = (
     Case("4x2, stride 3", 1, 24, 14, 17, 8, kernel=(4, 2), stride=3, pre_activation="relu"),
     Case("stride 2, dilation 3", 1, 8, 19, 22, 8, stride=2, dilation=3, padding=3),
     Case("stride 2, dilation 4", 1, 8, 19, 22, 8, stride=2, dilation=4, padding=4),
+    Case("strides and dilations", 1, 8, 13, 19, 8, padding=((1, 2), (3, 0)), stride=(2, 1), dilation=(3, 4)),
+    Case("a row and a column", 2, 8, 9, 11, 8, kernel=(3, 1), padding=((1, 0), (0, 2)), stride=(1, 2)),
     Case("depth multiplier 5", 1, 16, 6, 6, 16, multiplier=5, pre_activation="relu"),
 )
 SERVED = (*(eights(case) for case in CASES if case.N and case not in XCEPTION and case.H * case.W > 1), *OWN)
@@ -87,11 +89,13 @@ def assert_right(native: ModuleType, case: Case, stored: torch.dtype, tile: mma_
     assert_as_close_as_eager(y, eager, two_convolutions(**case.tensors(), **case.options), name=case.name)
 
 
+@pytest.mark.checked_on(OWN)
 @in_every_tile(LIGHT)
 def test_the_result_is_as_close_as_eagers(native, served, tile):
     assert_right(native, served, torch.bfloat16, tile)
 
 
+@pytest.mark.checked_on(OWN[:6])
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "tf32"])
 @in_every_tile(tuple(case for case in OWN if case in LIGHT))
 def test_and_in_the_other_dtypes(native, served, stored, tile):
@@ -119,6 +123,7 @@ def test_a_block_takes_the_shared_memory_that_the_plan_says(plain, served, store
     assert plain.counters()["shared_bytes"] == {candidate.name: candidate.shared_bytes}
 
 
+@pytest.mark.checked_on([case for case in OWN if case in LIGHT])
 @in_every_tile(OWN)
 def test_every_schedule_gives_the_same_bits(native, served, tile):
     tensors = inputs(served, torch.bfloat16)
@@ -130,6 +135,7 @@ def test_every_schedule_gives_the_same_bits(native, served, tile):
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
+@pytest.mark.checked_on(())
 def test_every_instance_is_executed_and_its_matrices_are_loaded_without_bank_conflicts(native):
     native.reset_counters()
     dtypes, tiles = (torch.bfloat16, torch.float16, torch.float32), (mma_forward.WIDE, mma_forward.NARROW)
@@ -164,7 +170,7 @@ def test_what_is_not_aligned_is_copied(native, which):
 LAYERS = tuple(dataclasses.replace(case, N=1) for case in XCEPTION)
 
 
-@pytest.mark.cases(LAYERS)
+@pytest.mark.cases(sorted(LAYERS, key=lambda case: case.multiplications)[:3], full=LAYERS)
 def test_a_layer_reads_what_the_plan_says_and_writes_the_output_alone(checked, case):
     tensors = inputs(case, torch.bfloat16)
     call = dataclasses.replace(problem(case, "forward", torch.bfloat16), layout="nhwc", aligned=True)
@@ -182,11 +188,11 @@ def test_a_layer_reads_what_the_plan_says_and_writes_the_output_alone(checked, c
     assert counters["shared_bytes"] == {candidate.name: candidate.shared_bytes}
 
 
-@pytest.mark.cases(SMALL)
-def test_what_can_not_run_has_its_reason(case):
-    call = dataclasses.replace(problem(case, "forward", torch.bfloat16), layout="nhwc", aligned=True)
-    (candidate,) = mma_forward.candidates(call, launching.DEVICES["H200"], fused_sepconv.ops.problems.ALL_KERNELS)
-    assert bool(candidate.refusal) == (call.C % 8 != 0 or call.F % 8 != 0)
+def test_what_can_not_run_has_its_reason():
+    for case in SMALL:
+        call = dataclasses.replace(problem(case, "forward", torch.bfloat16), layout="nhwc", aligned=True)
+        (candidate,) = mma_forward.candidates(call, launching.DEVICES["H200"], fused_sepconv.ops.problems.ALL_KERNELS)
+        assert bool(candidate.refusal) == (call.C % 8 != 0 or call.F % 8 != 0), case
 
 
 @pytest.mark.parametrize("larger, reason", [({"N": 2**28}, "32 bits"), ({"H": 2**17, "W": 2**17}, "32-bit offsets")])

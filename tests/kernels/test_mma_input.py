@@ -47,6 +47,7 @@ OWN = (
     Case("dilation", 1, 8, 13, 11, 16, padding=(2, 3), dilation=(2, 3), pre_activation="relu", depthwise_bias=True),
     Case("dilation past the image", 1, 8, 5, 6, 8, padding=4, dilation=4, depthwise_bias=True),
     Case("dilation and odd padding", 2, 8, 12, 9, 16, padding=((1, 5), (3, 0)), dilation=(3, 2), depthwise_bias=True),
+    Case("strips", 1, 8, 15, 52, 24, padding=((0, 3), (4, 1)), pre_activation="relu", depthwise_bias=True),
     *(
         Case(f"pre-activation {name}", 1, 16, 7, 6, 16, pre_activation=name, depthwise_bias=True)
         for name in ("relu6", "elu", "silu", "hardswish", "gelu")
@@ -125,6 +126,7 @@ def assert_right(case: Case, dtype: torch.dtype, results: list[Tensor | None]) -
         close(mine, other, right, name=f"{case}: the gradient of {name}")
 
 
+@pytest.mark.checked_on(OWN)
 @pytest.mark.cases(SERVED)
 def test_the_gradients_are_as_close_as_eagers_in_every_cut(native, case):
     for candidate in cuts(case, torch.bfloat16):
@@ -136,6 +138,7 @@ def test_and_in_float16(plain, case):
     assert_right(case, torch.float16, ours(case, torch.float16, planned(case, torch.float16)[1]))
 
 
+@pytest.mark.checked_on(OWN[3:-5])
 @pytest.mark.cases(OWN)
 def test_every_schedule_gives_the_same_bits(native, case):
     for candidate in itertools.islice(cuts(case, torch.bfloat16), 2):
@@ -163,6 +166,7 @@ def test_an_empty_batch_has_no_gradient(plain):
     assert all(not total.any() for total in sums)
 
 
+@pytest.mark.quick
 def test_every_instance_is_executed(plain):
     plain.reset_counters()
     for dtype in (torch.bfloat16, torch.float16):
@@ -209,7 +213,7 @@ def test_nan_and_infinity_pass_where_relus_do(native):
 LAYERS = tuple({case.H: dataclasses.replace(case, N=1) for case in XCEPTION}.values())
 
 
-@pytest.mark.cases(LAYERS)
+@pytest.mark.cases([case for case in LAYERS if case.H < 40], full=LAYERS)
 def test_a_layer_reads_and_writes_what_the_plan_says(checked, case):
     """Of each size of images. One chunk of channels and a vector of the next, and few features: the rest would be the
     same once more."""

@@ -12,7 +12,7 @@ from torch import Tensor
 import fused_sepconv
 from fused_sepconv.families.simt import plan as simt
 from fused_sepconv.planning.plan import INSTANCES
-from tests.support.cases import CASES, Case, two_convolutions
+from tests.support.cases import CASES, Case, named, two_convolutions
 from tests.support.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
 from tests.support.emulation import SCHEDULES, emulated_kernels
 
@@ -23,12 +23,28 @@ FORMATS = (torch.channels_last, torch.contiguous_format)
 # strides, dilation, multiplier, uneven padding, biases, residual, activations.
 SMALL = tuple(case for case in CASES if case.N and case.multiplications < 60_000)
 
-# Sums over more pixels than one part takes, ragged (289 in parts of 145 and 144), and tiles that K or F just fills.
-SPLIT = (
+# Tiles of 64 by 64 that are just filled or one over; few of one dimension and many of another; and sums over more
+# pixels than one part takes, ragged (289 in parts of 145 and 144), with tiles that K or F just fills.
+TILES = (
+    Case("whole tiles", 1, 64, 8, 8, 64, kernel=1, padding=0),
+    Case("one over a tile", 1, 65, 1, 66, 65, kernel=(1, 2), padding=0, bias=True, depthwise_bias=True),
+    Case("many channels, few features", 1, 70, 2, 3, 2, kernel=1, padding=0),
+    Case("few channels, many features", 1, 2, 2, 3, 70, kernel=1, padding=0),
     Case("two parts of pixels", N=1, C=3, H=17, W=17, F=2, bias=True, depthwise_bias=True, mid_activation="relu"),
     Case("two parts, K fills a tile", N=1, C=64, H=17, W=17, F=2, kernel=1, padding=0, bias=True),
     Case("two parts, F fills a tile", N=1, C=2, H=17, W=17, F=64, kernel=1, padding=0, bias=True),
 )
+
+# Every branch of the kernels: these are enough to see 643 of 647 planted bugs (docs/planted_bugs.md).
+BRANCHES = (
+    *named(
+        "everything", "four different sides", "three activations, both biases", "dilation and stride",
+        "stride larger than the kernel", "kernel larger than the image", "5x2 kernel", "depth multiplier 3",
+        "residual before the activation", "plain", "relu thrice", "relu6 thrice", "elu thrice", "silu thrice",
+        "hardswish thrice", "gelu thrice",
+    ),
+    *TILES,
+)  # fmt: skip
 
 
 def inputs(case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, Tensor]:
@@ -45,7 +61,8 @@ def forward_and_back(function, tensors: dict[str, Tensor], options: dict) -> lis
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nhwc", "nchw"])
-@pytest.mark.cases((*SMALL, *SPLIT))
+@pytest.mark.checked_on(BRANCHES)
+@pytest.mark.cases((*SMALL, *TILES))
 def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, memory_format):
     tensors = inputs(case, torch.float64, memory_format)
     runs = []
@@ -60,6 +77,7 @@ def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, mem
         torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-12 * float(right.abs().max()))
 
 
+@pytest.mark.quick
 def test_every_instance_is_executed(native):
     native.reset_counters()
     case = next(case for case in SMALL if case.mid_activation and case.bias)
@@ -69,6 +87,7 @@ def test_every_instance_is_executed(native):
     assert set(native.executed()) == set(simt.INSTANCES)
 
 
+@pytest.mark.quick
 def test_the_plan_knows_every_instance_as_it_was_compiled(native):
     compiled = {instance["name"]: (instance["threads"], instance["shared_bytes"]) for instance in native.instances()}
     planned = {name: (instance.threads, instance.shared_bytes) for name, instance in INSTANCES.items()}
@@ -111,6 +130,7 @@ def test_an_expanded_gradient_is_read_in_place(native):
     assert all(torch.equal(a, b) for a, b in zip(expanded, written_out, strict=True))
 
 
+@pytest.mark.checked_on(())
 def test_more_images_than_a_grid_has_rows(native):
     n = 65_537
     x = torch.randn(n, 1, 1, 1).requires_grad_()
@@ -154,6 +174,7 @@ def test_nothing_of_the_depthwise_result_is_written(checked):
     assert written == {"y": y.numel() * 4}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nhwc", "nchw"])
 def test_a_middle_flow_layer_forward_and_back(memory_format):
     layer = Case("728->728@19", N=1, C=728, H=19, W=19, F=728, pre_activation="relu")

@@ -336,7 +336,9 @@ def test_inductor_compiles_it():
     model = small()
     x = torch.randn(1, 3, 71, 71)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5)
+        y = model(x)
+        compiled = torch.compile(model, fullgraph=True)(x)
+    torch.testing.assert_close(compiled, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
 def test_the_whole_network_exports_with_any_batch():

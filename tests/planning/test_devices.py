@@ -12,6 +12,8 @@ from fused_sepconv.native import loader
 from fused_sepconv.planning import devices
 from fused_sepconv.planning.devices import DEVICES, device_by
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:

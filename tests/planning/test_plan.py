@@ -19,6 +19,8 @@ from fused_sepconv.planning.problem import Kernels, Problem
 from tests.support.cases import CASES, Case, four_sides, pair
 from tests.support.emulation import emulated_kernels
 
+pytestmark = pytest.mark.quick
+
 H200 = DEVICES["H200"]
 NO_KERNELS = Kernels(frozenset(), "there are none")
 
@@ -53,9 +55,8 @@ MIDDLE = Problem(
 )
 
 
-@pytest.mark.cases(CASES)
-def test_every_case_has_a_plan_in_both_directions(case):
-    for direction in ("forward", "backward"):
+def test_every_case_has_a_plan_in_both_directions():
+    for case, direction in itertools.product(CASES, ("forward", "backward")):
         made = plan(problem(case, direction), H200, ALL_KERNELS)
         assert not made.chosen.refusal
         assert all(c.refusal or c.predicted_seconds > 0 for c in made.candidates)
@@ -65,9 +66,9 @@ def test_every_case_has_a_plan_in_both_directions(case):
         assert made.chosen.name in str(made)
 
 
-@pytest.mark.cases(CASES)
-def test_every_candidate_that_can_run_says_what_bounds_it(case):
-    for direction, dtype in itertools.product(("forward", "backward"), (torch.bfloat16, torch.float32)):
+def test_every_candidate_that_can_run_says_what_bounds_it():
+    ways = itertools.product(CASES, ("forward", "backward"), (torch.bfloat16, torch.float32))
+    for case, direction, dtype in ways:
         made = plan(dataclasses.replace(problem(case, direction, dtype), layout="nhwc", tf32=True), H200, ALL_KERNELS)
         assert all(bool(candidate.bound) != bool(candidate.refusal) for candidate in made.candidates)
         chosen, *others = str(made).splitlines()[1:]
@@ -77,13 +78,13 @@ def test_every_candidate_that_can_run_says_what_bounds_it(case):
             assert candidate.refusal or f"{ratio:.2f} times as long: bound by {candidate.bound}" in line
 
 
-@pytest.mark.cases(CASES)
-def test_without_kernels_the_reference_serves_and_the_reason_is_told(case):
-    made = plan(problem(case), H200, NO_KERNELS)
-    assert made.chosen.family == "reference"
-    assert "there are none" in str(made)
-    with pytest.raises(RuntimeError, match="there are none"):
-        made.choose("fused")
+def test_without_kernels_the_reference_serves_and_the_reason_is_told():
+    for case in CASES:
+        made = plan(problem(case), H200, NO_KERNELS)
+        assert made.chosen.family == "reference", case
+        assert "there are none" in str(made), case
+        with pytest.raises(RuntimeError, match="there are none"):
+            made.choose("fused")
 
 
 def test_a_fused_forward_moves_each_tensor_once():
@@ -101,14 +102,13 @@ def test_the_reference_moves_the_depthwise_result_out_and_in_again():
     assert candidate.bytes == 4 * image + 2 * 728 * (9 + 728)
 
 
-@pytest.mark.cases(CASES)
-def test_the_parts_of_a_split_sum_cover_every_pixel_once(case):
-    call = problem(case, "backward")
-    candidate = plan(call, H200, ALL_KERNELS).choose("fused", "simt")
-    pixels = call.pixels
-    for splits in (candidate.depthwise_splits, candidate.pointwise_splits):
-        assert splits.parts * splits.pixels_per_part >= pixels
-        assert (splits.parts - 1) * splits.pixels_per_part < max(pixels, 1)
+def test_the_parts_of_a_split_sum_cover_every_pixel_once():
+    for case in CASES:
+        call = problem(case, "backward")
+        candidate = plan(call, H200, ALL_KERNELS).choose("fused", "simt")
+        for splits in (candidate.depthwise_splits, candidate.pointwise_splits):
+            assert splits.parts * splits.pixels_per_part >= call.pixels, case
+            assert (splits.parts - 1) * splits.pixels_per_part < max(call.pixels, 1), case
 
 
 def test_small_problems_still_fill_the_device_with_parts():
@@ -150,9 +150,9 @@ def test_shared_memory_is_checked_against_the_device():
     assert "shared memory" in str(made)
 
 
-@pytest.mark.parametrize("name", simt.INSTANCES)
-def test_an_instance_leaves_room_for_the_blocks_the_plan_counts_on(name):
-    assert 2 * simt.INSTANCES[name].shared_bytes <= min(device.shared_bytes for device in DEVICES.values())
+def test_an_instance_leaves_room_for_the_blocks_the_plan_counts_on():
+    for instance in simt.INSTANCES.values():
+        assert 2 * instance.shared_bytes <= min(device.shared_bytes for device in DEVICES.values())
 
 
 def test_plans_are_made_once():

@@ -18,11 +18,6 @@ def function_of(case: Case) -> Callable[..., Tensor]:
     return getattr(fused_sepconv, case.operator)
 
 
-def reference_of(case: Case) -> Callable[..., Tensor]:
-    """The package's own reference."""
-    return getattr(fused_sepconv.families.pytorch.convolutions, case.operator)
-
-
 def forward_op(case: Case) -> Any:
     return getattr(torch.ops.fused_sepconv, case.operator)
 

@@ -419,6 +419,22 @@ DEPTHWISE = (
     Case("no padding", 1, 8, 6, 7, 3, padding=0, depthwise_bias=True, mid_activation="relu6"),
     Case("one pixel", 3, 8, 1, 1, 3, depthwise_bias=True),
     Case("many small images", 9, 8, 4, 3, 3, pre_activation="silu", mid_activation="relu"),
+    # what planted bugs showed to be missing
+    Case("two strips of several groups", 1, 40, 9, 45, 2, pre_activation="silu", depthwise_bias=True),
+    Case("more channels than shared memory has weights", 1, 264, 3, 3, 2, kernel=5, stride=2, padding=2),
+    Case("more outputs than threads", 7, 8, 13, 12, 2, pre_activation="silu", mid_activation="silu"),
+    Case("parts that end inside strips", 3, 8, 27, 33, 2, pre_activation="relu", depthwise_bias=True),
+    Case(
+        "5x5, stride 2, in bands", 1, 8, 61, 33, 2, kernel=5, stride=2, padding=((2, 1), (4, 3)), mid_activation="relu"
+    ),
+    Case("parts of several bands", 6, 8, 61, 33, 2, pre_activation="silu", depthwise_bias=True),
+    Case("bands beyond the image", 1, 8, 3, 33, 2, padding=((70, 70), (1, 1)), depthwise_bias=True),
+    Case(
+        "5x5, dilation 3, stride 2", 2, 8, 12, 11, 2, kernel=5, padding=(3, 2), dilation=3, stride=2,
+        depthwise_bias=True,
+    ),
+    Case("two strides and dilations", 1, 8, 13, 9, 2, padding=(4, 3), dilation=(4, 3), stride=(2, 1)),
+    Case("multiplier 7", 1, 8, 5, 6, 2, multiplier=7, depthwise_bias=True),
 )  # fmt: skip
 
 CASES = (*SMALL, *TAILS, *XCEPTION_REDUCED, *XCEPTION)
@@ -435,3 +451,12 @@ def named(*names: str) -> tuple[Case, ...]:
 def both(cases: Sequence[Case]) -> tuple[Case, ...]:
     """Cases and their depthwise halves: for what is true of either operator."""
     return (*cases, *depthwise(cases))
+
+
+# A case for each feature: what the quick tier runs, and what PyTorch's own convolutions are asked in every dtype.
+FEATURES = named(
+    "all six tensors", "1x1 image and kernel", "batch 0", "unbatched, everything", "depth multiplier 3",
+    "four different sides", "same, stride 2, dilation 2", "gelu thrice", "everything", "every dimension: one over",
+    "728->728@19 reduced",
+)  # fmt: skip
+FEATURES = both(FEATURES)

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from tests.support.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
 
+pytestmark = pytest.mark.quick
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CHECKS = (assert_as_close_as_eager, assert_gradient_as_close_as_eager)
 
