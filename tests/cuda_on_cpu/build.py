@@ -127,7 +127,7 @@ def _ninja_text(target: Path, name: str, kernel_sources: list[Path], host_source
 
     module_folder = target.parent / name
     runtime = sorted(path.relative_to(ROOT) for path in (ROOT / EMULATOR / "runtime").glob("*.cpp"))
-    # The emulator and host code are never instrumented, and their objects serve all modules of all builds but the null one.
+    # The emulator and host code are never instrumented, and their objects serve all modules.
     null = flavour == "null"
     compile_each(kernel_sources, module_folder, FLAVOURS[flavour])
     compile_each(
