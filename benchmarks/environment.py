@@ -34,7 +34,7 @@ def environment(threads: int) -> dict[str, Any]:
             "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
             "cudnn.deterministic": torch.backends.cudnn.deterministic,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-            "autotune": choice.tuner is not None,
+            "autotune": choice.chooser.measures,
         },
     }
 

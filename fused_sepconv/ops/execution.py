@@ -16,7 +16,7 @@ from fused_sepconv.families.mma import launch as mma_launch
 from fused_sepconv.families.pytorch import convolutions
 from fused_sepconv.families.simt import launch as simt_launch
 from fused_sepconv.families.split import launch as split_launch
-from fused_sepconv.native.marshalling import Tensors, on_device
+from fused_sepconv.native.marshalling import Tensors
 from fused_sepconv.ops.arguments import (
     Arguments,
     DepthwiseArguments,
@@ -25,7 +25,7 @@ from fused_sepconv.ops.arguments import (
     check_depthwise_cached,
     output_size,
 )
-from fused_sepconv.ops.launching import choose
+from fused_sepconv.ops.launching import choose, launching
 from fused_sepconv.planning.plan import INSTANCES
 from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Kernels, Problem
 from fused_sepconv.tensors.activations import ACTIVATIONS
@@ -49,7 +49,7 @@ def forward(tensors: Tensors, arguments: Arguments, backend: str) -> Tensor | No
 
 
 def _forward(candidate: Candidate, problem: Problem, tensors: Tensors) -> Tensor:
-    with on_device(tensors[0].device):
+    with launching(problem, tensors[0].device, candidate):
         if candidate.family == "split":
             return split_launch.forward(candidate, problem, tensors)
         if candidate.family == "mma":
@@ -86,7 +86,7 @@ def _backward(
     output: Tensor | None,
     output_mask: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    with on_device(tensors[0].device):
+    with launching(problem, tensors[0].device, candidate):
         if candidate.family == "split":
             return split_launch.backward(candidate, problem, grad_output, tensors, output, output_mask)
         if candidate.family == "mma":
@@ -102,7 +102,7 @@ def depthwise_forward(tensors: DepthwiseTensors, arguments: DepthwiseArguments, 
     candidate = choose(problem, x.device, backend, _try_depthwise_forward, arguments, tensors)
     if candidate.family == "reference":
         return None
-    with on_device(x.device):
+    with launching(problem, x.device, candidate):
         return depthwise_launch.forward(candidate, problem, x, weight, bias)
 
 
@@ -138,7 +138,7 @@ def _depthwise_backward(
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias = tensors
     from_output = ACTIVATIONS[problem.mid_activation].from_output
-    with on_device(x.device):
+    with launching(problem, x.device, candidate):
         if candidate.steps and output is not None and from_output is not None:
             # Cheaper than the step that would compute the forward again.
             grad_output = from_output(grad_output, output)
@@ -146,8 +146,8 @@ def _depthwise_backward(
         return depthwise_launch.backward(candidate, problem, x, weight, bias, grad_output, output_mask)
 
 
-# What autotuning times: a candidate, PyTorch's own convolutions among them, on tensors of its own. A backward is timed
-# for the gradients of x and the weights, whichever of them the first call asks for.
+# What `choice.py` measures: a candidate, PyTorch's own convolutions among them, on tensors of its own. A backward is
+# measured for the gradients of x and the weights, whichever of them a call asks for.
 
 
 def _try_forward(candidate: Candidate, problem: Problem, arguments: Arguments, tensors: Tensors) -> object:
@@ -170,7 +170,7 @@ def _try_depthwise_forward(
     x, weight, bias = tensors
     if candidate.family == "reference":
         return as_output(x, convolutions.depthwise_forward(*tensors, *arguments))
-    with on_device(x.device):
+    with launching(problem, x.device, candidate):
         return depthwise_launch.forward(candidate, problem, x, weight, bias)
 
 

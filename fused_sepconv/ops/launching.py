@@ -42,32 +42,36 @@ def choose(
 ) -> Candidate:
     """What runs a problem on a device under a backend.
 
-    `trial(candidate, problem, arguments, tensors)` runs a candidate: with it, autotuning can time what "auto" chooses
-    from, on tensors like these.
+    `trial(candidate, problem, arguments, tensors)` runs a candidate: with it, what "auto" chooses from can be measured
+    on tensors like these.
     """
     planned = plan(problem, *_here(device.type, device.index))
-    tuner = choice.tuner
-    if tuner is not None and backend == "auto" and trial is not None and _tunable(planned):
-        found = tuner.known(problem, device)
-        if found is None:
-            with on_device(device):
-                found = tuner.decide(planned, device, trial, arguments, tensors)
-        return found.chosen
+    if backend == "auto" and trial is not None and planned.device.source:
+        with on_device(device):
+            return choice.decide(planned, device, trial, arguments, tensors).candidate
     return planned.choose(backend, _family)
 
 
 def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:
-    """The plan of a problem where its tensors are, with what autotuning has measured of it."""
+    """The plan of a problem where its tensors are, with what was measured of it and excluded there."""
     planned = plan(problem, *_here(device.type, device.index))
-    if choice.tuner is not None and _tunable(planned):
+    if not planned.device.source:
+        return planned
+    with on_device(device):
+        return choice.recall(planned, device)
+
+
+@contextmanager
+def launching(problem: Problem | DepthwiseProblem, device: torch.device, candidate: Candidate) -> Iterator[None]:
+    """Makes a device the current one for a candidate's launches; one that fails is named, and not chosen again."""
+    try:
         with on_device(device):
-            return choice.tuner.recall(planned, device)
-    return planned
-
-
-def _tunable(planned: Plan) -> bool:
-    """Whether autotuning knows the device, as the plan does: NVIDIA's GPUs."""
-    return bool(planned.device.source)
+            yield
+    except RuntimeError as error:
+        failure = choice.launch_failed(problem, device, candidate, error)
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
