@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))  # the checkout's package, however this is started
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from fused_sepconv.ops.problems import ALL_KERNELS  # noqa: E402
 
 import fused_sepconv  # noqa: E402
 from fused_sepconv.ops import launching  # noqa: E402
+from fused_sepconv.ops.problems import ALL_KERNELS  # noqa: E402
 from fused_sepconv.planning.choice import cuda_seconds  # noqa: E402
 from fused_sepconv.planning.devices import DEVICES  # noqa: E402
 from fused_sepconv.planning.plan import plan  # noqa: E402

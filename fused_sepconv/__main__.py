@@ -62,15 +62,21 @@ def _gpus() -> list[str]:
 
 
 def _autotuning() -> list[str]:
-    """Whether choices are measured, and where what was measured is kept."""
-    if choice.tuner is None:
-        return [f"autotuning: off, the plan's predictions decide ({choice.VARIABLE}=1 measures)"]
-    lines = [f"autotuning: on, as {choice.VARIABLE} is 1"]
+    """Whether choices are measured, where what was measured is kept, and what must not run."""
+    chooser = choice.chooser
+    if chooser.measures:
+        lines = [f'autotuning: on, "auto" on a GPU runs what was measured there ({choice.VARIABLE}=0 predicts instead)']
+    else:
+        lines = [f"autotuning: off, the plan's predictions decide, as {choice.VARIABLE} is 0"]
     for index in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
         with torch.cuda.device(index):
-            file = choice.tuner.file(torch.device("cuda", index))
-        kept = "kept in each process alone, as there is no home directory"
-        lines.append(f"  GPU {index}: " + (f"{len(file.read())} problems measured, in {file.path}" if file else kept))
+            file = chooser.file(torch.device("cuda", index))
+        if file is None:
+            lines.append(f"  GPU {index}: kept in each process alone, as there is no home directory")
+            continue
+        content = file.read()
+        lines.append(f"  GPU {index}: {len(content.measurements)} problems measured, in {file.path}")
+        lines += [f"    excluded: {what}: {reason}" for what, reason in content.excluded.items()]
     return lines
 
 

@@ -25,8 +25,9 @@ from fused_sepconv.transforms.adopted import DepthwiseOfPair
 class Explanation:
     """The plans of one call. `str()` is the text, `as_dict()` the data; times are in seconds.
 
-    They are predictions, but for a candidate's `measured_seconds`: what autotuning has timed, here or in an earlier
-    process. The measured candidates come first, the one that "auto" runs in front.
+    They are predictions, but for a candidate's `measured_seconds`: what was measured on this GPU, here or in an earlier
+    process. The measured candidates come first, the one that "auto" runs in front. `excluded` says why "auto" leaves
+    one out that could run: its result was wrong there, or its launch failed.
     """
 
     forward: Plan

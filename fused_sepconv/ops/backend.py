@@ -23,8 +23,8 @@ def default_backend() -> str:
 def use_backend(backend: str) -> Iterator[None]:
     """Within the context, calls of this process run on `backend`.
 
-    - "auto": whichever the plan predicts to be fastest, or FUSED_SEPCONV_AUTOTUNE=1 has measured to be; PyTorch's own
-      convolutions where no kernel serves.
+    - "auto": on a GPU the fastest, as measured there from a problem's third call on, until then as predicted; PyTorch's
+      own convolutions elsewhere, and where no kernel serves.
     - "fused": this package's kernels; raises, with the reason, where none serves.
     - "reference": PyTorch's own two convolutions.
 

@@ -8,7 +8,8 @@ flags, and the generation of what was measured.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,16 +56,21 @@ class Prepared:
     def __init__(self, operator: Operator, tensors: tuple[Tensor | None, ...], arguments: tuple, backend: str) -> None:
         self.operator, self.arguments, self.backend = operator, arguments, backend
         self._index = tensors[0].device.index if tensors[0].is_cuda else None
+        self._device = tensors[0].device
+        self._chosen: dict[Any, tuple[Candidate, Any]] = {}
         self._forward: RunForward | None = None
         self._backwards: dict[tuple, RunBackward] = {}
 
     def forward(self, *tensors: Tensor | None) -> Tensor:
         """The output."""
         run = self._forward or self._prepare_forward(tensors)
-        if self._index is None or self._index == _current_device():
-            return run(*tensors)
-        with torch.cuda.device(self._index):
-            return run(*tensors)
+        try:
+            if self._index is None or self._index == _current_device():
+                return run(*tensors)
+            with torch.cuda.device(self._index):
+                return run(*tensors)
+        except RuntimeError as error:
+            raise self._named(error, run) from error
 
     def backward(
         self, grad_output: Tensor, tensors: tuple[Tensor | None, ...], output: Tensor | None, mask: tuple[bool, ...]
@@ -72,21 +78,42 @@ class Prepared:
         """A gradient for each tensor, None where the mask does not ask."""
         key = (*_signature(grad_output), *(() if output is None else _signature(output)), mask)
         run = self._backwards.get(key) or self._prepare_backward(key, grad_output, tensors, output, mask)
-        if self._index is None or self._index == _current_device():
-            return run(grad_output, tensors, output)
-        with torch.cuda.device(self._index):
-            return run(grad_output, tensors, output)
+        try:
+            if self._index is None or self._index == _current_device():
+                return run(grad_output, tensors, output)
+            with torch.cuda.device(self._index):
+                return run(grad_output, tensors, output)
+        except RuntimeError as error:
+            raise self._named(error, run) from error
+
+    def _named(self, error: RuntimeError, run: Any) -> RuntimeError:
+        """The error that names kernel and problem where a launch failed; it is not chosen again."""
+        chosen = self._chosen.get(run)
+        return error if chosen is None else choice.launch_failed(chosen[1], self._device, chosen[0], error)
+
+    @contextmanager
+    def _naming(self, candidate: Candidate, problem: Any) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise choice.launch_failed(problem, self._device, candidate, error) from error
+
+    def _note(self, run: Any, candidate: Candidate, problem: Any) -> None:
+        if len(self._chosen) >= 64:
+            self._chosen.clear()
+        self._chosen[run] = candidate, problem
 
     def _prepare_forward(self, tensors: tuple[Tensor | None, ...]) -> RunForward:
         problem = self.operator.problem_of("forward", tensors, self.arguments)
 
         def trial(candidate: Candidate, problem: Any, arguments: Any, own: tuple) -> Tensor:
-            return self.operator.families[candidate.family].forward(candidate, problem, own)(*own)
+            with self._naming(candidate, problem):
+                return self.operator.families[candidate.family].forward(candidate, problem, own)(*own)
 
         with launching.on_device(tensors[0].device):
             decision = launching.choose(problem, tensors[0].device, self.backend, trial, self.arguments, tensors)
             run = self.operator.families[decision.candidate.family].forward(decision.candidate, problem, tensors)
-        run = launching.guarded(run, decision.candidate, problem, tensors[0].device)
+        self._note(run, decision.candidate, problem)
         if decision.settled:
             self._forward = run
         return run
@@ -110,14 +137,15 @@ class Prepared:
         def trial(candidate: Candidate, problem: Any, arguments: Any, own: tuple) -> tuple[Tensor | None, ...]:
             grad, *inputs, y = own
             family = self.operator.families[candidate.family]
-            return family.backward(candidate, problem, grad, tuple(inputs), y, wanted)(grad, tuple(inputs), y)
+            with self._naming(candidate, problem):
+                return family.backward(candidate, problem, grad, tuple(inputs), y, wanted)(grad, tuple(inputs), y)
 
         with launching.on_device(x.device):
             everything = (grad_output, *tensors, output)
             decision = launching.choose(problem, x.device, self.backend, trial, self.arguments, everything)
             family = self.operator.families[decision.candidate.family]
             run = family.backward(decision.candidate, problem, grad_output, tensors, output, mask)
-        run = launching.guarded(run, decision.candidate, problem, x.device)
+        self._note(run, decision.candidate, problem)
         if decision.settled:
             if len(self._backwards) >= 64:  # gradients of ever new strides
                 self._backwards.clear()
@@ -141,9 +169,14 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
 
 
+def asks_gpu(x: Tensor) -> bool:
+    """Whether a choice may be measured where x is."""
+    return x.is_cuda
+
+
 def flags(x: Tensor, backend: str) -> tuple[Any, ...]:
     """What changes a choice besides the call: PyTorch's flags, a family asked for, what was measured since."""
-    if x.is_cuda:
+    if asks_gpu(x):
         found = (launching.wish.family, choice.generation, _deterministic(), _cudnn_benchmark(), _cudnn_deterministic())
     elif backend == "fused":
         found = (launching.wish.family,)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_sepconv.ops import autograd, calls
+from fused_sepconv.ops import autograd, calls, operators
 from fused_sepconv.ops.backend import BACKENDS
 from fused_sepconv.ops.calls import Prepared
-from fused_sepconv.ops.operators import Operator, asks_the_plan
+from fused_sepconv.ops.operators import Operator
 from fused_sepconv.ops.torch_internals import (
     excluded_keys,
     included_keys,
@@ -88,7 +88,7 @@ def _route(operator: Operator, tensors: tuple, options: tuple, backend: str) -> 
     if torch.is_autocast_enabled(x.device.type):
         return _Autocast(operator, options, backend, x.device.type)
     arguments = operator.normalise(tensors, options)
-    if asks_the_plan(x, backend):
+    if operators.asks_the_plan(x, backend):
         return _Kernels(calls.find(operator, tensors, arguments, backend))
     return operator.composed(arguments, tensors)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fused_sepconv.native.marshalling import on_device
 from fused_sepconv.planning import choice
 from fused_sepconv.planning.devices import DEVICES, Device, cuda_device
 from fused_sepconv.planning.plan import Plan, plan
-from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Kernels, Problem
+from fused_sepconv.planning.problem import DepthwiseProblem, Kernels, Problem
 
 
 class _Wish:
@@ -39,13 +39,6 @@ def preferring(family: str | None) -> Iterator[None]:
         wish.family = previous
 
 
-class Decision(NamedTuple):
-    """What runs a call, and whether that may be remembered."""
-
-    candidate: Candidate
-    settled: bool
-
-
 def choose(
     problem: Problem | DepthwiseProblem,
     device: torch.device,
@@ -53,39 +46,25 @@ def choose(
     trial: choice.Trial | None = None,
     arguments: Any = None,
     tensors: tuple[Tensor | None, ...] = (),
-) -> Decision:
+) -> choice.Decision:
     """What runs a problem on a device under a backend.
 
-    `trial(candidate, problem, arguments, tensors)` runs a candidate: with it, autotuning can time what "auto" chooses
-    from, on tensors like these.
+    `trial(candidate, problem, arguments, tensors)` runs a candidate: with it, what "auto" chooses from can be measured
+    on tensors like these.
     """
     planned = plan(problem, *_here(device.type, device.index))
-    tuner = choice.tuner
-    if tuner is not None and backend == "auto" and trial is not None and _tunable(planned):
-        found = tuner.known(problem, device)
-        if found is None:
-            found = tuner.decide(planned, device, trial, arguments, tensors)
-        return Decision(found.chosen, tuner.known(problem, device) is not None)
-    return Decision(planned.choose(backend, wish.family), True)
-
-
-def guarded(run: Callable[..., Any], candidate: Candidate, problem: Any, device: torch.device) -> Callable[..., Any]:
-    """`run`, as it is."""
-    return run
+    if backend == "auto" and trial is not None and planned.device.source:
+        return choice.decide(planned, device, trial, arguments, tensors)
+    return choice.Decision(planned.choose(backend, wish.family), settled=True)
 
 
 def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:
-    """The plan of a problem where its tensors are, with what autotuning has measured of it."""
+    """The plan of a problem where its tensors are, with what was measured of it and excluded there."""
     planned = plan(problem, *_here(device.type, device.index))
-    if choice.tuner is not None and _tunable(planned):
-        with on_device(device):
-            return choice.tuner.recall(planned, device)
-    return planned
-
-
-def _tunable(planned: Plan) -> bool:
-    """Whether autotuning knows the device, as the plan does: NVIDIA's GPUs."""
-    return bool(planned.device.source)
+    if not planned.device.source:
+        return planned
+    with on_device(device):
+        return choice.recall(planned, device)
 
 
 def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:

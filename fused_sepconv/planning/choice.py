@@ -1,60 +1,79 @@
-"""Autotuning: with `FUSED_SEPCONV_AUTOTUNE=1`, "auto" runs what a measurement on the GPU says, not a prediction.
+"""What "auto" runs on a GPU: the plan's choice at first, then what was measured there and proved right.
 
-The first call of a problem times the plan's best few candidates on tensors of its own, and remembers what each took, in
-the process and in a file under the user's cache directory. The plan decides as before where nothing can be timed: while
-a CUDA graph is captured, while a compiler runs an operator to see what it gives, or after memory ran out.
+From the third call of a problem on, the plan's best candidates and PyTorch's own convolutions run on tensors like the
+call's. `proof.py` compares their results; the fastest right one is kept, in the process and in a file under the user's
+cache directory. A candidate with a wrong result, or whose launch failed, is excluded: "auto" never runs it again on
+such a GPU. The plan decides where nothing can be measured (while a CUDA graph is captured or a compiler looks), where
+nothing shall be (the variable is 0, PyTorch's deterministic flags), and where it would cost too much (memory, time,
+ever-changing sizes).
 
-    tuner.recall    a plan with what is known of it, from this process or the file; times nothing
-    tuner.decide    the same, measured where it is not known
-    CacheFile       what was measured, on disk: data only, of one environment
-    cuda_seconds    the timer
+    decide            what runs a call
+    exclude           after a failed launch: not this one again
+    launch_failed     the error to raise then
+    recall            a plan with what is known of it, for `explain`; measures nothing
+    generation        grows when an earlier decision may have changed
+    cuda_seconds      the timer
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import re
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_sepconv._version import __version__
+from fused_sepconv.families.pytorch import convolutions
 from fused_sepconv.native import loader
+from fused_sepconv.planning import cache_file, proof
+from fused_sepconv.planning.cache_file import CacheFile, Seconds
 from fused_sepconv.planning.plan import Plan
-from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Problem
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from fused_sepconv.planning.problem import ELEMENT_BYTES, Candidate, DepthwiseProblem, Problem
 
 VARIABLE = "FUSED_SEPCONV_AUTOTUNE"
+BUDGET_VARIABLE = "FUSED_SEPCONV_AUTOTUNE_SECONDS"
 
 MOST_CANDIDATES = 4
-"""That are timed of a plan; PyTorch's own convolutions are always among them."""
+"""That are measured of a plan; PyTorch's own convolutions are always among them."""
+FIRST_MEASURED_CALL = 3
+"""Of a problem: what comes once or twice would not earn the measurement back."""
+MOST_SIZES = 16
+"""That are measured of problems that differ in their sizes alone: where there are more, they change for ever."""
+BUDGET_SECONDS = 30.0
+"""For all measurements of a process, waiting for other processes included."""
+PATIENCE_SECONDS = 5.0
+"""To wait for another process that measures the same problem."""
+MOST_REMEMBERED = 4096
+"""Problems that are remembered at a time, and whose calls are counted."""
 
 Timer = Callable[[Callable[[], object]], float]
 """Seconds that a call takes on the current device and stream."""
 
-Trial = Callable[[Candidate, Any, Any, tuple], object]
-"""Runs a candidate: `trial(candidate, problem, arguments, tensors)`."""
+Trial = Callable[[Candidate, Any, Any, tuple], Any]
+"""Runs a candidate: `trial(candidate, problem, arguments, tensors)` gives a tensor (forward) or a tuple (backward)."""
 
-Seconds = dict[str, float]
-"""What the candidates of a problem took, by `identity`."""
+AnyProblem = Problem | DepthwiseProblem
+
+generation = 0
+"""Grows whenever a decision that was settled before may have changed."""
+
+
+class Decision(NamedTuple):
+    candidate: Candidate
+    """What runs this call."""
+    settled: bool
+    """Whether it may be remembered, for the same problem, device and `flags`, until `generation` changes."""
 
 
 def identity(candidate: Candidate) -> str:
@@ -73,26 +92,43 @@ _NOT_WHAT_RUNS = frozenset(
     {
         *("family", "name"),  # they lead
         *("bytes", "requested_bytes", "flops", "blocks", "waves", "shared_bytes", "predicted_seconds"),
-        *("measured_seconds", "refusal", "note"),
+        *("measured_seconds", "refusal", "excluded", "note"),
     }
 )
 
 
 def contenders(plan: Plan) -> list[Candidate]:
-    """The candidates worth timing: the fastest predicted, and always PyTorch's own convolutions."""
-    able = [candidate for candidate in plan.candidates if not candidate.refusal]
+    """The candidates worth measuring: the fastest predicted, and always PyTorch's own convolutions."""
+    able = [candidate for candidate in plan.candidates if not (candidate.refusal or candidate.excluded)]
     reference = [candidate for candidate in able if candidate.family == "reference"]
     others = [candidate for candidate in able if candidate.family != "reference"]
     return [*others[: MOST_CANDIDATES - len(reference)], *reference]
 
 
-def as_measured(plan: Plan, seconds: Seconds) -> Plan:
-    """The plan with what its candidates took: the measured ones first, the fastest of them in front."""
-    # One that another build could run may be refused by this one.
-    candidates = [c if c.refusal else replace(c, measured_seconds=seconds.get(identity(c))) for c in plan.candidates]
-    # Stable: the others stay in the plan's order, and of two that took the same the plan's first stays first.
-    candidates.sort(key=lambda c: math.inf if c.measured_seconds is None else c.measured_seconds)
-    return replace(plan, candidates=tuple(candidates))
+def as_known(plan: Plan, seconds: Seconds, excluded: Mapping[str, str]) -> Plan:
+    """The plan with what is known of its candidates: the measured ones first, the fastest in front, then the others
+    in the plan's order, then the excluded ones and those that can't run."""
+
+    def known(candidate: Candidate) -> Candidate:
+        if candidate.refusal or candidate.family == "reference":
+            reason = ""
+        else:
+            reason = excluded.get(candidate.name) or excluded.get(_failure(plan.problem, candidate), "")
+        # One that another build could run may be refused by this one.
+        took = None if candidate.refusal or reason else seconds.get(identity(candidate))
+        return replace(candidate, measured_seconds=took, excluded=reason)
+
+    def rank(candidate: Candidate) -> tuple:
+        took = candidate.measured_seconds
+        return bool(candidate.refusal), bool(candidate.excluded), math.inf if took is None else took
+
+    # Stable: of two that took the same the plan's first stays first.
+    return replace(plan, candidates=tuple(sorted(map(known, plan.candidates), key=rank)))
+
+
+def _failure(problem: AnyProblem, candidate: Candidate) -> str:
+    """What an exclusion for one problem alone is filed under."""
+    return f"{problem!r}: {identity(candidate)}"
 
 
 def describe_environment() -> dict[str, Any]:
@@ -118,93 +154,6 @@ def _driver_version() -> str:
         return f"{Path('/sys/module/nvidia/version').read_text().strip()}, CUDA {cuda}"
     except OSError:  # a sandbox without it
         return f"CUDA {cuda}"
-
-
-def cache_folder() -> Path | None:
-    """`fused_sepconv/` in the user's cache directory, as the XDG base directories have it; None without a home."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(named):
-        return Path(named) / "fused_sepconv"
-    try:
-        return Path.home() / ".cache" / "fused_sepconv"
-    except RuntimeError:
-        return None
-
-
-# The file -------------------------------------------------------------------------------------------------------------
-
-
-class CacheFile:
-    """What was measured in one environment: {"environment": {...}, "measurements": {problem: {candidate: seconds}}}.
-
-    Its name carries the environment, so that versions and GPUs do not touch one another's. Whatever it can't use of a
-    file it takes for not measured.
-    """
-
-    def __init__(self, folder: Path, environment: Mapping[str, Any]) -> None:
-        self._environment = dict(environment)
-        text = json.dumps(self._environment, sort_keys=True)
-        gpu = re.sub(r"\W+", "-", str(self._environment.get("gpu")))
-        self.path = folder / f"autotune-{gpu}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-
-    def read(self) -> dict[str, Seconds]:
-        """What it holds; nothing where there is no file, or where it is damaged or of another environment."""
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        if not isinstance(content, dict) or content.get("environment") != self._environment:
-            return {}
-        measurements = content.get("measurements")
-        if not isinstance(measurements, dict):
-            return {}
-        return {problem: seconds for problem, seconds in measurements.items() if _are_seconds(seconds)}
-
-    def add(self, measurements: Mapping[str, Seconds]) -> None:
-        """Writes these too. Readers see the old file or the new one; an OSError says why it can't be written."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone_in(self.path.parent):
-            content = {"environment": self._environment, "measurements": {**self.read(), **measurements}}
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-            try:
-                with open(handle, "w", encoding="utf-8") as file:
-                    json.dump(content, file, indent=1)
-                os.replace(name, self.path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(name)
-                raise
-
-
-def _are_seconds(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(type(seconds) is float and 0 < seconds < math.inf for seconds in value.values())
-    )
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing in a folder meanwhile, so that none loses what another adds.
-
-    Where the file system has no locks, or a writer was stopped while it held this one, it goes on without after a
-    second: a lost measurement is made again.
-    """
-    handle = None
-    try:
-        with suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY)
-            for _ in range(100 if fcntl else 0):
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.01)
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 # The clock ------------------------------------------------------------------------------------------------------------
@@ -245,62 +194,83 @@ def cuda_seconds(call: Callable[[], object]) -> float:
     return median(timed(call, rounds, min(max(int(SPENT_SECONDS / expected), FEWEST), MOST)))
 
 
-# The tuner ------------------------------------------------------------------------------------------------------------
+# The choice -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Tuner:
-    """Remembers measurements and, where there is none yet, makes it. One for all threads of a process."""
+class Chooser:
+    """Remembers what was measured and excluded, and measures what recurs. One for all threads of a process."""
 
+    measures: bool = True
     timer: Timer = cuda_seconds
-    folder: Path | None = field(default_factory=cache_folder)
-    """Of the cache file; None keeps measurements in the process alone."""
+    folder: Path | None = field(default_factory=cache_file.folder)
+    """Of the cache file; None keeps everything in the process alone."""
     environment: Callable[[], Mapping[str, Any]] = describe_environment
     """Of the current device."""
+    budget: float = BUDGET_SECONDS
 
-    _plans: dict[tuple, Plan] = field(default_factory=dict, init=False)
+    spent: float = field(default=0.0, init=False)
+    _settled: dict[tuple, Candidate] = field(default_factory=dict, init=False)
+    _seconds: dict[tuple, Seconds] = field(default_factory=dict, init=False)
+    _excluded: dict[torch.device, dict[str, str]] = field(default_factory=dict, init=False)
+    _calls: dict[tuple, int] = field(default_factory=dict, init=False)
+    _sizes: dict[tuple, int] = field(default_factory=dict, init=False)
     _files: dict[torch.device, CacheFile] = field(default_factory=dict, init=False)
-    _warned: set[str] = field(default_factory=set, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _told: set[str] = field(default_factory=set, init=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False)
 
-    def known(self, problem: Problem | DepthwiseProblem, device: torch.device) -> Plan | None:
-        """The plan that is settled for a problem; None before it was asked for."""
-        return self._plans.get((problem, device, _library_settings()))
+    def decide(self, plan: Plan, device: torch.device, trial: Trial, arguments: Any, tensors: tuple) -> Decision:
+        key = (plan.problem, device, flags())
+        found = self._settled.get(key)
+        if found is not None:
+            return Decision(found, True)
+        with self._lock:  # threads that meet the same problem wait for its measurement
+            found = self._settled.get(key)
+            if found is not None:
+                return Decision(found, True)
+            known = self.recall(plan, device)
+            if self._nothing_to_find(known):
+                return self._settle(key, known)
+            if not _may_measure():
+                return Decision(known.chosen, False)
+            count = self._calls.pop(key, 0) + 1
+            if count < FIRST_MEASURED_CALL:
+                self._calls[key] = count
+                if len(self._calls) > MOST_REMEMBERED:
+                    del self._calls[next(iter(self._calls))]  # the one that was not called for longest
+                return Decision(known.chosen, False)
+            if self._affordable(plan.problem, device, tensors):
+                began = time.perf_counter()
+                try:
+                    known = self._measured(plan, device, trial, arguments, tensors)
+                finally:
+                    self.spent += time.perf_counter() - began
+            return self._settle(key, known)
 
     def recall(self, plan: Plan, device: torch.device) -> Plan:
-        """The plan, with what is known of it; `device` is the current one."""
-        found = self.known(plan.problem, device)
-        if found is not None:
-            return found
-        candidates = contenders(plan)
-        if len(candidates) < 2 or not plan.problem.N:
-            return self._settle(plan, device)  # there is nothing to find out
+        """The plan with what is known of it, from this process or the file; `device` is the current one."""
         file = self.file(device)
-        seconds = file.read().get(_key(plan.problem), {}) if file else {}
-        # Another build of the package may plan other candidates than those that were timed.
-        if not {identity(candidate) for candidate in candidates} <= seconds.keys():
-            return plan
-        return self._settle(as_measured(plan, seconds), device)
+        kept = file.read() if file else cache_file.Content({}, {})
+        seconds: Seconds = {}
+        if self.measures and not _deterministic():
+            key = (plan.problem, device, flags())
+            seconds = {**kept.measurements.get(_key(plan.problem), {}), **self._seconds.get(key, {})}
+        return as_known(plan, seconds, {**kept.excluded, **self._excluded.get(device, {})})
 
-    def decide(self, plan: Plan, device: torch.device, trial: Trial, arguments: Any, tensors: tuple) -> Plan:
-        """`recall`, after timing the plan's contenders on tensors like these where that is still to be done."""
-        with self._lock:  # threads that meet the same problem wait for its measurement
-            found = self.recall(plan, device)
-            if self.known(plan.problem, device) is not None or not _may_time():
-                return found
-            try:
-                seconds = self._measure(plan, device, trial, arguments, tensors)
-            except RuntimeError as error:  # out of memory is one; a kernel that failed comes back with the next call
-                self._warn(
-                    "time", f"{plan.problem} and perhaps others run by prediction, as timing them failed: {error}"
-                )
-                return self._settle(plan, device)
-            self._keep(_key(plan.problem), seconds, device)
-            return self._settle(as_measured(plan, seconds), device)
-
-    def _settle(self, plan: Plan, device: torch.device) -> Plan:
-        self._plans[plan.problem, device, _library_settings()] = plan
-        return plan
+    def exclude(
+        self, problem: AnyProblem, device: torch.device, candidate: Candidate, reason: str, *, keep: bool, wrong: bool
+    ) -> None:
+        """Keeps "auto" from a candidate on a device: the kernel where its result was wrong, else for this problem."""
+        global generation
+        if candidate.family == "reference":
+            return  # there must be something that runs
+        what = candidate.name if wrong else _failure(problem, candidate)
+        with self._lock:
+            self._excluded.setdefault(device, {})[what] = f"{problem}: {reason}"
+            self._settled.clear()
+            generation += 1
+            if keep:
+                self._keep(device, excluded={what: f"{problem}: {reason}"})
 
     def file(self, device: torch.device) -> CacheFile | None:
         """Where the measurements of a device, the current one, are kept."""
@@ -310,28 +280,140 @@ class Tuner:
             self._files[device] = CacheFile(self.folder, self.environment())
         return self._files[device]
 
+    def _settle(self, key: tuple, plan: Plan) -> Decision:
+        if len(self._settled) >= MOST_REMEMBERED:
+            self._settled.clear()  # what was measured stays in `_seconds`
+        self._settled[key] = plan.chosen
+        return Decision(plan.chosen, True)
+
+    def _nothing_to_find(self, plan: Plan) -> bool:
+        candidates = contenders(plan)
+        return (
+            not self.measures
+            or _deterministic()
+            or len(candidates) < 2
+            or not plan.problem.N
+            # Another build of the package may plan other candidates than those that were measured.
+            or all(candidate.measured_seconds is not None for candidate in candidates)
+        )
+
+    def _affordable(self, problem: AnyProblem, device: torch.device, tensors: tuple) -> bool:
+        if self.spent >= self.budget:
+            self._tell(
+                "time",
+                f"{BUDGET_VARIABLE}: the {self.budget:g} s of this process are spent; the plan chooses from now on",
+            )
+            return False
+        layer = replace(problem, N=0, H=0, W=0, out_h=0, out_w=0, padding=(0, 0, 0, 0)), device
+        if self._sizes.get(layer, 0) >= MOST_SIZES:
+            self._tell(
+                "sizes",
+                f"{problem} is measured for {MOST_SIZES} sizes; the plan chooses for more of them, "
+                "as for any layer whose sizes keep changing",
+            )
+            return False
+        if _needed_bytes(problem, tensors) > _free_bytes(device):
+            return False
+        self._sizes[layer] = self._sizes.get(layer, 0) + 1
+        return True
+
+    def _measured(self, plan: Plan, device: torch.device, trial: Trial, arguments: Any, tensors: tuple) -> Plan:
+        """The plan as it is known after measuring it, here or in another process meanwhile."""
+        key, file = _key(plan.problem), self.file(device)
+        with file.measuring(key, PATIENCE_SECONDS) if file else nullcontext():
+            known = self.recall(plan, device)
+            if self._nothing_to_find(known):
+                return known
+            try:
+                seconds = self._measure(known, device, trial, arguments, tensors)
+            except torch.OutOfMemoryError:
+                return self.recall(plan, device)
+            except RuntimeError as error:
+                if not _answers(device):
+                    raise
+                self._tell("fail", f"{plan.problem} and perhaps others run by prediction, as measuring failed: {error}")
+                return self.recall(plan, device)
+            self._seconds[plan.problem, device, flags()] = seconds
+            self._keep(device, measurements={key: seconds})
+        return self.recall(plan, device)
+
     def _measure(self, plan: Plan, device: torch.device, trial: Trial, arguments: Any, tensors: tuple) -> Seconds:
+        """Seconds of each candidate whose result is right; the others are excluded."""
+        problem = plan.problem
         # Nothing of the call's own is touched: no tensor, no random state, no graph.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            generator = torch.Generator(device).manual_seed(0)
-            own = tuple(None if tensor is None else random_like(tensor, generator) for tensor in tensors)
-            calls = {identity(c): partial(trial, c, plan.problem, arguments, own) for c in contenders(plan)}
-            return {name: self.timer(call) for name, call in calls.items()}
+            own = tensors_like(problem, arguments, tensors)
+            candidates = {identity(candidate): candidate for candidate in contenders(plan)}
+            (reference,) = (name for name, candidate in candidates.items() if candidate.family == "reference")
+            eager = proof.as_results(trial(candidates[reference], problem, arguments, own))
+            results: dict[str, proof.Results] = {}
+            for name, candidate in candidates.items():
+                if name == reference:
+                    continue
+                _synchronize(device)  # what fails after this is this candidate's own
+                try:
+                    results[name] = proof.as_results(trial(candidate, problem, arguments, own))
+                    _synchronize(device)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    failure = self._failed(problem, device, candidate, error.__cause__ or error)
+                    if not _answers(device):
+                        raise failure from error
+            wrong = proof.faults(problem, arguments, own, eager, results)
+            right = [name for name in candidates if name == reference or (name in results and name not in wrong)]
+            for name, reason in wrong.items():
+                self._wrong(problem, device, candidates[name], reason)
+            del results, eager
+            return {name: self.timer(partial(trial, candidates[name], problem, arguments, own)) for name in right}
 
-    def _keep(self, key: str, seconds: Seconds, device: torch.device) -> None:
+    def _failed(
+        self, problem: AnyProblem, device: torch.device, candidate: Candidate, error: BaseException
+    ) -> RuntimeError:
+        """Excludes a candidate that failed when nothing else was running."""
+        self.exclude(problem, device, candidate, f"its launch failed: {error}", keep=True, wrong=False)
+        self._tell(f"failed {candidate.name}", f"{candidate.name} failed for {problem} and is left out there: {error}")
+        return _launch_error(problem, candidate, error)
+
+    def _wrong(self, problem: AnyProblem, device: torch.device, candidate: Candidate, reason: str) -> None:
+        self.exclude(problem, device, candidate, f"wrong result: {reason}", keep=True, wrong=True)
+        self._tell(
+            f"wrong {candidate.name}",
+            f'the kernel {candidate.name} gave a wrong result for {problem}: {reason}. "auto" does not run it '
+            "on this GPU again; calls before this one may have. Please report this message, with the output of "
+            "`python -m fused_sepconv`, as an issue of the project",
+        )
+
+    def _keep(self, device: torch.device, **content: Mapping) -> None:
         file = self.file(device)
         if file is None:
             return
         try:
-            file.add({key: seconds})
+            file.add(**content)
         except OSError as error:
-            self._warn("keep", f"measurements last for this process only, as {file.path} can't be written: {error}")
+            self._tell("keep", f"measurements last for this process only, as {file.path} can't be written: {error}")
 
-    def _warn(self, about: str, message: str) -> None:
+    def _tell(self, about: str, message: str) -> None:
         """Once a process, not once a layer."""
-        if about not in self._warned:
-            self._warned.add(about)
+        if about not in self._told:
+            self._told.add(about)
             warnings.warn(f"{VARIABLE}: {message}", stacklevel=2)
+
+
+def tensors_like(problem: AnyProblem, arguments: Any, tensors: tuple) -> tuple[Tensor | None, ...]:
+    """Random tensors laid out like a call's. The weights are scaled so that all results are about 1 in size, and a
+    backward's output is that of its inputs."""
+    device = tensors[0].device
+    generator, images = torch.Generator(device).manual_seed(0), proof.images(problem, tensors)
+    own = [None if tensor is None else random_like(tensor, generator) for tensor in tensors]
+    for position, tensor in enumerate(own):
+        if tensor is not None and position not in images and tensor.dim() == 4:
+            tensor.div_(math.sqrt(max(tensor[0].numel(), 1)))
+    if problem.direction == "backward" and own[-1] is not None:
+        depthwise = isinstance(problem, DepthwiseProblem)
+        forward = convolutions.depthwise_forward if depthwise else convolutions.forward
+        own[-1].copy_(forward(*own[1:-1], *arguments))
+    return tuple(own)
 
 
 def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -343,34 +425,118 @@ def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return values.as_strided(tensor.shape, tensor.stride(), offset)
 
 
-def _key(problem: Problem | DepthwiseProblem) -> str:
-    return f"{problem!r}{_library_settings()}"
-
-
-def _library_settings() -> str:
-    """The flags that PyTorch's own convolutions go by, beside what the problem knows."""
+def flags() -> tuple[bool, ...]:
+    """The flags that a decision depends on, beside what the problem knows: part of every key that remembers one."""
     cudnn = torch.backends.cudnn
-    return (" cudnn.benchmark" if cudnn.benchmark else "") + (" cudnn.deterministic" if cudnn.deterministic else "")
+    return _deterministic(), cudnn.enabled, cudnn.benchmark
 
 
-def _may_time() -> bool:
+def _deterministic() -> bool:
+    """Whether PyTorch is asked for the same bits in every run: a measurement might choose otherwise in the next."""
+    return torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+
+
+def _key(problem: AnyProblem) -> str:
+    cudnn = torch.backends.cudnn
+    return f"{problem!r}" + (" cudnn.benchmark" if cudnn.benchmark else "") + ("" if cudnn.enabled else " no cudnn")
+
+
+def _may_measure() -> bool:
     """Whether what runs now is the caller's work, and not recorded by a CUDA graph or run by a compiler to see it.
 
     Tracers and dispatch modes (`FlopCounterMode`) are through with a call before its operator's implementation runs.
     """
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return not capturing and not torch.compiler.is_compiling()
+    return not _capturing() and not torch.compiler.is_compiling()
 
 
-def _from_environment() -> Tuner | None:
-    value = os.environ.get(VARIABLE, "0")
-    if value not in ("", "0", "1"):
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _needed_bytes(problem: AnyProblem, tensors: tuple) -> int:
+    """Of device memory, at most: tensors like the call's, every candidate's result, intermediates, the proof's."""
+    given = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    intermediate = problem.pixels * problem.K * ELEMENT_BYTES[problem.dtype]
+    result = problem.y_bytes if problem.direction == "forward" else problem.x_bytes
+    return given + MOST_CANDIDATES * (result + intermediate) + 2 * max(proof.CHUNK_BYTES, proof.image_bytes(problem))
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Of device memory, what PyTorch's allocator keeps for later included."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether the device still works, once all that runs on it is done: some errors end the process's use of it."""
+    try:
+        _synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _launch_error(problem: AnyProblem, candidate: Candidate, error: BaseException) -> RuntimeError:
+    return RuntimeError(f"{candidate.name} failed for {problem}: {error}")
+
+
+# The process's --------------------------------------------------------------------------------------------------------
+
+
+def _from_environment() -> Chooser:
+    value = os.environ.get(VARIABLE) or "1"
+    if value not in ("0", "1"):
         raise ValueError(f"{VARIABLE}: expected 0 or 1, got {value!r}")
-    return Tuner() if value == "1" else None
+    given = os.environ.get(BUDGET_VARIABLE) or str(BUDGET_SECONDS)
+    try:
+        budget = float(given)
+    except ValueError:
+        budget = math.nan
+    if not budget >= 0:
+        raise ValueError(f"{BUDGET_VARIABLE}: expected seconds, got {given!r}")
+    return Chooser(value == "1", budget=budget)
 
 
-generation = 0
-"""Grows when an earlier choice may have changed."""
+chooser = _from_environment()
+"""The process's."""
 
-tuner = _from_environment()
-"""The process's tuner, None where the variable is not set."""
+
+def decide(plan: Plan, device: torch.device, trial: Trial, arguments: Any, tensors: tuple) -> Decision:
+    """What "auto" runs for a call on a GPU, the current device; may measure first, on tensors of its own."""
+    return chooser.decide(plan, device, trial, arguments, tensors)
+
+
+def recall(plan: Plan, device: torch.device) -> Plan:
+    """The plan with what is known of it; measures nothing. `device` is the current one."""
+    return chooser.recall(plan, device)
+
+
+def exclude(plan_problem: AnyProblem, device: torch.device, candidate: Candidate, reason: str) -> None:
+    """Keeps "auto" from running a candidate for a problem on a device again.
+
+    In the file too, unless the device answers no more: then the fault may be that of any kernel before this one.
+    """
+    # A capture must not be synchronised.
+    keep = not _capturing() and _answers(device)
+    chooser.exclude(plan_problem, device, candidate, reason, keep=keep, wrong=False)
+
+
+def launch_failed(problem: AnyProblem, device: torch.device, candidate: Candidate, error: RuntimeError) -> RuntimeError:
+    """The error to raise where running a candidate failed: it names kernel and problem.
+
+    Excludes the candidate where the native module refused the launch, but for want of memory, which may pass. An error
+    of PyTorch's own comes back as it is.
+    """
+    text = str(error)
+    if not text.startswith("fused_sepconv: "):
+        return error
+    if "cudaErrorMemoryAllocation" not in text:
+        exclude(problem, device, candidate, f"its launch failed: {text}")
+    return _launch_error(problem, candidate, error)

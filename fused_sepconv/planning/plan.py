@@ -35,7 +35,7 @@ class Plan:
     """All candidates of a problem on a device, the fastest predicted first, those that can't run last.
 
     Where nothing is known of the device's speed, PyTorch's own convolutions come first: a well-kept library. Where
-    autotuning has timed some, they come first, by what they took.
+    some were measured (`choice.py`), they come first, by what they took.
     """
 
     problem: Problem | DepthwiseProblem
@@ -89,6 +89,8 @@ class Plan:
                 lines.append(f"  {mark} {candidate.name}: runs (no figures of this device to predict from)")
             elif candidate.refusal:
                 lines.append(f"  {mark} {candidate.name}: can't run: {candidate.refusal}")
+            elif candidate.excluded:
+                lines.append(f"  {mark} {candidate.name}: excluded on this device: {candidate.excluded}")
             else:
                 lines.append(
                     f"  {mark} {candidate.name}: "

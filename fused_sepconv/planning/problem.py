@@ -309,8 +309,9 @@ class Candidate:
     shared_bytes: int = 0
     predicted_seconds: float = float("inf")
     bound: str = ""  # what most of that time goes to
-    measured_seconds: float | None = None  # by autotuning, on the device
+    measured_seconds: float | None = None  # on the device
     refusal: str = ""  # why it can't run; empty if it can
+    excluded: str = ""  # why "auto" leaves it out on this device: it failed there, or its result was wrong
     depthwise_splits: Splits | None = None  # of a backward: how its two sums over the pixels are cut
     pointwise_splits: Splits | None = None
     tiling: AnyTiling | None = None  # of the depthwise and the tensor-core kernels

@@ -1,4 +1,4 @@
-"""Autotuning: what is fastest by the clock runs, it is timed once and kept, and nothing of the caller's is touched.
+"""The choice on a GPU: what recurs is measured once, proved and kept, and nothing of the caller's is touched.
 
 The kernels run emulated, on CPU tensors that are planned for as on a GPU, under a clock that the tests set.
 """
@@ -8,14 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,18 +21,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_sepconv
 from fused_sepconv import __main__ as doctor
+from fused_sepconv.families import registry
 from fused_sepconv.native import loader
 from fused_sepconv.ops import launching, operators
 from fused_sepconv.ops.problems import ALL_KERNELS
-from fused_sepconv.planning import choice
-from fused_sepconv.planning.choice import CacheFile, Tuner, contenders, identity
+from fused_sepconv.planning import cache_file, choice
+from fused_sepconv.planning.cache_file import CacheFile
+from fused_sepconv.planning.choice import Chooser, Decision, contenders, identity
 from fused_sepconv.planning.devices import DEVICES
-from fused_sepconv.planning.plan import Plan, plan
+from fused_sepconv.planning.plan import plan
 from fused_sepconv.planning.problem import Candidate, Kernels
 from tests.planning.test_plan import MIDDLE
 from tests.support.emulation import emulated_kernels
@@ -60,7 +59,7 @@ class Clock:
 
 
 def no_clock(call: Callable[[], object]) -> float:
-    raise AssertionError("something was timed")
+    raise AssertionError("something was measured")
 
 
 @contextmanager
@@ -70,7 +69,10 @@ def gpu_in_the_making(patch: pytest.MonkeyPatch) -> Iterator[None]:
     with emulated_kernels(checked=False), fused_sepconv.use_backend("auto"):
         patch.setattr(launching, "_here", lambda *device: (H200, here(*device)[1]))
         patch.setattr(operators, "asks_the_plan", lambda x, backend: backend != "reference")
+        patch.setattr(calls, "asks_gpu", lambda x: True)
+        eager.clear()
         yield
+    eager.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -80,24 +82,26 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Tuner]:
-    """Switches autotuning on, as a process that starts now would: with nothing but the file to remember by."""
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Chooser]:
+    """Begins as a new process would: with nothing but the file to remember by."""
 
-    def start(timer: Callable, folder: Path | None = tmp_path, environment: dict | None = None) -> Tuner:
-        tuner = Tuner(timer, folder, lambda: environment or ENVIRONMENT)
-        monkeypatch.setattr(choice, "tuner", tuner)
-        return tuner
+    def start(timer: Callable, folder: Path | None = tmp_path, environment: dict = ENVIRONMENT, **rest: Any) -> Chooser:
+        chooser = Chooser(timer=timer, folder=folder, environment=lambda: environment, **rest)
+        monkeypatch.setattr(choice, "chooser", chooser)
+        eager.clear()
+        return chooser
 
     return start
 
 
-def inputs(features: int = 8, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(1, 8, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
+def inputs(features: int = 8, dtype: torch.dtype = torch.bfloat16, n: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(n, 8, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
     return x, torch.randn(8, 1, 3, 3, dtype=dtype), torch.randn(features, 8, 1, 1, dtype=dtype)
 
 
-def call(*tensors: Tensor) -> Tensor:
-    return fused_sepconv.separable_conv2d(*(tensors or inputs()), padding=1)
+def call(*tensors: Tensor, times: int = 1, **options: Any) -> Tensor:
+    tensors = tensors or inputs()
+    return [fused_sepconv.separable_conv2d(*tensors, padding=1, **options) for _ in range(times)][-1]
 
 
 def chosen(*tensors: Tensor, direction: str = "forward") -> Candidate:
@@ -106,167 +110,410 @@ def chosen(*tensors: Tensor, direction: str = "forward") -> Candidate:
 
 
 @contextmanager
-def running(found: list[str]) -> Iterator[None]:
-    """Notes the families that calls choose."""
-    choose = Plan.chosen.fget
+def deciding() -> Iterator[list[tuple[str, bool]]]:
+    """Notes the decisions of calls: (family, settled)."""
+    found: list[tuple[str, bool]] = []
+
+    def noting(*args: Any) -> Decision:
+        found.append((decision := decide(*args)) and (decision.candidate.family, decision.settled))
+        return decision
+
+    decide = choice.decide
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Plan, "chosen", property(lambda self: found.append(choose(self).family) or choose(self)))
-        yield
+        patch.setattr(choice, "decide", noting)
+        yield found
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_took_least_runs(family, tune):
+def test_from_the_third_call_on_what_took_least_runs(family, start):
+    clock = Clock(family)
+    start(clock)
     tensors = inputs()
-    tune(Clock(family))
-    ran = []
-    with running(ran):
-        y = call(*tensors)
-    assert ran == [family]
+    with deciding() as found:
+        call(*tensors, times=2)
+        assert found == [("simt", False)] * 2 and clock.timed == []  # the plan's
+        y = call(*tensors, times=2)
+    assert found[2:] == [(family, True)] * 2
+    assert sorted(clock.timed) == sorted(("forward", family) for family in FAMILIES)
     assert chosen(*tensors).family == family
     torch.testing.assert_close(y, fused_sepconv.reference.separable_conv2d(*tensors, padding=1), rtol=0.02, atol=0.05)
 
 
-def test_every_candidate_of_a_call_is_timed_once_in_each_direction(tune):
-    clock = Clock("mma", backward="reference")
-    tune(clock)
-    for _ in range(2):
-        tensors = [tensor.requires_grad_() for tensor in inputs()]
-        call(*tensors).sum().backward()
-    able = [("forward", family) for family in FAMILIES] + [
-        ("backward", c.family) for c in contenders(fused_sepconv.explain(*tensors, padding=1).backward)
-    ]
-    assert sorted(clock.timed) == sorted(able)
-    assert chosen().family == "mma"
-    assert chosen(direction="backward").family == "reference"
+@pytest.mark.parametrize("activations", [{}, {"activation": "relu"}, {"mid_activation": "relu6", "activation": "silu"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_backward_is_measured_too_and_its_right_kernels_are_found_right(dtype, activations, start):
+    clock = Clock("reference", backward="split")
+    start(clock)
+    tensors = [tensor.requires_grad_() for tensor in inputs(16, dtype, n=3)]
+    for _ in range(3):
+        ours = torch.autograd.grad(call(*tensors, **activations).float().square().sum(), tensors)
+    explained = fused_sepconv.explain(*tensors, padding=1, **activations)
+    for made in (explained.forward, explained.backward):
+        able = {candidate.family for candidate in contenders(made)}
+        assert {family for direction, family in clock.timed if direction == made.problem.direction} == able
+        assert not any(candidate.excluded for candidate in made.candidates)
+    if dtype == torch.float32:
+        with fused_sepconv.use_backend("reference"):
+            theirs = torch.autograd.grad(call(*tensors, **activations).square().sum(), tensors)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)  # sums that cancel, in another order
 
 
 @pytest.mark.parametrize("fastest", ["reference", "simt", "depthwise"])
-def test_a_depthwise_convolution_by_itself_is_tuned_too(fastest, tune):
+def test_a_depthwise_convolution_by_itself_is_measured_too(fastest, start):
     clock = Clock(fastest, backward=fastest)
-    tune(clock)
+    start(clock)
     x, weight, _ = (tensor.requires_grad_() for tensor in inputs())
-    ran = []
-    with running(ran):
-        y = fused_sepconv.depthwise_conv2d(x, weight, padding=1, activation="silu")
-        grads = torch.autograd.grad(y.sum(), (x, weight))
-    assert ran == [fastest, fastest]
+    with deciding() as found:
+        for _ in range(3):
+            y = fused_sepconv.depthwise_conv2d(x, weight, padding=1, activation="silu")
+            torch.autograd.grad(y.sum(), (x, weight))
+    assert found[-2:] == [(fastest, True)] * 2
     assert {direction for direction, _ in clock.timed} == {"forward", "backward"}
-    with fused_sepconv.use_backend("reference"):
-        expected = fused_sepconv.depthwise_conv2d(x, weight, padding=1, activation="silu")
-        torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), (x, weight)), rtol=0.05, atol=0.1)
 
 
-def test_the_gradients_of_a_tuned_call_are_those_of_the_reference(tune):
-    tune(Clock("reference", backward="simt"))
-    tensors = [tensor.requires_grad_() for tensor in inputs(dtype=torch.float32)]
-    ours = torch.autograd.grad(call(*tensors).square().sum(), tensors)
-    with fused_sepconv.use_backend("reference"):
-        theirs = torch.autograd.grad(call(*tensors).square().sum(), tensors)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # sums that cancel, in another order
-
-
-def test_at_most_four_are_timed_and_pytorch_is_one_of_them():
+def test_at_most_four_are_measured_and_pytorch_is_one_of_them():
     made = plan(MIDDLE, H200, ALL_KERNELS)
     first = dataclasses.replace(made.chosen, predicted_seconds=1e-9)
     crowd = tuple(dataclasses.replace(first, name=f"number {i}") for i in range(9))
     refused = dataclasses.replace(first, name="refused", refusal="no")
-    found = contenders(dataclasses.replace(made, candidates=(refused, *crowd, *made.candidates)))
+    wrong = dataclasses.replace(first, name="wrong", excluded="wrong")
+    found = contenders(dataclasses.replace(made, candidates=(refused, wrong, *crowd, *made.candidates)))
     assert [candidate.name for candidate in found] == ["number 0", "number 1", "number 2", "reference"]
 
 
-def test_the_other_backends_do_what_they_say(tune):
-    tune(no_clock)
-    ran = []
-    with running(ran):
-        for backend in ("fused", "reference"):
-            with fused_sepconv.use_backend(backend):
-                call()
-    assert ran == []
+def test_of_equal_times_the_plans_first_wins_and_what_can_not_run_does_not():
+    made = plan(MIDDLE, H200, ALL_KERNELS)
+    seconds = {identity(candidate): 1e-6 for candidate in made.candidates}
+    assert choice.as_known(made, seconds, {}).chosen.name == made.chosen.name
+    without = plan(MIDDLE, H200, Kernels(frozenset(), "none were built"))
+    assert choice.as_known(without, seconds, {}).chosen.family == "reference"
 
 
-def test_without_the_variable_nothing_is_timed_or_written(monkeypatch, tmp_path):
-    assert choice.tuner is None or os.environ.get(choice.VARIABLE) == "1"
-    monkeypatch.setattr(choice, "tuner", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(Tuner, "_measure", no_clock)
-    call()
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("flag", ["benchmark", "deterministic"])
+def test_flags_that_change_between_calls_are_other_decisions(flag, start, monkeypatch):
+    clock = Clock("mma")
+    start(clock)
+    call(times=3)
+    assert len(clock.timed) == len(FAMILIES)
+    monkeypatch.setattr(torch.backends.cudnn, flag, True)
+    with deciding() as found:
+        call(times=3)
+    if flag == "benchmark":
+        assert found == [("simt", False)] * 2 + [("mma", True)] and len(clock.timed) == 2 * len(FAMILIES)
+    else:
+        assert found == [("simt", True)] * 3 and len(clock.timed) == len(FAMILIES)  # the plan's
+    monkeypatch.setattr(torch.backends.cudnn, flag, False)
+    with deciding() as found:
+        call()
+    assert found == [("mma", True)]
 
 
-@pytest.mark.parametrize("value, on", [("1", True), ("0", False), ("", False), (None, False)])
-def test_the_variable(value, on, monkeypatch):
+# Proving --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def spoiled(family: str, how: Callable[[Any], Any], direction: str = "forward") -> Iterator[None]:
+    """Within the context a family's results pass through `how`."""
+    prepare = getattr(registry.SEPARABLE_CONV2D[family], direction)
+
+    def wrong(*example: Any) -> Callable[..., Any]:
+        run = prepare(*example)
+        return lambda *args: how(run(*args))
+
+    spoiled_family = dataclasses.replace(registry.SEPARABLE_CONV2D[family], **{direction: wrong})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.SEPARABLE_CONV2D, family, spoiled_family)
+        eager.clear()
+        yield
+    eager.clear()
+
+
+def one_element(y: Tensor) -> Tensor:
+    y[0, 0, 0, 0] += 3
+    return y
+
+
+WRONG = {
+    "one element": one_element,
+    "a NaN": lambda y: one_element(y).mul_(torch.where(torch.arange(5) == 4, math.nan, 1.0).to(y.dtype)),
+    "an eighth too large": lambda y: y * 1.125,
+    "another shape": lambda y: y[:, :-1],
+    "a pixel to the left": lambda y: y.roll(1, 3),
+    "nothing": lambda y: torch.zeros_like(y),
+}
+
+
+@pytest.mark.parametrize("how", WRONG.values(), ids=list(WRONG))
+def test_a_wrong_kernel_is_told_of_once_and_never_chosen_again(how, start, tmp_path):
+    start(Clock("simt"))
+    before = choice.generation
+    with spoiled("simt", how), pytest.warns(UserWarning) as said:
+        call(times=4)
+        for features in (16, 24):  # known to be wrong: not even in the first calls of another problem
+            with deciding() as found:
+                call(*inputs(features), times=4)
+            assert "simt" not in {family for family, _ in found}
+    (message,) = (str(warning.message) for warning in said)
+    for part in ("simt_forward_bfloat16_nhwc", "8->8@5 3x3 forward", "the output: ", "report", "python -m fused"):
+        assert part in message
+    assert choice.generation == before + 1
+    start(no_clock)  # another process
+    with deciding() as found:
+        y = call()
+    assert found[0][0] not in ("simt",) and y.isfinite().all()
+    assert "simt_forward_bfloat16_nhwc: excluded on this device: 8->8@5" in str(
+        fused_sepconv.explain(*inputs(), padding=1)
+    )
+
+
+@pytest.mark.parametrize("position, name", [(0, "x"), (1, "depthwise weight"), (2, "pointwise weight")])
+def test_a_wrong_gradient_is_named(position, name, start):
+    def shifted(grads: tuple) -> tuple:
+        return *grads[:position], grads[position] + 0.3 * grads[position].abs().max(), *grads[position + 1 :]
+
+    start(Clock(backward="split"))
+    tensors = [tensor.requires_grad_() for tensor in inputs()]
+    with spoiled("split", shifted, "backward"), pytest.warns(UserWarning, match=f"the gradient of {name}: "):
+        for _ in range(3):
+            call(*tensors).sum().backward()
+    assert chosen(*tensors, direction="backward").family != "split"
+
+
+def test_a_wrong_result_of_pytorchs_own_excuses_no_other(start):
+    start(Clock("simt"))
+    with ExitStack() as stack:
+        for family in ("reference", "simt", "mma"):
+            stack.enter_context(spoiled(family, lambda y: -y))
+        stack.enter_context(pytest.warns(UserWarning, match=r"simt_forward.*wrong"))
+        call(times=3)
+    candidates = fused_sepconv.explain(*inputs(), padding=1).forward.candidates
+    assert {candidate.family for candidate in candidates if not candidate.excluded} == {"reference", "split"}
+
+
+# Failing --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def failing(start_of_name: str, error: str = "cudaErrorInvalidConfiguration: invalid configuration") -> Iterator[None]:
+    """Within the context launches of some kernels fail, as csrc/common/device.h has it."""
+    native = loader.load()
+
+    def launcher(make: Callable) -> Callable:
+        def prepare(name: str, *args: Any) -> Callable:
+            def fail(*addresses: int) -> None:
+                raise RuntimeError(f"fused_sepconv: {name}: launch: {error}")
+
+            return fail if name.startswith(start_of_name) else make(name, *args)
+
+        return prepare
+
+    launchers = {name: launcher(make) for name, make in vars(native).items() if name.endswith("ForwardLaunch")}
+    broken = SimpleNamespace(**{**vars(native), **launchers})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "load", lambda: broken)
+        eager.clear()
+        yield
+    eager.clear()
+
+
+def test_a_failing_launch_names_kernel_and_problem_and_is_not_tried_again(start):
+    start(no_clock)
+    with failing("simt"):
+        with pytest.raises(RuntimeError, match=r"simt_forward_bfloat16_nhwc failed for 8->8@5 3x3 forward.*InvalidC"):
+            call()
+        for _ in range(2):  # this process, and the next
+            with deciding() as found:
+                assert call().shape == (1, 8, 5, 5)
+            assert found[0][0] not in ("simt",)
+            start(no_clock)
+    with deciding() as found:
+        call(*inputs(16))
+    assert found[0][0] == "simt"  # another problem's launch may well succeed
+
+
+def test_a_launch_without_memory_is_named_and_tried_again(start):
+    start(no_clock)
+    with (
+        failing("simt", "cudaErrorMemoryAllocation: out of memory"),
+        pytest.raises(RuntimeError, match="failed for 8->8"),
+    ):
+        call()
+    assert chosen().family == "simt"
+
+
+def test_a_launch_that_fails_while_it_is_measured_leaves_the_others(start):
+    clock = Clock("mma")
+    start(clock)
+    with failing("depthwise"), pytest.warns(UserWarning, match=r"split: .*failed for .*cudaErrorInvalid") as said:
+        call(times=4)
+    assert len(said) == 1 and chosen().family == "mma"
+    assert ("forward", "split") not in clock.timed
+    assert "excluded on this device" in str(fused_sepconv.explain(*inputs(), padding=1))
+
+
+def test_out_of_memory_leaves_it_to_the_plan_quietly(start, monkeypatch):
+    tried = []
+
+    def timer(run: Any) -> float:
+        tried.append(run)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    start(timer)
+    with deciding() as found:
+        call(times=5)
+    assert found == [("simt", False)] * 2 + [("simt", True)] * 3 and len(tried) == 1
+    start(no_clock)
+    monkeypatch.setattr(choice, "_free_bytes", lambda device: 1 << 20)
+    with deciding() as found:
+        call(times=3)
+    assert found[-1] == ("simt", True)
+
+
+# What it may cost -----------------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_process_is_bounded(start):
+    clock = Clock("mma")
+    start(clock, budget=1e-9)
+    call(times=3)
+    with pytest.warns(UserWarning, match="FUSED_SEPCONV_AUTOTUNE_SECONDS: the 1e-09 s") as said:
+        for features in (16, 24):
+            call(*inputs(features), times=4)
+    assert len(said) == 1 and len(clock.timed) == len(FAMILIES)
+    assert chosen().family == "mma" and chosen(*inputs(16)).family == "simt"
+
+
+def test_sizes_that_keep_changing_are_no_longer_measured(start, monkeypatch):
+    monkeypatch.setattr(choice, "MOST_SIZES", 2)
+    clock = Clock("mma")
+    start(clock)
+    with pytest.warns(UserWarning, match="sizes keep changing") as said, deciding() as found:
+        for n in (1, 2, 3, 4):
+            call(*inputs(n=n), times=4)
+    assert len(said) == 1 and len(clock.timed) == 2 * len(FAMILIES)
+    assert found[3::4] == [("mma", True)] * 2 + [("simt", True)] * 2
+
+
+def test_what_is_remembered_is_bounded(start, monkeypatch):
+    monkeypatch.setattr(choice, "MOST_REMEMBERED", 3)
+    chooser = start(Clock("mma"))
+    for n in range(1, 9):
+        call(*inputs(n=n), times=3 if n % 2 else 1)
+    assert len(chooser._calls) <= 3 and len(chooser._settled) <= 3
+    with deciding() as found:
+        call()
+    assert found == [("mma", True)]
+
+
+@pytest.mark.parametrize("how", ["the variable", "torch.use_deterministic_algorithms", "an empty batch"])
+def test_the_plan_decides_without_measuring(how, start, tmp_path):
+    start(Clock("mma"))
+    call(times=3)
+    start(no_clock, measures=how != "the variable")
+    tensors = inputs(n=0) if how == "an empty batch" else inputs()
+    torch.use_deterministic_algorithms(how.startswith("torch"))
+    try:
+        with deciding() as found:
+            call(*tensors, times=3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found[-1] == ("simt", True)
+
+
+@pytest.mark.parametrize("value, on", [("1", True), ("0", False), ("", True), (None, True), ("yes", None)])
+def test_the_variables(value, on, monkeypatch):
     monkeypatch.delenv(choice.VARIABLE, raising=False)
     if value is not None:
         monkeypatch.setenv(choice.VARIABLE, value)
-    assert (choice._from_environment() is not None) == on
+    if on is None:
+        with pytest.raises(ValueError, match="FUSED_SEPCONV_AUTOTUNE: expected 0 or 1, got 'yes'"):
+            choice._from_environment()
+        return
+    assert choice._from_environment().measures is on and choice._from_environment().budget == 30
+    monkeypatch.setenv(choice.BUDGET_VARIABLE, "2.5")
+    assert choice._from_environment().budget == 2.5
+    for bad in ("-1", "nan", "long"):
+        monkeypatch.setenv(choice.BUDGET_VARIABLE, bad)
+        with pytest.raises(ValueError, match="FUSED_SEPCONV_AUTOTUNE_SECONDS: expected seconds"):
+            choice._from_environment()
 
 
-def test_a_value_that_means_nothing_is_refused(monkeypatch):
-    monkeypatch.setenv(choice.VARIABLE, "yes")
-    with pytest.raises(ValueError, match="FUSED_SEPCONV_AUTOTUNE: expected 0 or 1, got 'yes'"):
-        choice._from_environment()
+# The file -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_batch_has_nothing_to_time(tune):
-    tune(no_clock)
-    x, depthwise, pointwise = inputs()
-    assert call(x[:0], depthwise, pointwise).shape == (0, 8, 5, 5)
+def test_processes_share_the_file_and_measure_a_problem_once(tmp_path):
+    """Three at once, as the ranks of a machine."""
+    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    assert sum(timed for timed, _ in outputs) == 2 * len(FAMILIES)  # of two problems
+    assert all(found == [["split", True]] * 2 for _, found in outputs)
 
 
-# Keeping --------------------------------------------------------------------------------------------------------------
-
-
-def test_another_process_need_not_time_again(tune):
-    tune(Clock("split"))
-    call()
-    tune(no_clock)
-    call()
-    assert chosen().family == "split"
-
-
-def test_a_new_process_reads_the_user_cache(monkeypatch, tmp_path, tune):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(choice.VARIABLE, "1")
-    tune(Clock("split"), choice.cache_folder())
-    call()
-    new = subprocess.run([sys.executable, "-c", NEW_PROCESS], capture_output=True, text=True, check=True)
-    assert new.stdout.split() == ["split"]
-
-
-NEW_PROCESS = """
-import pytest, torch
+PROCESS = """
+import json, sys, time, pytest
+from pathlib import Path
 from fused_sepconv.planning import choice
-from tests.planning import test_choice
+from tests.planning import test_choice as t
 
-choice.tuner.timer, choice.tuner.environment = test_choice.no_clock, lambda: test_choice.ENVIRONMENT
-with pytest.MonkeyPatch.context() as patch, test_choice.gpu_in_the_making(patch):
-    ran = []
-    with test_choice.running(ran):
-        test_choice.call()
-print(*ran)
+folder, clock = Path(sys.argv[1]), t.Clock("split")
+def slow(call):
+    time.sleep(0.2)
+    return clock(call)
+choice.chooser = choice.Chooser(timer=slow, folder=folder, environment=lambda: t.ENVIRONMENT)
+choice.PATIENCE_SECONDS = 60.0
+with pytest.MonkeyPatch.context() as patch, t.gpu_in_the_making(patch):
+    (folder / str(time.time_ns())).touch()
+    while len(list(folder.glob("[0-9]*"))) < 3:  # all begin together
+        time.sleep(0.01)
+    with t.deciding() as found:
+        for features in (8, 16):
+            t.call(*t.inputs(features), times=3)
+print(json.dumps([len(clock.timed), [found[2], found[5]]]))
 """
 
 
-def test_another_environment_has_measurements_of_its_own(tune, tmp_path):
-    for fastest, driver in (("simt", "1"), ("split", "2")):
-        tune(Clock(fastest), environment={**ENVIRONMENT, "driver": driver})
-        call()
-    for fastest, driver in (("simt", "1"), ("split", "2")):
-        tune(no_clock, environment={**ENVIRONMENT, "driver": driver})
+def test_writers_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):
+    def write(writer: int) -> None:
+        file = CacheFile(tmp_path, ENVIRONMENT)
+        for number in range(25):
+            file.add({f"{writer}, {number}": {"a": 1.0}}, {f"{writer}, {number}": "wrong"})
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
+    for writer in writers:
+        writer.start()
+    file, count = CacheFile(tmp_path, ENVIRONMENT), 0
+    while any(writer.is_alive() for writer in writers):
+        seen = len(file.read().measurements)
+        assert seen >= count
+        count = seen
+    names = {f"{writer}, {number}" for writer in range(4) for number in range(25)}
+    assert set(file.read().measurements) == set(file.read().excluded) == names
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".lock"}
+
+
+def test_a_lock_that_is_never_given_back_does_not_stop_a_writer(tmp_path):
+    file = CacheFile(tmp_path, ENVIRONMENT)
+    with file.measuring("a", 5), file.measuring("b", 5), file._locked(0, 5):
+        file.add({"problem": {"a": 1.0}})
+        with file.measuring("a", 0.05):
+            pass
+    assert file.read().measurements == {"problem": {"a": 1.0}}
+
+
+def test_another_environment_has_measurements_of_its_own(start, tmp_path):
+    other = {**ENVIRONMENT, "driver": "2"}
+    for fastest, environment in (("mma", ENVIRONMENT), ("split", other)):
+        start(Clock(fastest), environment=environment)
+        call(times=3)
+    for fastest, environment in (("mma", ENVIRONMENT), ("split", other)):
+        chooser = start(no_clock, environment=environment)
         assert chosen().family == fastest
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_file_that_came_from_another_environment_is_not_believed(tune):
-    source = tune(Clock("simt")).file(CPU).path
-    call()
-    target = tune(Clock("split"), environment={**ENVIRONMENT, "driver": "2"}).file(CPU).path
-    source.rename(target)
-    call()
-    assert chosen().family == "split"
+    chooser.file(CPU).path.rename(start(no_clock).file(CPU).path)  # not believed
+    assert chosen().family == "simt"
 
 
 def test_the_environment_is_all_that_a_time_depends_on(monkeypatch):
@@ -282,131 +529,70 @@ def test_the_environment_is_all_that_a_time_depends_on(monkeypatch):
     assert json.loads(json.dumps(found)) == found
 
 
-@pytest.mark.parametrize("flag", ["benchmark", "deterministic"])
-def test_other_flags_of_pytorchs_convolutions_are_other_measurements(flag, tune, monkeypatch):
-    clock = Clock()
-    tune(clock)
-    call()
-    count = len(clock.timed)
-    monkeypatch.setattr(torch.backends.cudnn, flag, not getattr(torch.backends.cudnn, flag))
-    call()
-    assert len(clock.timed) == 2 * count
-
-
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"\xff\xfe", b"{", b"[]", b"null", b"[" * 100_000, b'{"environment": {}, "measurements": {}}'),
+        *("", "\xff", "{", "[]", "null", "[" * 100_000, '{"environment": {}, "measurements": {}}'),
         *("PROBLEM: []", "PROBLEM: {}", 'PROBLEM: {"CANDIDATE": NaN}', 'PROBLEM: {"CANDIDATE": -1.0}'),
-        *('PROBLEM: {"CANDIDATE": "1"}', 'PROBLEM: {"CANDIDATE": Infinity}', 'PROBLEM: {"another": 1e-6}', "7"),
+        *('PROBLEM: {"CANDIDATE": "1"}', 'PROBLEM: {"CANDIDATE": Infinity}', 'PROBLEM: {"another": 1e-6}', ": 7"),
     ],
 )
-def test_a_damaged_file_is_as_good_as_none_and_mended(content, tune):
-    path = tune(Clock("simt")).file(CPU).path
-    call()
+def test_a_damaged_file_is_as_good_as_none_and_mended(content, start):
+    path = start(Clock("mma")).file(CPU).path
+    call(times=3)
     whole = json.loads(path.read_text())
-    if isinstance(content, str):  # the measurements, in a file that is otherwise whole
+    if ": " in content and "environment" not in content:  # the measurements, in a file that is otherwise whole
         ((problem, seconds),) = whole["measurements"].items()
-        content = content.replace("PROBLEM", json.dumps(problem)).replace(
-            '"CANDIDATE"', json.dumps(next(iter(seconds)))
-        )
-        content = f"{{{content}}}" if ":" in content else content
-        content = f'{{"environment": {json.dumps(ENVIRONMENT)}, "measurements": {content}}}'.encode()
-    path.write_bytes(content)
-    tune(Clock("split"))
-    call()
+        for word, real in (("PROBLEM", problem), ("CANDIDATE", next(iter(seconds)))):
+            content = content.replace(f'"{word}"', json.dumps(real)).replace(word, json.dumps(real))
+        content = "7" if content == ": 7" else f"{{{content}}}"
+        content = f'{{"environment": {json.dumps(ENVIRONMENT)}, "measurements": {content}, "excluded": [3]}}'
+    path.write_text(content, encoding="latin-1")
+    start(Clock("split"))
+    call(times=3)
+    start(no_clock)
     assert chosen().family == "split"
-    tune(no_clock)
-    assert chosen().family == "split"
-
-
-def test_a_plan_with_candidates_that_were_not_timed_is_timed_anew(tune):
-    tuner = tune(Clock("simt"))
-    call()
-    (key,) = tuner.file(CPU).read()
-    seconds = tuner.file(CPU).read()[key]
-    seconds.pop(identity(chosen()))
-    tuner.file(CPU).add({key: seconds})
-    clock = Clock("split")
-    tune(clock)
-    call()
-    assert len(clock.timed) == len(FAMILIES)
 
 
 @pytest.mark.parametrize("why", ["no home", "not writable"])
-def test_without_a_place_to_keep_them_measurements_last_for_the_process(why, tune, tmp_path):
+def test_without_a_place_to_keep_them_measurements_last_for_the_process(why, start, tmp_path):
     if why == "no home":
         folder, expected = None, warnings.catch_warnings()
     else:
         (tmp_path / "file").touch()
         folder, expected = tmp_path / "file" / "cache", pytest.warns(UserWarning, match="can't be written")
-    clock = Clock("simt")
-    tune(clock, folder)
+    clock = Clock("mma")
+    start(clock, folder)
     with expected as said:
         for features in (8, 16):
-            call(*inputs(features))
-            call(*inputs(features))
+            call(*inputs(features), times=4)
     assert len(said or ()) == (0 if folder is None else 1)
     assert len(clock.timed) == 2 * len(FAMILIES)
-    assert chosen().family == "simt"
+    assert chosen().family == "mma"
 
 
 def test_the_cache_is_where_xdg_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert choice.cache_folder() == tmp_path / "fused_sepconv"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for not_absolute in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", not_absolute)
-        assert choice.cache_folder() == tmp_path / ".cache" / "fused_sepconv"
-
-
-def test_a_user_without_a_home_has_no_cache(monkeypatch):
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_file.folder() == tmp_path / "fused_sepconv"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for not_absolute in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", not_absolute)
+        assert cache_file.folder() == tmp_path / ".cache" / "fused_sepconv"
     monkeypatch.setattr(Path, "home", no_home)
-    assert choice.cache_folder() is None
+    assert cache_file.folder() is None
 
 
-def add_many(folder: Path, writer: int, start: Any) -> None:
-    file = CacheFile(folder, ENVIRONMENT)
-    start.wait()
-    for number in range(25):
-        file.add({f"{writer}, {number}": {"a": 1.0, "b": 2.0}})
-
-
-def test_writers_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):
-    processes = multiprocessing.get_context("fork")
-    start = processes.Barrier(5)
-    writers = [processes.Process(target=add_many, args=(tmp_path, writer, start)) for writer in range(4)]
-    for writer in writers:
-        writer.start()
-    start.wait()
-    file, count = CacheFile(tmp_path, ENVIRONMENT), 0
-    while any(writer.is_alive() for writer in writers):
-        seen = len(file.read())
-        assert seen >= count
-        count = seen
-    assert [writer.exitcode for writer in writers] == [0] * 4
-    assert set(file.read()) == {f"{writer}, {number}" for writer in range(4) for number in range(25)}
-    assert os.listdir(tmp_path) == [file.path.name]
-
-
-def test_a_lock_that_is_never_given_back_does_not_stop_a_writer(tmp_path):
-    file = CacheFile(tmp_path, ENVIRONMENT)
-    with choice._alone_in(tmp_path):
-        file.add({"problem": {"a": 1.0}})
-    assert file.read() == {"problem": {"a": 1.0}}
-
-
-def test_threads_that_meet_a_problem_together_time_it_once(tune):
-    clock = Clock("simt")
-    tune(clock)
-    tensors, start, results = inputs(), threading.Barrier(4), []
+def test_threads_that_meet_a_problem_together_measure_it_once(start):
+    clock = Clock("mma")
+    start(clock)
+    tensors, barrier, results = inputs(), threading.Barrier(4), []
+    call(*tensors, times=2)
 
     def run() -> None:
-        start.wait()
+        barrier.wait()
         results.append(call(*tensors))
 
     threads = [threading.Thread(target=run) for _ in range(4)]
@@ -418,121 +604,73 @@ def test_threads_that_meet_a_problem_together_time_it_once(tune):
     assert len(results) == 4 and all(torch.equal(results[0], y) for y in results)
 
 
-# Where nothing is timed -----------------------------------------------------------------------------------------------
+# Recording, and what is left alone ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["a graph is captured", "a compiler runs it"])
-def recorded(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """A context in which nothing may be timed."""
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            if request.param == "a graph is captured":
-                patch.setattr(torch.cuda, "is_available", lambda: True)
-                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            else:
-                patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            yield
-
-    return context
-
-
-def test_while_it_is_recorded_the_plan_decides(recorded, tune):
+@pytest.mark.parametrize("how", ["a graph is captured", "a compiler runs it"])
+def test_while_it_is_recorded_nothing_is_measured(how, start, monkeypatch):
     clock = Clock("split")
-    tune(clock)
-    predicted = chosen().family
-    assert predicted == "simt"
-    ran = []
-    with recorded(), running(ran):
+    start(clock)
+    call(times=2)
+    with monkeypatch.context() as patch, deciding() as found:
+        if how == "a graph is captured":
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        else:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        call(times=2)
+        assert found == [("simt", False)] * 2 and clock.timed == []
+    with deciding() as found:
         call()
-    assert clock.timed == []
-    with running(ran):
-        call()  # it is timed later
-    assert ran == [predicted, "split"]
-
-
-def test_what_was_measured_before_is_recorded(recorded, tune):
-    tune(Clock("split"))
-    call()
-    ran = []
-    with recorded(), running(ran):
+    assert found == [("split", True)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with deciding() as found:  # what was measured before is recorded
         call()
-    assert ran == ["split"]
+    assert found == [("split", True)]
 
 
-def test_fake_tensors_are_not_timed(tune):
-    tune(no_clock)
-    with FakeTensorMode() as mode:
-        y = call(*(mode.from_tensor(tensor) for tensor in inputs()))
-    assert y.shape == (1, 8, 5, 5)
-
-
-def test_a_compiler_is_not_timed_but_what_it_compiled_is(tune):
+def test_a_compiler_is_not_measured_but_what_it_compiled_is(start):
     clock = Clock("simt")
-    tune(clock)
+    start(clock)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     tensors = inputs()
-    torch.testing.assert_close(compiled(*tensors), call(*tensors))
+    for _ in range(3):
+        torch.testing.assert_close(compiled(*tensors), call(*tensors))
     assert len(clock.timed) == len(FAMILIES)
 
 
-def test_a_mode_that_records_operators_sees_only_the_callers(tune):
+def test_a_mode_that_records_operators_sees_only_the_callers(start):
     clock = Clock("simt")
-    tune(clock)
+    start(clock)
     with FlopCounterMode(display=False) as outer, FlopCounterMode(display=False) as inner:
-        call()
+        call(times=3)
     assert len(clock.timed) == len(FAMILIES)
-    assert outer.get_total_flops() == inner.get_total_flops() == 2 * 25 * 8 * (9 + 8)
+    assert outer.get_total_flops() == inner.get_total_flops() == 3 * 2 * 25 * 8 * (9 + 8)
 
 
-@pytest.mark.filterwarnings("ignore")  # the tracer's, and that it is deprecated
-def test_a_tracer_records_the_operator_alone(tune):
-    clock = Clock()
-    tune(clock)
-    traced = torch.jit.trace(call, inputs(), check_trace=False)
-    assert [node.kind() for node in traced.graph.nodes() if not node.kind().startswith("prim::")] == [
-        "fused_sepconv::separable_conv2d"
-    ]
-    assert len(clock.timed) == len(FAMILIES)
-
-
-@pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.func.grad(lambda *t: f(*t).float().sum())])
-def test_inside_a_transform_it_is_timed_as_anywhere(transform, tune):
-    clock = Clock("simt", backward="simt")
-    tune(clock)
-    x, depthwise, pointwise = inputs()
-    if transform is torch.vmap:
-        transform(lambda x: call(x, depthwise, pointwise))(x.unsqueeze(0))
-    else:
-        transform(call)(x, depthwise, pointwise)
-    assert {family for _, family in clock.timed} >= {"reference", "simt", "split"}
-
-
-# What is left alone ---------------------------------------------------------------------------------------------------
-
-
-def test_the_callers_tensors_and_random_state_stay_as_they_are(tune):
-    seen = []
+def test_the_callers_tensors_and_random_state_stay_as_they_are(start):
+    seen, dtypes = [], set()
 
     def timer(run: Any) -> float:
-        *_, tensors = run.args
-        seen.extend(tensor for tensor in tensors if tensor is not None)
-        run()
+        seen.extend(tensor for tensor in run.args[-1] if tensor is not None)
+        result = run()
+        dtypes.add((result if isinstance(result, Tensor) else result[0]).dtype)  # autocast does not reach it
         assert not torch.is_grad_enabled()
         return 1e-6
 
-    tune(timer)
-    tensors = [tensor.requires_grad_() for tensor in inputs()]
+    start(timer)
+    tensors = [tensor.requires_grad_() for tensor in inputs(dtype=torch.float32)]
     before, state = [tensor.detach().clone() for tensor in tensors], torch.get_rng_state()
-    y = call(*tensors)
-    y.sum().backward()
+    arguments = ([1, 1], [1, 1, 1, 1], [1, 1], None, None, None, "auto")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(3):
+            y = torch.ops.fused_sepconv.separable_conv2d(*tensors, None, None, None, *arguments)
+            y.sum().backward()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
     storages = {tensor.untyped_storage().data_ptr() for tensor in [*tensors, y]}
     assert seen and all(tensor.untyped_storage().data_ptr() not in storages for tensor in seen)
-    assert not any(tensor.requires_grad for tensor in seen)
-    assert y.grad_fn is not None
+    assert dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -555,47 +693,14 @@ def test_random_tensors_are_laid_out_like_the_calls(like):
     assert not made.numel() or made.unique().numel() > 1
 
 
-def test_autocast_does_not_reach_what_is_timed(tune):
-    dtypes = set()
-
-    def timer(run: Any) -> float:
-        dtypes.add(run().dtype)
-        return 1e-6
-
-    tune(timer)
-    x, depthwise, pointwise = inputs(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        arguments = ([1, 1], [1, 1, 1, 1], [1, 1], None, None, None, "auto")
-        torch.ops.fused_sepconv.separable_conv2d(x, depthwise, pointwise, None, None, None, *arguments)
-    assert dtypes == {torch.float32}
-
-
-def test_out_of_memory_leaves_it_to_the_plan_and_says_so_once(tune):
-    tried = []
-
-    def timer(run: Any) -> float:
-        tried.append(run)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    tune(timer)
-    ran = []
-    with pytest.warns(UserWarning, match="FUSED_SEPCONV_AUTOTUNE.*CUDA out of memory") as said, running(ran):
-        for features in (8, 16, 8, 16):
-            call(*inputs(features))
-    assert len(said) == 1
-    assert len(tried) == 2  # once a problem: it is not tried again with every call
-    choice.tuner = None
-    assert ran == [chosen(*inputs(features)).family for features in (8, 16, 8, 16)]
-
-
 # What is said ---------------------------------------------------------------------------------------------------------
 
 
-def test_explain_tells_what_was_measured(tune):
-    tune(Clock("simt"))
-    before = fused_sepconv.explain(*inputs(), padding=1)
-    assert "measured" not in str(before)
-    call()
+def test_explain_and_the_doctor_tell_what_was_measured_and_measure_nothing(start, monkeypatch):
+    chooser = start(Clock("simt"))
+    assert "measured" not in str(fused_sepconv.explain(*inputs(), padding=1))
+    call(times=3)
+    chooser.timer = no_clock
     after = fused_sepconv.explain(*inputs(), padding=1)
     (line,) = [line for line in str(after).splitlines() if "-> simt_forward" in line]
     assert "measured 1.0 us, predicted" in line
@@ -603,30 +708,21 @@ def test_explain_tells_what_was_measured(tune):
     assert "measured" not in str(after.backward)
     data = json.loads(json.dumps(after.as_dict(), allow_nan=False))["forward"]["candidates"]
     assert [candidate["measured_seconds"] for candidate in data] == [1e-6, 5e-6, 5e-6, 5e-6]
-
-
-def test_explain_times_nothing(tune):
-    tune(no_clock)
-    fused_sepconv.explain(*inputs(), padding=1)
-    fused_sepconv.explain(torch.nn.Sequential(fused_sepconv.SeparableConv2d(3, 8, 3)), torch.randn(1, 3, 5, 5))
-
-
-def test_a_prediction_for_another_device_stays_a_prediction(tune):
-    tune(Clock("simt"))
-    call()
     assert "measured" not in str(fused_sepconv.explain(*inputs(), padding=1, device="H200"))
 
-
-def test_the_doctor_says_whether_it_is_on_and_where_measurements_are(tune, monkeypatch):
-    monkeypatch.setattr(choice, "tuner", None)
-    assert "off" in "\n".join(doctor._autotuning())
-    tuner = tune(Clock("simt"))
-    call()
+    choice.exclude(after.forward.problem, CPU, after.forward.chosen, "its launch failed: for a reason")
+    reason = "8->8@5 3x3 forward, N 1, bfloat16 nhwc: its launch failed: for a reason"
+    after = fused_sepconv.explain(*inputs(), padding=1).forward
+    assert after.candidates[-1].excluded == reason and after.chosen.measured_seconds == 5e-6
+    assert f"{after.candidates[-1].name}: excluded on this device: {reason}" in str(after)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda index: warnings.catch_warnings())
     text = "\n".join(doctor._autotuning())
-    assert "on" in text and "GPU 0: 1 problems measured" in text and str(tuner.file(CPU).path) in text
+    assert "on" in text and f"GPU 0: 1 problems measured, in {chooser.file(CPU).path}" in text
+    assert "excluded: " in text and reason in text
+    start(no_clock, measures=False)
+    assert "off" in doctor._autotuning()[0]
 
 
 # The parts ------------------------------------------------------------------------------------------------------------
@@ -646,18 +742,6 @@ def test_a_candidate_is_what_runs_whatever_is_predicted_of_it():
     other_step = dataclasses.replace(split.steps[0], name="another")
     assert identity(dataclasses.replace(split, steps=(other_step,))) != identity(split)
     assert choice._NOT_WHAT_RUNS.issubset(field.name for field in dataclasses.fields(Candidate))
-
-
-def test_of_equal_times_the_plans_first_wins():
-    made = plan(MIDDLE, H200, ALL_KERNELS)
-    seconds = {identity(candidate): 1e-6 for candidate in contenders(made)}
-    assert choice.as_measured(made, seconds).chosen.name == made.chosen.name
-
-
-def test_what_can_not_run_here_does_not_run_whatever_was_measured():
-    seconds = {identity(candidate): 1e-6 for candidate in plan(MIDDLE, H200, ALL_KERNELS).candidates}
-    without = plan(MIDDLE, H200, Kernels(frozenset(), "none were built"))
-    assert choice.as_measured(without, seconds).chosen.family == "reference"
 
 
 def test_the_timer_warms_up_and_gives_the_median_in_seconds(monkeypatch):
