@@ -27,7 +27,7 @@ import fused_sepconv
 from fused_sepconv import __main__ as doctor
 from fused_sepconv.families import registry
 from fused_sepconv.native import loader
-from fused_sepconv.ops import launching, operators
+from fused_sepconv.ops import calls, eager, launching, operators
 from fused_sepconv.ops.problems import ALL_KERNELS
 from fused_sepconv.planning import cache_file, choice
 from fused_sepconv.planning.cache_file import CacheFile
