@@ -10,6 +10,7 @@ import torch
 from fused_sepconv import __version__, explain
 from fused_sepconv.native import loader
 from fused_sepconv.planning import choice
+from fused_sepconv.planning.devices import cuda_device
 
 
 def main() -> int:
@@ -58,6 +59,14 @@ def _gpus() -> list[str]:
             f"GPU {index}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB"
         )
+        device = cuda_device(index)
+        lines.append(
+            f"  planned for with {device.bandwidth / 1e12:.2f} TB/s, {device.matrix_16bit / 1e12:.0f} TFLOP/s in "
+            f"16 bits, {device.shared_bytes >> 10} KiB a block ({device.source})"
+        )
+        if native is not None and not native.build_info()["emulated"]:
+            with torch.cuda.device(index):
+                lines.append(f"  kernels: {loader.why_not_on(index) or 'run there'}")
     return lines
 
 

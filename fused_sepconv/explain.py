@@ -113,8 +113,8 @@ def explain(
     `ModelExplanation`. Meta tensors will do. Launches no kernel.
 
     Args:
-        device: None plans for where the tensors are. "A100", "H100" or "H200" predicts for such a device, with every
-            kernel built.
+        device: None plans for where the tensors are. "A100", "H100", "H200", "B200", "RTX 4090" or "RTX 5090" predicts
+            for such a device, with every kernel built.
 
     Raises:
         ValueError: an unknown device; otherwise whatever the call itself would raise.

@@ -341,6 +341,76 @@ class TestDamagedFiles:
         assert "built for another Python: _native.cpython-27-none.so" in run.stdout
 
 
+class TestProbe:
+    """What a device is asked, and what is remembered; the module is a stand-in that answers what it is told."""
+
+    class Module:
+        def __init__(self, built: str, *answers: tuple[str, str, bool], capability: tuple[int, int] = (9, 0)) -> None:
+            self.answers, self.asked, self.current = list(answers), 0, None
+            self.build_info = lambda: {"architectures": built}
+            self.device_attributes = lambda index: dict(zip(("major", "minor"), capability, strict=True))
+
+        def set_device(self, index: int) -> None:
+            self.current = index
+
+        def probe(self) -> tuple[str, str, bool]:
+            self.asked += 1
+            return self.answers.pop(0)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, module: Module) -> None:
+        monkeypatch.setattr(loader, "load", lambda: module)
+        monkeypatch.setattr(loader, "_answers", {})
+
+    def test_a_device_that_runs_the_build_is_asked_once(self, monkeypatch: pytest.MonkeyPatch, recwarn) -> None:
+        module = self.Module("80;90;100+PTX", ("", "", False))
+        self.install(monkeypatch, module)
+        assert [loader.why_not_on(1) for _ in range(3)] == [""] * 3
+        assert (module.asked, module.current) == (1, 1)
+        assert not recwarn
+
+    def test_what_can_not_change_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = self.Module("90", ("cudaErrorNoKernelImageForDevice", "no kernel image", True))
+        self.install(monkeypatch, module)
+        for _ in range(3):
+            assert loader.why_not_on(0).endswith("on GPU 0: cudaErrorNoKernelImageForDevice: no kernel image")
+        assert module.asked == 1
+
+    def test_what_may_pass_is_asked_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = self.Module("90", ("cudaErrorMemoryAllocation", "out of memory", False), ("", "", False))
+        self.install(monkeypatch, module)
+        assert "out of memory" in loader.why_not_on(0)
+        assert loader.why_not_on(0) == loader.why_not_on(0) == ""
+        assert module.asked == 2
+
+    def test_another_device_and_another_module_are_asked_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = self.Module("90", ("", "", False), ("", "", False))
+        self.install(monkeypatch, module)
+        assert loader.why_not_on(0) == loader.why_not_on(1) == ""
+        assert module.asked == 2
+        other = self.Module("90", ("cudaErrorInsufficientDriver", "too old", True))
+        monkeypatch.setattr(loader, "load", lambda: other)
+        assert "too old" in loader.why_not_on(0)
+
+    def test_compiling_from_ptx_is_said_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.install(monkeypatch, self.Module("80;90;100+PTX;120", ("", "", False), capability=(11, 0)))
+        with pytest.warns(
+            UserWarning, match=r"no machine code for GPU 0 of compute capability 11\.0.*ARCHS=110"
+        ) as said:
+            assert loader.why_not_on(0) == loader.why_not_on(0) == ""
+        assert len(said) == 1
+
+    @pytest.mark.parametrize(
+        "built, capability, runs",
+        [
+            *[("80;90;100+PTX;120", capability, True) for capability in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 1))],
+            *[("80;90;100+PTX;120", capability, False) for capability in ((7, 5), (11, 0), (13, 0))],
+            *[("90a", (9, 0), True), ("100a+PTX", (10, 3), False), ("86", (8, 0), False), ("100f", (10, 3), True)],
+        ],
+    )
+    def test_machine_code_runs_within_its_major_version(self, built, capability, runs) -> None:
+        assert loader.has_code_for(built, capability) is runs
+
+
 class TestSearch:
     """Which module a checkout takes; the modules are stand-ins that know what they were built from."""
 

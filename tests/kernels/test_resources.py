@@ -17,7 +17,7 @@ def compiled() -> list[tuple[str, loader.Instance]]:
     sources = {architecture: loader.instances(architecture) for architecture in loader.resources()}
     info = loader.build_info()
     if info is not None and not info["emulated"]:
-        sources["the driver, or the most of any architecture"] = loader.instances()
+        sources["the driver, or the most of any architecture"] = loader.instances(ask_driver=True)
     return [(source, instance) for source, instances in sources.items() for instance in instances.values()]
 
 
