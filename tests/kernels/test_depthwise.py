@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -260,6 +261,29 @@ def test_the_split_family_ran(plain):
         "depthwise_backward_nhwc_3x3_s1_float32": 1,
         "reduce_splits_float32": 2,
     }
+
+
+def test_the_split_family_sums_in_float32_over_the_pixels_and_keeps_nan(plain, monkeypatch):
+    """cuBLAS may add the parts of a 16-bit product in 16 bits, and its relu may lose NaN: neither is asked for it."""
+    case = dataclasses.replace(DEPTHWISE[1], pre_activation=None, activation="relu")
+    tensors = {name: tensor.bfloat16().requires_grad_() for name, tensor in case.tensors().items()}
+    x = tensors["x"].detach().contiguous(memory_format=torch.channels_last)
+    x[0, 3, 4, 5] = float("nan")
+    tensors["x"] = x.requires_grad_()
+    sizes = []
+
+    def product(left: Tensor, right: Tensor, mm: Callable = torch.mm) -> Tensor:
+        sizes.append((left.shape[0], right.shape[1]))
+        return mm(left, right)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.delattr(torch, "_addmm_activation")
+    with launching.preferring("split"):
+        y, *grads = forward_and_back(fused_sepconv.separable_conv2d, tensors, case.options)
+    pixels = case.N * math.prod(case.output_size)
+    assert sizes == [(pixels, case.F), (pixels, case.K)]  # forward, and the gradient of its input
+    expected = two_convolutions(**{name: tensor.detach() for name, tensor in tensors.items()}, **case.options)
+    assert y.isnan().any() and torch.equal(y.isnan(), expected.isnan())
 
 
 def test_autocast_does_not_reach_the_split_familys_own_1x1(plain):
