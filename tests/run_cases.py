@@ -255,6 +255,9 @@ def _run(smallest: bool, only: str, device: str) -> int:
         try:
             with allowing_tf32(run.dtype == "tf32"):
                 verdicts = list(compare(run, device, sms))
+        except KeyboardInterrupt:  # out of time: what was found is said all the same
+            print("interrupted: the rest was not run", flush=True)
+            break
         except RuntimeError as error:  # a launch that failed, or a kernel that the plan refused
             verdicts = [f"{error}"]
         counts = native.launch_counts()

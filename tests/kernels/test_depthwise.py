@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import fused_sepconv
 from fused_sepconv.families.depthwise import launch as depthwise_launch
-from fused_sepconv.families.depthwise import nhwc
+from fused_sepconv.families.depthwise import nchw, nhwc
 from fused_sepconv.families.depthwise import plan as depthwise
 from fused_sepconv.ops import execution, launching
 from fused_sepconv.ops.arguments import DepthwiseArguments
@@ -201,6 +202,17 @@ def test_a_gradient_is_the_same_when_it_is_the_only_one_asked_for(native, mask):
     alone = execution.depthwise_backward(grad, tensors, None, arguments, "fused", mask)
     for wanted, one, all_ in zip(mask, alone, whole, strict=True):
         assert torch.equal(one, all_) if wanted else one is None
+
+
+@pytest.mark.parametrize("dtype, ways", [("float32", 4), ("float16", 2)])
+def test_the_plan_counts_the_bank_conflicts_of_nchw(dtype: str, ways: int) -> None:
+    """Stride 2 in float32: neighbouring lanes are four words apart, so a warp meets every fourth bank four times."""
+    size = 4 if dtype == "float32" else 2
+    words = [lane * nchw.COLUMNS * 2 * size // 4 for lane in range(32)]
+    assert max(Counter(word % 32 for word in set(words)).values()) == ways
+    strided = nchw.NchwTraits("forward", 3, 2, False, dtype)
+    window, values = 5 * 5, 2 * nchw.COLUMNS
+    assert strided.shared_cycles == window * ways + values * ways // 2
 
 
 # ---- the split family: these kernels, with PyTorch's own 1x1
