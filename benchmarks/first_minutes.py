@@ -308,8 +308,8 @@ def summary(machine: Machine, figures: list[Figure]) -> dict[str, Any]:
     by_name = {figure.name: figure for figure in figures}
 
     def rate(name: str, what: str) -> float | None:
-        figure = by_name[name]
-        return None if figure.seconds is None else getattr(figure, what) / figure.seconds
+        figure = by_name.get(name)  # None where the run was interrupted before
+        return None if figure is None or figure.seconds is None else getattr(figure, what) / figure.seconds
 
     copied = rate("copy", "bytes")
     matrix = {dtype: rate(f"product {dtype} square", "flops") for dtype in DTYPES}
@@ -348,7 +348,7 @@ def fractions(
         peak = matrix["bfloat16"]
         return None if figure.seconds is None or peak is None else figure.flops / figure.seconds / peak
 
-    launches = by_name[f"{LAUNCHES} launches in a graph"].seconds
+    launches = by_name.get(f"{LAUNCHES} launches in a graph", Figure("")).seconds
     yield "planning/problem.py: LAUNCH_SECONDS", None if launches is None else round(launches / LAUNCHES, 8)
     yield "planning/problem.py: LIBRARY_BANDWIDTH", share("relu bfloat16", of_copy)
     yield "families/pytorch/plan.py: LIBRARY_MATRIX", share(r"product bfloat16 .. 23104.*", of_matrix)
@@ -391,13 +391,15 @@ def main(argv: list[str] | None = None) -> int:
     machine = Machine(given.rehearse)
     print(f"{machine.name}; floors and predictions for {machine.device.name}", flush=True)
     figures: list[Figure] = []
-    for part in (ceilings, products, depthwise, fused):
-        for figure in part(machine):
-            figures.append(figure)
-            print(figure, flush=True)
-            given.json.write_text(json.dumps({"device": machine.name, "figures": [asdict(f) for f in figures]}))
+    try:
+        for part in (ceilings, products, depthwise, fused):
+            for figure in part(machine):
+                figures.append(figure)
+                print(figure, flush=True)
+                given.json.write_text(json.dumps(summary(machine, figures), indent=1))
+    except KeyboardInterrupt:
+        print("interrupted: the rest was not measured", flush=True)
     result = summary(machine, figures)
-    given.json.write_text(json.dumps(result, indent=1))
     for name, value in result["fractions"].items():
         print(f"{name:58} {'missing' if value is None else value}")
     failed = [figure.name for figure in figures if figure.missing.startswith("failed")]

@@ -117,8 +117,9 @@ sanitize() { # TOOL, ARGUMENTS of run_cases...
     echo "compute-sanitizer is not on this machine"
     return 1
   fi
-  # Of our kernels alone: their mangled names hold the namespace's.
-  "$sanitizer" --tool "$tool" --kernel-regex kns=fused_sepconv --error-exitcode 9 $python -m tests.run_cases "$@"
+  # Of our kernels alone: their mangled names hold the namespace's. Each tensor has memory of its own, or a kernel could
+  # leave one and be in the next.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --kernel-regex kns=fused_sepconv --error-exitcode 9 $python -m tests.run_cases "$@"
 }
 
 stand_in() { # what compute-sanitizer is given, without it

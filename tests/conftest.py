@@ -78,10 +78,8 @@ def targets() -> tuple[Target, ...]:
     if torch.cuda.is_available():
         # Layers at full size are tests/accuracy.py's: their oracle is the CPU's work.
         small = dict.fromkeys(EVERY_DTYPE, 2e7)
-        layouts = (torch.contiguous_format, torch.channels_last)
-        families = (
-            Target("cuda", "fused", patience=small, family=f, layouts=layouts) for f in ("simt", "split", "mma")
-        )
+        forced = Target("cuda", "fused", patience=small, layouts=(torch.contiguous_format, torch.channels_last))
+        families = (replace(forced, family=family) for family in ("simt", "split", "mma"))
         return (*found, Target("cuda", "auto", patience=small), *families)
     return (*found, EMULATED)
 

@@ -31,7 +31,7 @@ from tests import accuracy
 from tests.accuracy import LAYOUTS, allowing_tf32, eager_in, results
 from tests.support.calls import function_of
 from tests.support.cases import Case, depthwise
-from tests.support.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
+from tests.support.closeness import FACTOR, assert_as_close_as_eager, assert_gradient_as_close_as_eager
 from tests.support.emulation import emulated_kernels, planned_for
 
 FEW_SMS = 3  # several tiles and parts a block
@@ -208,8 +208,10 @@ def compare(run: Run, device: str, sms: tuple[int, ...]) -> Iterator[str | None]
     for count in sms:
         for name, mine in ours(run, stored, device, count).items():
             check = assert_as_close_as_eager if name == "y" else assert_gradient_as_close_as_eager
+            # A library's 1x1 sums in another order on a GPU: one element of a few shows twice as much of that.
+            factor = FACTOR * (2 if run.family == "split" else 1)
             try:
-                check(mine, eager[name], oracle[name], name=name)
+                check(mine, eager[name], oracle[name], name=name, factor=factor)
             except AssertionError as error:
                 yield f"{error}, planned for {count} SMs"
             else:
@@ -253,6 +255,9 @@ def _run(smallest: bool, only: str, device: str) -> int:
         try:
             with allowing_tf32(run.dtype == "tf32"):
                 verdicts = list(compare(run, device, sms))
+        except KeyboardInterrupt:  # out of time: what was found is said all the same
+            print("interrupted: the rest was not run", flush=True)
+            break
         except RuntimeError as error:  # a launch that failed, or a kernel that the plan refused
             verdicts = [f"{error}"]
         counts = native.launch_counts()

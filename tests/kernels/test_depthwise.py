@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import fused_sepconv
 from fused_sepconv.families.depthwise import launch as depthwise_launch
-from fused_sepconv.families.depthwise import nhwc
+from fused_sepconv.families.depthwise import nchw, nhwc
 from fused_sepconv.families.depthwise import plan as depthwise
 from fused_sepconv.ops import calls, launching, problems
 from fused_sepconv.ops.arguments import DepthwiseArguments
@@ -239,6 +240,17 @@ def test_a_gradient_is_the_same_when_it_is_the_only_one_asked_for(native, mask):
         assert torch.equal(one, all_) if wanted else one is None
 
 
+@pytest.mark.parametrize("dtype, ways", [("float32", 4), ("float16", 2)])
+def test_the_plan_counts_the_bank_conflicts_of_nchw(dtype: str, ways: int) -> None:
+    """Stride 2 in float32: neighbouring lanes are four words apart, so a warp meets every fourth bank four times."""
+    size = 4 if dtype == "float32" else 2
+    words = [lane * nchw.COLUMNS * 2 * size // 4 for lane in range(32)]
+    assert max(Counter(word % 32 for word in set(words)).values()) == ways
+    strided = nchw.NchwTraits("forward", 3, 2, False, dtype)
+    window, values = 5 * 5, 2 * nchw.COLUMNS
+    assert strided.shared_cycles == window * ways + values * ways // 2
+
+
 # ---- the split family: these kernels, with PyTorch's own 1x1
 
 
@@ -303,6 +315,29 @@ def test_the_split_family_ran(plain):
         "depthwise_backward_nhwc_3x3_s1_float32": 1,
         "reduce_splits_float32": 2,
     }
+
+
+def test_the_split_family_sums_in_float32_over_the_pixels_and_keeps_nan(plain, monkeypatch):
+    """cuBLAS may add the parts of a 16-bit product in 16 bits, and its relu may lose NaN: neither is asked for it."""
+    case = dataclasses.replace(DEPTHWISE[1], pre_activation=None, activation="relu")
+    tensors = {name: tensor.bfloat16().requires_grad_() for name, tensor in case.tensors().items()}
+    x = tensors["x"].detach().contiguous(memory_format=torch.channels_last)
+    x[0, 3, 4, 5] = float("nan")
+    tensors["x"] = x.requires_grad_()
+    sizes = []
+
+    def product(left: Tensor, right: Tensor, mm: Callable = torch.mm) -> Tensor:
+        sizes.append((left.shape[0], right.shape[1]))
+        return mm(left, right)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.delattr(torch, "_addmm_activation")
+    with launching.preferring("split"):
+        y, *grads = forward_and_back(fused_sepconv.separable_conv2d, tensors, case.options)
+    pixels = case.N * math.prod(case.output_size)
+    assert sizes == [(pixels, case.F), (pixels, case.K)]  # forward, and the gradient of its input
+    expected = two_convolutions(**{name: tensor.detach() for name, tensor in tensors.items()}, **case.options)
+    assert y.isnan().any() and torch.equal(y.isnan(), expected.isnan())
 
 
 def test_autocast_does_not_reach_the_split_familys_own_1x1(plain):
