@@ -127,8 +127,11 @@ def _implement(operator: Operator) -> None:
                 )
             if gradients is None:
                 gradients = reference_backward(grad_output, *tensors, output, *arguments, output_mask)
+        # (Not x.new_empty: a subclass of Tensor may have its own.)
         return tuple(
-            x.new_empty(0) if grad is None else as_gradient(tensor, grad.clone() if grad is grad_output else grad)
+            torch.empty(0, dtype=x.dtype, device=x.device)
+            if grad is None
+            else as_gradient(tensor, grad.clone() if grad is grad_output else grad)
             for tensor, grad in zip(tensors, gradients, strict=True)
         )
 
@@ -162,9 +165,9 @@ def _register_fakes(operator: Operator) -> None:
         return empty_output(x, (x.shape[0], args[operator.features].shape[0], out_h, out_w))
 
     def backward(grad_output: Tensor, *args: Any) -> Gradients:
-        inputs, output_mask = args[:count], args[-1]
+        x, inputs, output_mask = args[0], args[:count], args[-1]
         return tuple(
-            torch.empty_like(tensor) if wanted else grad_output.new_empty(0)
+            torch.empty_like(tensor) if wanted else torch.empty(0, dtype=x.dtype, device=x.device)
             for tensor, wanted in zip(inputs, output_mask, strict=True)
         )
 
