@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_sepconv.families.pytorch import convolutions
-from fused_sepconv.ops import autograd
+from fused_sepconv.ops import autograd, exporting
 from fused_sepconv.ops.arguments import Pair, TensorSpec, normalise, normalise_depthwise, padding_sides, pair
 from fused_sepconv.ops.backend import default_backend
 
@@ -72,8 +72,8 @@ def separable_conv2d(
         mid_activation=mid_activation,
         activation=activation,
     )
-    if tracing and torch.onnx.is_in_onnx_export():
-        y = convolutions.forward(*call.tensors, *call.arguments)  # ONNX has no other
+    if tracing and exporting.traces_for_onnx():
+        y = convolutions.forward(*call.tensors, *call.arguments)
     else:
         y = autograd.separable_conv2d(*call.tensors, *call.arguments, default_backend())
     return y.squeeze(0) if call.unbatched else y
@@ -124,7 +124,7 @@ def depthwise_conv2d(
     call = normalise_depthwise(
         x, weight, bias, stride, padding, dilation, pre_activation=pre_activation, activation=activation
     )
-    if tracing and torch.onnx.is_in_onnx_export():
+    if tracing and exporting.traces_for_onnx():
         y = convolutions.depthwise_forward(*call.tensors, *call.arguments)
     else:
         y = autograd.depthwise_conv2d(*call.tensors, *call.arguments, default_backend())
