@@ -11,6 +11,7 @@ from fused_sepconv.ops.autograd import DepthwiseConv2dFunction, SeparableConv2dF
 from fused_sepconv.ops.backend import use_backend
 from fused_sepconv.transforms.depthwise import replace_depthwise_convs
 from fused_sepconv.transforms.inference import optimize_for_inference
+from fused_sepconv.transforms.restore import restore_convs
 from fused_sepconv.transforms.separable import replace_separable_convs
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "reference",
     "replace_depthwise_convs",
     "replace_separable_convs",
+    "restore_convs",
     "separable_conv2d",
     "use_backend",
 ]

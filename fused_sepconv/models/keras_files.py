@@ -88,6 +88,8 @@ def _from_model(model: Any) -> KerasWeights:
     layers, epsilons = {}, {}
     for layer in model.layers:
         if layer.weights:
+            if hasattr(layer, "layers"):
+                raise _nested(layer.name)
             names = [_variable(weight.name) for weight in layer.weights]
             layers[layer.name] = dict(zip(names, layer.get_weights(), strict=True))
         if hasattr(layer, "moving_variance"):
@@ -101,6 +103,8 @@ def _named_layers(weights: Any) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         group = weights[layer]
         names = list(map(_text, group.attrs["weight_names"]))
         if names:
+            if len({_variable(name, layer) for name in names}) < len(names):
+                raise _nested(layer)
             yield layer, {_variable(name, layer): group[name][()] for name in names}
 
 
@@ -112,6 +116,8 @@ def _numbered_layers(path: Path, file: Any, config: Any) -> Iterator[tuple[str, 
     """
     names = _names_of_groups(config)
     for key, group in file["layers"].items():
+        if len(group.get("layers", ())):
+            raise _nested(key)
         if "vars" not in group or not len(group["vars"]):
             continue
         variables = group["vars"]
@@ -128,6 +134,14 @@ def _numbered_layers(path: Path, file: Any, config: Any) -> Iterator[tuple[str, 
             name,
             {known[i] if i < len(known) else f"variable {i}": variables[n][()] for i, n in enumerate(order)},
         )
+
+
+def _nested(layer: str) -> ValueError:
+    """The error for a model inside a model."""
+    return ValueError(
+        f"source: {layer} in it is a model of its own. Load it into Keras and pass the inner model, "
+        f"model.get_layer(...), which is the Xception; the layers round it, such as a new head, are not part of that"
+    )
 
 
 def _names_of_groups(config: Any) -> dict[str, str]:

@@ -35,23 +35,27 @@ class MaxPool3x3(nn.Module):
         self.stride, self.padding, self.dilation = stride, check_padding("padding", padding), dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        before = [1 if self.padding == "symmetric" else self._coarse(size) % 2 for size in x.shape[-2:]]
-        if self.stride == 2 and any(isinstance(side, torch.SymInt) for side in before):
-            # An export with free sizes: F.pad takes them, where max_pool2d wants its padding in numbers.
-            top, left = before
-            return F.max_pool2d(F.pad(x, (left, 1, top, 1), value=float("-inf")), 3, 2)
-        if self.stride == 2:
-            # TensorFlow's last window reaches over the edge of an even size: ceil_mode does that without padding.
-            return F.max_pool2d(x, 3, 2, before, ceil_mode=self.padding == "same")
-        if before == [1, 1] and self.dilation == 1:
-            return F.max_pool2d(x, 3, 1, 1)
-        (top, left), reach = before, 2 * self.dilation
-        top, left = top * self.dilation, left * self.dilation
-        x = F.pad(x, (left, reach - left, top, reach - top), value=float("-inf"))
-        return F.max_pool2d(x, 3, 1, 0, self.dilation)
-
-    def _coarse(self, size: int) -> int:
-        return (size + self.dilation - 1) // self.dilation
+        return _max_pool(x, self.stride, self.padding, self.dilation)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"
+
+
+# torch.fx leaves it as one call in what it traces: what it looks at in x, a traced x has not.
+@torch.fx.wrap
+def _max_pool(x: Tensor, stride: int, padding: str, dilation: int) -> Tensor:
+    if stride == 2 and padding == "same" and any(isinstance(size, torch.SymInt) for size in x.shape[-2:]):
+        # An export with free sizes: F.pad takes them, where max_pool2d wants its padding in numbers. They are size % 2,
+        # written so that the result's size is seen to be a strided convolution's.
+        top, left = ((size - 1) // 2 * 2 + 2 - size for size in x.shape[-2:])
+        return F.max_pool2d(F.pad(x, (left, 1, top, 1), value=float("-inf")), 3, 2)
+    before = [1 if padding == "symmetric" else (size + dilation - 1) // dilation % 2 for size in x.shape[-2:]]
+    if stride == 2:
+        # TensorFlow's last window reaches over the edge of an even size: ceil_mode does that without padding.
+        return F.max_pool2d(x, 3, 2, before, ceil_mode=padding == "same")
+    if before == [1, 1] and dilation == 1:
+        return F.max_pool2d(x, 3, 1, 1)
+    (top, left), reach = before, 2 * dilation
+    top, left = top * dilation, left * dilation
+    x = F.pad(x, (left, reach - left, top, reach - top), value=float("-inf"))
+    return F.max_pool2d(x, 3, 1, 0, dilation)

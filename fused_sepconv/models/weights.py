@@ -10,8 +10,11 @@ be missing on one side; for another number of classes load first, and `reset_cla
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ from fused_sepconv.models.xception import SeparableStack, Xception
 KERAS_EPSILON, TIMM_EPSILON = 1e-3, 1e-5
 
 _BATCH_NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+_WRAPPERS = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+")
+"""What DataParallel, Lightning and torch.compile put before every name."""
 _METADATA = "fused_sepconv.xception"
 
 
@@ -63,7 +68,7 @@ def load_keras(model: Xception, source: Any) -> LoadReport:
             h5py, not Keras.
 
     Raises:
-        ValueError: a layer that is missing, unexpected or of another shape (all of them are named), or a file that is
+        ValueError: a layer that is missing, unexpected or of another shape (named and counted), or a file that is
             no Keras file or does not name its layers; the model is then unchanged.
     """
     _check_model(model)
@@ -86,8 +91,11 @@ def load_keras(model: Xception, source: Any) -> LoadReport:
         state |= {name: _from_keras_layout(variable, found[variable]) for variable, name in expected.items()}
         if "gamma" in expected:
             epsilons[ours] = weights.epsilons.get(keras_name, KERAS_EPSILON)
-    unexpected = [name for name in weights.layers if name not in layers.values()]
-    has_place = known.keys() | {"predictions"}  # a model of features has no place for a classifier, and needs none
+    head = layers.get("predictions", "predictions")
+    unexpected = [
+        name for name in weights.layers if name not in layers.values() or (name == head and not model.num_classes)
+    ]
+    has_place = known.keys() | {head}  # a model of features has no place for a classifier, and needs none
     problems += [f"{name}: no such layer in the model" for name in unexpected if name not in has_place]
     unused = [name for name in unexpected if name in has_place]
     return _apply(model, state, problems, unused, "same", epsilons, "Keras", names)
@@ -127,7 +135,19 @@ def _name_residual_layers(model: Xception, weights: KerasWeights) -> tuple[dict[
                 problems.append(f"{layer}: {' and '.join(fitting)} both have its shape {shape}")
             if len(fitting) == 1:
                 layers[layer] = fitting[0]
+    if "predictions" not in weights.layers:
+        # The head of a model that was trained for other classes has the name that its author gave it.
+        heads = [name for name, found in automatic.items() if _is_head(model, found)]
+        if len(heads) > 1:
+            problems.append(f"classifier: {' and '.join(heads)} both could be it")
+        elif heads:
+            layers["predictions"] = heads[0]
     return layers, problems
+
+
+def _is_head(model: Xception, variables: Mapping[str, np.ndarray]) -> bool:
+    kernel = variables.get("kernel")
+    return variables.keys() == {"kernel", "bias"} and kernel.ndim == 2 and kernel.shape[0] == model.head_hidden_size
 
 
 def _expected_variables(model: Xception, ours: str) -> dict[str, str]:
@@ -164,7 +184,7 @@ def load_timm(model: Xception, source: nn.Module | Mapping[str, Tensor] | str | 
             `xception-43020ad28.pth` or the older `xception-b5690688.pth`, whose pointwise weights are matrices).
 
     Raises:
-        ValueError: a tensor that is missing, unexpected or of another shape (all of them are named); the model is then
+        ValueError: a tensor that is missing, unexpected or of another shape (named and counted); the model is then
             unchanged.
     """
     _check_model(model)
@@ -177,7 +197,9 @@ def load_timm(model: Xception, source: nn.Module | Mapping[str, Tensor] | str | 
         source = source.state_dict()
     elif isinstance(source, (str, os.PathLike)):
         source = _read_state_dict(Path(source))
-    elif not isinstance(source, Mapping):
+    elif isinstance(source, Mapping):
+        source = _state_dict_in(source)
+    else:
         raise TypeError(f"source: expected timm's model, a state dict or the path of one, got {type(source).__name__}")
     names = _timm_names(model)
     state, unexpected = from_timm_names(model, source)
@@ -265,8 +287,8 @@ def _timm_names(model: Xception) -> dict[str, str]:
 
 
 def _timm_spelling(name: str) -> str:
-    """Without DataParallel's prefix, and with today's name for the classifier."""
-    name = name.removeprefix("module.")
+    """Without the prefixes of wrappers, and with today's name for the classifier."""
+    name = _WRAPPERS.sub("", name)
     return f"fc.{name.removeprefix('last_linear.')}" if name.startswith("last_linear.") else name
 
 
@@ -275,11 +297,23 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
         raise FileNotFoundError(f"source: no such file: {path}")
     if path.suffix == ".safetensors":
         return _safetensors().load_file(path)
-    contents = torch.load(path, map_location="cpu", weights_only=True)
-    contents = contents.get("state_dict", contents) if isinstance(contents, Mapping) else contents
+    try:
+        # timm's training checkpoints have their command line's arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"source: {path} holds more than tensors, and is not read: {error}") from error
+    contents = _state_dict_in(contents) if isinstance(contents, Mapping) else contents
     if not isinstance(contents, Mapping) or not all(isinstance(tensor, Tensor) for tensor in contents.values()):
         raise ValueError(f"source: {path} holds no state dict")
     return contents
+
+
+def _state_dict_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict of a training checkpoint, under its usual names; itself, where it has none of them."""
+    return next(
+        (checkpoint[key] for key in ("state_dict", "model") if isinstance(checkpoint.get(key), Mapping)), checkpoint
+    )
 
 
 # safetensors --------------------------------------------------------------------------------------------------------
@@ -297,7 +331,7 @@ def load_safetensors(model: Xception, path: str | os.PathLike) -> LoadReport:
     """Loads what `save_safetensors` wrote. (timm's safetensors files are `load_timm`'s.)
 
     Raises:
-        ValueError: a tensor that is missing, unexpected or of another shape (all of them are named), or a file that
+        ValueError: a tensor that is missing, unexpected or of another shape (named and counted), or a file that
             another program wrote; the model is then unchanged.
     """
     _check_model(model)
@@ -378,8 +412,10 @@ def _apply(
     if kept and any(name.startswith("classifier.") for name in state):
         problems += [f"{name}: missing" for name in kept]
     if problems:
-        shown = "\n  ".join(problems)
-        raise ValueError(f"source: {origin}'s weights do not fit the model, which is unchanged:\n  {shown}")
+        raise ValueError(
+            f"source: {origin}'s weights do not fit the model, which is unchanged. "
+            f"{len(problems)} differ: {_in_short(problems)}"
+        )
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
@@ -387,3 +423,15 @@ def _apply(
         model.get_submodule(name).eps = epsilon
     model.pool_padding = pool_padding
     return LoadReport(tuple(state), tuple(kept), tuple(unused))
+
+
+def _in_short(problems: list[str], most: int = 4) -> str:
+    """The first few of each kind of problem, and how many more there are of it."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        words = problem.partition(": ")[2].split()
+        kinds.setdefault(" ".join(words[:2]), []).append(problem)
+    return "; ".join(
+        "; ".join(found[:most]) + (f", and {len(found) - most} more like it" if len(found) > most else "")
+        for found in kinds.values()
+    )

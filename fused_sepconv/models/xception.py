@@ -262,7 +262,7 @@ class Xception(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, num_features, h, w), after the last ReLU."""
-        self._check_image(x)
+        x = _check_image(x, self.in_channels)
         return F.relu(self.exit(self.middle(self.entry(x))), inplace=True)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -273,7 +273,7 @@ class Xception(nn.Module):
         return x if pre_logits else self.classifier(x)
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        self._check_image(x)
+        x = _check_image(x, self.in_channels)
         features = [self.entry.module1(x)]
         x = self.entry.module2(features[0])
         features.append(F.relu(x))
@@ -347,16 +347,20 @@ class Xception(nn.Module):
     def _new_classifier(self, **factory: Any) -> nn.Module:
         return nn.Linear(self.head_hidden_size, self.num_classes, **factory) if self.num_classes else nn.Identity()
 
-    def _check_image(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x: expected (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        if x.shape[2] < SMALLEST_IMAGE or x.shape[3] < SMALLEST_IMAGE:
-            raise ValueError(f"x: expected at least {SMALLEST_IMAGE} pixels a side, got {tuple(x.shape)}")
-
 
 def xception(num_classes: int = 1000, **options: Any) -> Xception:
     """`Xception` with random weights; `options` are its arguments. `models.weights` loads trained ones."""
     return Xception(num_classes, **options)
+
+
+# torch.fx leaves it as one call in what it traces: what it looks at in x, a traced x has not.
+@torch.fx.wrap
+def _check_image(x: Tensor, channels: int) -> Tensor:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"x: expected (N, {channels}, H, W), got {tuple(x.shape)}")
+    if x.shape[2] < SMALLEST_IMAGE or x.shape[3] < SMALLEST_IMAGE:
+        raise ValueError(f"x: expected at least {SMALLEST_IMAGE} pixels a side, got {tuple(x.shape)}")
+    return x
 
 
 def _flow(*modules: nn.Module) -> nn.Sequential:

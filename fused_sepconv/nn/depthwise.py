@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_sepconv.nn.functional import depthwise_conv2d
+from fused_sepconv.nn.inputs import check_channels, padding_sides_of, refuse_script
 from fused_sepconv.nn.padding import check_padding_mode, divide, pad_image
 from fused_sepconv.ops.arguments import Pair, TensorSpec, check_activation, integer, padding_form, pair
 
 # torch.fx leaves them as one call in what it traces: what they look at in x, a traced x has not.
 torch.fx.wrap("depthwise_conv2d")
+torch.fx.wrap("check_channels")
 torch.fx.wrap("pad_image")
 
 
@@ -30,6 +32,9 @@ class DepthwiseConv(nn.Module):
     def call(self, x: Tensor) -> dict[str, Any]:
         """The arguments of `depthwise_conv2d` that this module is, for an input."""
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        refuse_script(self)
 
     def extra_repr(self) -> str:
         shown = [super().extra_repr()]
@@ -65,6 +70,7 @@ class DepthwiseConv(nn.Module):
             device="meta",
         )
         module.padding = conv.padding
+        module._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
         module.weight, module.bias = conv.weight, conv.bias
         return module.train(conv.training)
 
@@ -126,14 +132,19 @@ class DepthwiseConv2d(DepthwiseConv, nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        if own_padding is not None:
-            self.padding = own_padding if isinstance(own_padding, str) else (own_padding[:2], own_padding[2:])
+        if isinstance(own_padding, str):
+            self.padding = own_padding
+        elif own_padding is not None:
+            self.padding = own_padding[:2], own_padding[2:]
+            self._reversed_padding_repeated_twice = [*own_padding[2:], *own_padding[:2]]
         self.pre_activation = check_activation("pre_activation", pre_activation)
         self.activation = check_activation("activation", activation)
 
     def call(self, x: Tensor) -> dict[str, Any]:
-        padding = self.padding
+        x, padding = check_channels(x, self.groups), self.padding
         if self.padding_mode != "zeros":
+            if not _pads_by_size(padding, self.stride):
+                padding = padding_sides_of(self)
             # Activations work element by element, so the padding may come before the pre-activation.
             x = pad_image(x, padding, self.padding_mode, self.kernel_size, self.stride, self.dilation)
             padding = 0
@@ -192,8 +203,11 @@ class DepthwiseConv1d(DepthwiseConv, nn.Conv1d):
             device=device,
             dtype=dtype,
         )
-        if own_padding is not None:
-            self.padding = own_padding if isinstance(own_padding, str) else own_padding[2:]
+        if isinstance(own_padding, str):
+            self.padding = own_padding
+        elif own_padding is not None:
+            self.padding = own_padding[2:]
+            self._reversed_padding_repeated_twice = list(own_padding[2:])
         self.pre_activation = check_activation("pre_activation", pre_activation)
         self.activation = check_activation("activation", activation)
 
@@ -201,8 +215,11 @@ class DepthwiseConv1d(DepthwiseConv, nn.Conv1d):
         return super().forward(x).squeeze(-2)
 
     def call(self, x: Tensor) -> dict[str, Any]:
-        x, padding, stride, dilation = _row(x), _in_a_row(self.padding), (1, *self.stride), (1, *self.dilation)
+        x = _row(check_channels(x, self.groups, 1))
+        padding, stride, dilation = _in_a_row(self.padding), (1, *self.stride), (1, *self.dilation)
         if self.padding_mode != "zeros":
+            if not _pads_by_size(padding, stride):
+                padding = 0, 0, *self._reversed_padding_repeated_twice
             x, padding = pad_image(x, padding, self.padding_mode, (1, *self.kernel_size), stride, dilation), 0
         return {
             "x": x,
@@ -214,6 +231,11 @@ class DepthwiseConv1d(DepthwiseConv, nn.Conv1d):
             "pre_activation": self.pre_activation,
             "activation": self.activation,
         }
+
+
+def _pads_by_size(padding: Any, stride: tuple[int, ...]) -> bool:
+    """Whether the sizes of x decide a padding: "same" with a stride, which PyTorch's modules do not know."""
+    return padding == "same" and any(step != 1 for step in stride)
 
 
 def _single(name: str, value: Any, minimum: int) -> int:

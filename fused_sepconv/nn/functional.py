@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fused_sepconv.ops import autograd, eager
-from fused_sepconv.ops.arguments import Pair, normalise, normalise_depthwise
+from fused_sepconv.families.pytorch import convolutions
+from fused_sepconv.ops import autograd, eager, exporting
+from fused_sepconv.ops.arguments import Pair, TensorSpec, normalise, normalise_depthwise, padding_sides, pair
 from fused_sepconv.ops.backend import default_backend
 from fused_sepconv.ops.operators import DEPTHWISE_CONV2D, SEPARABLE_CONV2D
 
@@ -58,6 +61,9 @@ def separable_conv2d(
     y = eager.run(SEPARABLE_CONV2D, tensors, options, default_backend())
     if y is not None:
         return y
+    tracing = torch.jit.is_tracing()
+    if tracing and padding == "same":
+        x, padding = _padded_in_the_trace(x, depthwise_weight, stride, dilation), 0
     call = normalise(
         x,
         depthwise_weight,
@@ -72,7 +78,10 @@ def separable_conv2d(
         mid_activation=mid_activation,
         activation=activation,
     )
-    y = autograd.separable_conv2d(*call.tensors, *call.arguments, default_backend())
+    if tracing and exporting.traces_for_onnx():
+        y = convolutions.forward(*call.tensors, *call.arguments)
+    else:
+        y = autograd.separable_conv2d(*call.tensors, *call.arguments, default_backend())
     return y.squeeze(0) if call.unbatched else y
 
 
@@ -119,8 +128,24 @@ def depthwise_conv2d(
     y = eager.run(DEPTHWISE_CONV2D, (x, weight, bias), options, default_backend())
     if y is not None:
         return y
+    tracing = torch.jit.is_tracing()
+    if tracing and padding == "same":
+        x, padding = _padded_in_the_trace(x, weight, stride, dilation), 0
     call = normalise_depthwise(
         x, weight, bias, stride, padding, dilation, pre_activation=pre_activation, activation=activation
     )
-    y = autograd.depthwise_conv2d(*call.tensors, *call.arguments, default_backend())
+    if tracing and exporting.traces_for_onnx():
+        y = convolutions.depthwise_forward(*call.tensors, *call.arguments)
+    else:
+        y = autograd.depthwise_conv2d(*call.tensors, *call.arguments, default_backend())
     return y.squeeze(0) if call.unbatched else y
+
+
+def _padded_in_the_trace(x: Tensor, weight: Tensor, stride: int | Pair, dilation: int | Pair) -> Tensor:
+    """x padded by TensorFlow's rule, for `torch.jit.trace`: its sizes are tensors, from which the trace computes them
+    at every call, but which an operator's argument would freeze. (No activation makes anything else of a 0.)"""
+    size, kernel = TensorSpec.of("x", x).shape[-2:], TensorSpec.of("weight", weight).shape[-2:]
+    top, bottom, left, right = padding_sides(
+        "same", size, tuple(map(int, kernel)), pair("stride", stride, 1), pair("dilation", dilation, 1)
+    )
+    return F.pad(x, (left, right, top, bottom))

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_sepconv.nn.functional import separable_conv2d
+from fused_sepconv.nn.inputs import check_channels, padding_sides_of, refuse_script
 from fused_sepconv.nn.padding import check_padding_mode, divide, pad_image
 from fused_sepconv.ops.arguments import Padding, Pair, check_activation, integer, padding_form, pair
 from fused_sepconv.tensors.activations import ACTIVATIONS
+
+# torch.fx leaves them as one call in what it traces: what they look at in x, a traced x has not.
+torch.fx.wrap("separable_conv2d")
+torch.fx.wrap("check_channels")
+torch.fx.wrap("pad_image")
 
 
 class SeparableConv2d(nn.Module):
@@ -154,10 +160,11 @@ class SeparableConv2d(nn.Module):
     def call(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `separable_conv2d` that this module is, for an input."""
         depthwise, pointwise = self.depthwise, self.pointwise
+        x = check_channels(x, depthwise.groups)
         padding = depthwise.padding if self._own_padding is None else self._own_padding
         if depthwise.padding_mode != "zeros":
             # Activations work element by element, so the padding may come before the pre-activation.
-            x, padding = self._padded(x, padding), 0
+            x, padding = self._padded(x, self._own_padding or padding_sides_of(depthwise)), 0
         elif isinstance(self._own_padding, tuple):
             padding = padding[:2], padding[2:]
         return {
@@ -181,10 +188,11 @@ class SeparableConv2d(nn.Module):
             x = self._padded(x, self._own_padding)
         z = self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
         if residual is not None:
-            if residual.shape != z.shape:
-                raise ValueError(f"residual: expected the output's shape {tuple(z.shape)}, got {tuple(residual.shape)}")
-            z = z + residual.to(z.dtype)
+            z = _added(z, residual)
         return ACTIVATIONS[self.activation].forward(z)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        refuse_script(self)
 
     def _padded(self, x: Tensor, padding: Any) -> Tensor:
         conv = self.depthwise
@@ -198,6 +206,13 @@ class SeparableConv2d(nn.Module):
             "activation": self.activation,
         }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+
+
+@torch.fx.wrap
+def _added(z: Tensor, residual: Tensor) -> Tensor:
+    if residual.shape != z.shape:
+        raise ValueError(f"residual: expected the output's shape {tuple(z.shape)}, got {tuple(residual.shape)}")
+    return z + residual.to(z.dtype)
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:

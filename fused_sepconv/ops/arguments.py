@@ -139,8 +139,13 @@ def padding_sides(padding: Padding | str, size: Pair, kernel: Pair, stride: Pair
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> Pair:
-    outputs = (size + stride - 1) // stride
-    total = torch.sym_max((outputs - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+    span = dilation * (kernel - 1) + 1
+    if stride == 1 or span == 1:
+        total = span - 1 if stride == 1 else 0  # no size in it: the same for every size of an export
+    else:
+        # Written so that an export with free sizes sees out = (in - 1) // stride + 1 = ceil(in / stride), and no guard.
+        total = (size - 1) // stride * stride + span - size
+        total = total if span >= stride else torch.sym_max(total, 0)
     return total // 2, total - total // 2
 
 
@@ -394,7 +399,7 @@ def _check_depthwise(
         raise ValueError(f"{name}: expected a kernel of at least 1 x 1, got {_shape(weight)}")
     sides = padding_sides(padding, (height, width), kernel, stride, dilation)
     out_h, out_w = output_size((height, width), kernel, stride, sides, dilation)
-    if out_h < 1 or out_w < 1:
+    if padding != "same" and (out_h < 1 or out_w < 1):
         raise ValueError(
             f"x: the kernel of {name}, {kernel[0]} x {kernel[1]} with dilation {dilation}, is larger than the "
             f"image {height} x {width} with padding (top, bottom, left, right) = {sides}: the output would be empty"

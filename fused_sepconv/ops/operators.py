@@ -187,9 +187,9 @@ def _register_fakes(operator: Operator) -> None:
         return empty_output(x, (x.shape[0], args[operator.features].shape[0], out_h, out_w))
 
     def backward(grad_output: Tensor, *args: Any) -> Gradients:
-        inputs, output_mask = args[:count], args[-1]
+        x, inputs, output_mask = args[0], args[:count], args[-1]
         return tuple(
-            torch.empty_like(tensor) if wanted else grad_output.new_empty(0)
+            torch.empty_like(tensor) if wanted else torch.empty(0, dtype=x.dtype, device=x.device)
             for tensor, wanted in zip(inputs, output_mask, strict=True)
         )
 

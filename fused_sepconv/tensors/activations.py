@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 
 _aten = torch.ops.aten
 
@@ -57,7 +59,9 @@ def _elu_backward(grad: Tensor, z: Tensor) -> Tensor:
 
 
 def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(z)  # aten::silu_backward is not differentiable
+    if not (torch.is_grad_enabled() or _are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        return _aten.silu_backward(grad, z)
+    sigmoid = torch.sigmoid(z)  # aten::silu_backward is not differentiable, and takes 0.3 times as long
     return grad * (sigmoid * (1 + z * (1 - sigmoid)))
 
 

@@ -403,6 +403,35 @@ def test_it_compiles_into_one_graph(kind, options):
 
 
 @kinds
+def test_only_an_input_of_its_channels_is_accepted(kind):
+    module = (DepthwiseConv1d if kind == "1d" else DepthwiseConv2d)(6, 3, padding=1)
+    sizes = (9,) if kind == "1d" else (9, 8)
+    for shape in ((2, 2, *sizes), (2, *sizes), (2, 3, *sizes), (2, 12, *sizes)):
+        with pytest.raises(ValueError, match=r"x: expected \(N, 6, (H, W|L)\) or \(6, (H, W|L)\), got"):
+            module(torch.randn(shape))
+
+
+@kinds
+@pytest.mark.parametrize("mode", ("zeros", "reflect", "replicate", "circular"))
+def test_padding_changed_later_does_what_it_does_in_pytorchs(kind, mode):
+    """PyTorch settles at construction how far a padding with other than zeros reaches."""
+    ours_class, theirs_class = {
+        "1d": (DepthwiseConv1d, nn.Conv1d),
+    }.get(kind, (DepthwiseConv2d, nn.Conv2d))
+    theirs = theirs_class(4, 4, 3, padding=1, groups=4, padding_mode=mode)
+    converted, adopted = copy.deepcopy(theirs), ours_class.from_conv(theirs)
+    fused_sepconv.replace_depthwise_convs(converted)
+    ours = ours_class(4, 3, padding=1, padding_mode=mode)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, 9, *(() if kind == "1d" else (8,)))
+    for padding in ((2,) if kind == "1d" else (2, 0), 0, "valid"):
+        for module in (theirs, converted, adopted, ours):
+            module.padding = theirs_class(4, 4, 3, padding=padding).padding
+        for module in (converted, adopted, ours):
+            torch.testing.assert_close(module(x), theirs(x))
+
+
+@kinds
 @composed
 def test_it_exports(kind, options):
     module, _ = both(kind, **options)

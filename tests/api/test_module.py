@@ -535,6 +535,67 @@ def test_a_childs_attribute_changed_later_takes_effect(child, attribute, value):
     torch.testing.assert_close(module(x), module.pointwise(module.depthwise(x)))
 
 
+@pytest.mark.parametrize("mode", ("reflect", "replicate", "circular"))
+def test_padding_changed_later_under_another_padding_mode_does_what_it_does_to_the_child(mode):
+    """PyTorch settles at construction how far such a padding reaches."""
+    module = SeparableConv2d(4, 5, 3, padding=1, padding_mode=mode)
+    x = image()
+    module.depthwise.padding = (2, 0)
+    torch.testing.assert_close(module(x), module.pointwise(module.depthwise(x)))
+
+
+@pytest.mark.parametrize("shape", ((2, 2, 7, 6), (2, 7, 6), (2, 3, 7, 6), (2, 12, 7, 6)), ids=str)
+def test_only_an_image_of_its_channels_is_accepted(shape):
+    """A function takes 6 filters on 2 or 3 channels for a depth multiplier; a module knows its channels."""
+    module = SeparableConv2d(6, 4, 3, padding=1)
+    with pytest.raises(ValueError, match=r"x: expected \(N, 6, H, W\) or \(6, H, W\), got"):
+        module(image(*shape))
+    module = SeparableConv2d(6, 4, 3, padding=1, padding_mode="reflect")
+    with pytest.raises(ValueError, match=r"x: expected \(N, 6, H, W\)"):
+        module(image(*shape))
+
+
+class Own(torch.Tensor):
+    """A tensor whose constructors are its own affair."""
+
+    def new_empty(self, *_, **__):
+        raise AssertionError("new_empty of a subclass was called")
+
+    new_zeros = new_empty
+
+
+@pytest.mark.parametrize("wanted", ("x", "depthwise.weight"))
+def test_a_subclass_with_constructors_of_its_own_goes_forward_and_back(wanted):
+    ours, theirs = both(4, 5, 3, padding=1, activation="silu")
+    found = []
+    for module in (ours, theirs):
+        module.requires_grad_(False)
+        x = image_of_ones().as_subclass(Own)
+        leaf = x.requires_grad_() if wanted == "x" else module.depthwise.weight.requires_grad_()
+        y = module(x)
+        y.sum().backward()
+        found.append((y, leaf.grad))
+    for actual, expected in zip(*found, strict=True):
+        assert type(actual) is type(expected)
+        torch.testing.assert_close(actual.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
+
+
+def image_of_ones():
+    return torch.ones(2, 4, 7, 6)
+
+
+@pytest.mark.parametrize("place", ("pre_activation", "mid_activation", "activation"))
+def test_silu_runs_pytorchs_own_derivative_where_nothing_differentiates_it_again(place):
+    module = SeparableConv2d(4, 5, 3, padding=1, **{place: "silu"})
+    y = module(image().requires_grad_()).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y.backward()
+    names = {event.name for event in profile.events()}
+    assert "aten::silu_backward" in names and "aten::sigmoid" not in names
+    x = image().requires_grad_()
+    assert torch.autograd.gradgradcheck(module, (x[:1, :, :3, :3],))
+
+
 # What it costs, to those who count
 
 

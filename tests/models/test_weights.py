@@ -1,5 +1,6 @@
 """Xception with Keras's and timm's weights computes what Keras's and timm's own networks compute."""
 
+import argparse
 import copy
 import json
 import warnings
@@ -258,7 +259,7 @@ def test_the_epsilon_in_the_configuration_is_the_one_that_counts(keras_files, tm
         ({"num_classes": 10}, r"classifier.weight \(predictions/kernel in Keras\): expected shape \(10, 2048\)"),
         ({"in_channels": 1}, r"entry.module1.conv1.weight \(block1_conv1/kernel.*\): expected shape \(32, 1, 3, 3\)"),
         ({"middle_blocks": 7}, "block14_sepconv2_bn: no such layer"),
-        ({"middle_blocks": 9}, r"exit.module2.bn2.weight \(block15_sepconv2_bn/gamma in Keras\): missing"),
+        ({"middle_blocks": 9}, r"exit.module2.sepconv1.\w+.weight \(block15_sepconv1/\w+ in Keras\): missing"),
         ({"residual": False}, "conv2d.*: no such layer"),
         ({"hidden_units": (8,)}, "hidden.0.weight: missing"),
     ),
@@ -270,6 +271,39 @@ def test_every_mismatch_is_named_and_nothing_is_loaded(keras_model, options, wor
     with pytest.raises(ValueError, match=words):
         weights.load_keras(model, keras_model)
     same_weights(model, before)
+
+
+def fine_tuned(keras_model, classes, name="my_head"):
+    """The network with another head, as Keras's guide to transfer learning has it."""
+    features = keras_model.get_layer("avg_pool").output
+    return keras.Model(keras_model.input, keras.layers.Dense(classes, name=name)(features))
+
+
+def test_a_head_of_another_name_is_the_classifier(keras_model, tmp_path):
+    theirs = fine_tuned(keras_model, 7)
+    kernel = torch.tensor(theirs.get_layer("my_head").get_weights()[0]).T
+    for suffix in (".keras", ".h5"):
+        theirs.save(tmp_path / f"tuned{suffix}")
+    for source in (theirs, *tmp_path.iterdir()):
+        model = scrambled(num_classes=7)
+        report = weights.load_keras(model, source)
+        assert not report.kept and not report.unused and torch.equal(model.classifier.weight, kernel)
+    report = weights.load_keras(scrambled(num_classes=0), theirs)
+    assert report.unused == ("my_head",)
+    with pytest.raises(
+        ValueError, match=r"classifier.weight \(predictions/kernel in Keras\): expected shape \(10, 2048\)"
+    ):
+        weights.load_keras(scrambled(num_classes=10), theirs)
+
+
+def test_a_model_inside_a_model_says_what_to_pass(tmp_path):
+    inner = keras.applications.Xception(weights=None, include_top=False, pooling="avg")
+    outer = keras.Sequential([keras.Input((71, 71, 3)), inner, keras.layers.Dense(7)])
+    for suffix in (".keras", ".weights.h5", ".h5"):
+        (outer.save_weights if suffix == ".weights.h5" else outer.save)(tmp_path / f"nested{suffix}")
+    for source in (outer, *tmp_path.iterdir()):
+        with pytest.raises(ValueError, match=r"a model of its own.*model.get_layer\(...\)"):
+            weights.load_keras(scrambled(num_classes=7), source)
 
 
 def test_a_layer_that_is_missing_or_strange_is_named(keras_files, tmp_path):
@@ -400,6 +434,41 @@ def test_timm_s_files_and_their_older_forms_load(timm_model, tmp_path):
             if isinstance(module, nn.BatchNorm2d):
                 module.num_batches_tracked.fill_(1)  # which the old file does not have
         same_weights(model, expected)
+
+
+def test_checkpoints_of_training_load(timm_model, tmp_path):
+    """timm's own have its arguments beside the weights; others nest them, or wrap the model."""
+    expected = xception()
+    weights.load_timm(expected, timm_model)
+    state = timm_model.state_dict()
+    arguments = argparse.Namespace(model="legacy_xception", lr=0.1, tags=["a"])
+    torch.save({"epoch": 3, "args": arguments, "state_dict": state, "metric": 0.7}, tmp_path / "timm.pth.tar")
+    torch.save({"model": state, "epoch": 3}, tmp_path / "model.pth")
+    for prefix in ("model.", "module.", "_orig_mod.", "module._orig_mod.", "model.module."):
+        named = {prefix + name.replace("fc.", "last_linear."): tensor for name, tensor in state.items()}
+        torch.save({"state_dict": named}, tmp_path / f"{prefix}pth")
+    for source in (*tmp_path.iterdir(), {"model": state}, {"state_dict": state}):
+        model = scrambled()
+        weights.load_timm(model, source)
+        same_weights(model, expected)
+
+
+def test_a_checkpoint_of_other_objects_is_refused(tmp_path):
+    torch.save({"state_dict": {}, "recipe": Recipe()}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x.pth holds more than tensors"):
+        weights.load_timm(scrambled(), tmp_path / "x.pth")
+
+
+class Recipe:
+    """What a weights-only reader does not know."""
+
+
+def test_weights_of_another_network_are_refused_in_a_few_words():
+    other = timm.create_model("resnet18")
+    for load, source in ((weights.load_timm, other), (weights.load_timm, {"a": torch.ones(1)})):
+        with pytest.raises(ValueError, match=r"\d+ differ: .*, and \d+ more like it") as error:
+            load(scrambled(), source)
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 1000
 
 
 def test_timm_s_mismatches_are_named(timm_model, tmp_path):
