@@ -143,23 +143,22 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual`, of the output's shape, is added before the last activation."""
-        if self.runs_as_one():
-            return separable_conv2d(**self.call(x, residual))
+        depthwise, pointwise = self.depthwise, self.pointwise
+        if _run_as_one(depthwise, pointwise):
+            return separable_conv2d(**self._arguments(depthwise, pointwise, x, residual))
         return self._call_children(x, residual)
 
     def runs_as_one(self) -> bool:
         """Whether nothing is attached to the children that calling `separable_conv2d` would pass over."""
-        depthwise, pointwise = self.depthwise, self.pointwise
-        return (
-            _is_plain(depthwise)
-            and _is_plain(pointwise)
-            and depthwise.groups == depthwise.in_channels
-            and _is_pointwise(pointwise)
-        )
+        return _run_as_one(self.depthwise, self.pointwise)
 
     def call(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `separable_conv2d` that this module is, for an input."""
-        depthwise, pointwise = self.depthwise, self.pointwise
+        return self._arguments(self.depthwise, self.pointwise, x, residual)
+
+    def _arguments(
+        self, depthwise: nn.Conv2d, pointwise: nn.Conv2d, x: Tensor, residual: Tensor | None
+    ) -> dict[str, Any]:
         x = check_channels(x, depthwise.groups)
         padding = depthwise.padding if self._own_padding is None else self._own_padding
         if depthwise.padding_mode != "zeros":
@@ -221,6 +220,15 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
         and conv.stride == (1, 1)
         and conv.padding in ((0, 0), "valid", "same")
         and conv.groups == 1
+    )
+
+
+def _run_as_one(depthwise: nn.Module, pointwise: nn.Module) -> bool:
+    return (
+        _is_plain(depthwise)
+        and _is_plain(pointwise)
+        and depthwise.groups == depthwise.in_channels
+        and _is_pointwise(pointwise)
     )
 
 
