@@ -70,7 +70,7 @@ def saved(
     """What a call's derivative reads: the inputs, and the output where the last activation's derivative is read from
     it."""
     last = ACTIVATIONS[activation]
-    if operator.residual is not None and last.piecewise_linear:
+    if operator.residual is not None and last.from_output is not None:  # act'' is 0 then
         kept = list(tensors)
         kept[operator.residual] = None  # it is only ever needed to compute the last activation's argument again
         tensors = tuple(kept)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 MOST = 4096
 """Prepared calls that are kept; the oldest leaves for a new one."""
 
+MEASURED = ("cuda",)
+"""Types of devices on which a choice may be measured."""
+
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _deterministic = torch._C._get_deterministic_algorithms
 _cudnn_benchmark, _cudnn_deterministic = torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic
@@ -169,14 +172,9 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
 
 
-def asks_gpu(x: Tensor) -> bool:
-    """Whether a choice may be measured where x is."""
-    return x.is_cuda
-
-
 def flags(x: Tensor, backend: str) -> tuple[Any, ...]:
     """What changes a choice besides the call: PyTorch's flags, a family asked for, what was measured since."""
-    if asks_gpu(x):
+    if x.device.type in MEASURED:
         found = (launching.wish.family, choice.generation, _deterministic(), _cudnn_benchmark(), _cudnn_deterministic())
     elif backend == "fused":
         found = (launching.wish.family,)
