@@ -176,15 +176,18 @@ class SeparableConv2d(nn.Module):
         }
 
     def _call_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        x = ACTIVATIONS[self.pre_activation].forward(x)
-        if self._own_padding is not None:
-            x = self._padded(x, self._own_padding)
-        z = self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
+        z = self._children_result(x)
         if residual is not None:
             if residual.shape != z.shape:
                 raise ValueError(f"residual: expected the output's shape {tuple(z.shape)}, got {tuple(residual.shape)}")
             z = z + residual.to(z.dtype)
         return ACTIVATIONS[self.activation].forward(z)
+
+    def _children_result(self, x: Tensor) -> Tensor:
+        x = ACTIVATIONS[self.pre_activation].forward(x)
+        if self._own_padding is not None:
+            x = self._padded(x, self._own_padding)
+        return self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
 
     def _padded(self, x: Tensor, padding: Any) -> Tensor:
         conv = self.depthwise
