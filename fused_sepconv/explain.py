@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from fused_sepconv.ops.arguments import Call, DepthwiseArguments, normalise, nor
 from fused_sepconv.ops.backend import use_backend
 from fused_sepconv.planning.devices import DEVICES
 from fused_sepconv.planning.plan import Plan, plan
-from fused_sepconv.transforms.adopted import DepthwiseOfPair
+from fused_sepconv.transforms.adopted import DepthwiseOfPair, PointwiseOfPair
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,21 @@ def _explain_call(call: Call, device: str | None) -> Explanation:
     return Explanation(*plans)
 
 
+class _NoModules(nullcontext):
+    """A flop counter's record of the modules that are running: the whole model alone."""
+
+    parents = frozenset({"Global"})
+
+
 def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], device: str | None) -> ModelExplanation:
     layers: list[tuple[str, Explanation]] = []
     children_called: list[str] = []
     names = {module: name or "(the model)" for name, module in model.named_modules()}
 
-    def note(module: SeparableConv2d | DepthwiseOfPair | DepthwiseConv, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note_pair(depthwise: nn.Conv2d, call: dict[str, Any]) -> None:
+        layers.append((names[depthwise], _explain_call(normalise(**call), device)))
+
+    def note(module: SeparableConv2d | DepthwiseConv, args: tuple, kwargs: dict[str, Any]) -> None:
         if isinstance(module, DepthwiseConv):
             layers.append((names[module], _explain_call(normalise_depthwise(**module.call(*args, **kwargs)), device)))
         elif module.runs_as_one():
@@ -161,16 +171,22 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
     hooks = [
         module.register_forward_pre_hook(note, with_kwargs=True)
         for module in names
-        if isinstance(module, (SeparableConv2d, DepthwiseOfPair, DepthwiseConv))
+        if isinstance(module, (SeparableConv2d, DepthwiseConv))
     ]
+    PointwiseOfPair.watchers.append(note_pair)
     try:
         model.eval()  # so that running statistics stay as they are
-        with torch.no_grad(), use_backend("reference"), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _NoModules()  # its own hooks every module, and a pair that is looked at runs as two
+        with torch.no_grad(), use_backend("reference"), counter:
             model(*inputs, **kwargs)
     finally:
+        PointwiseOfPair.watchers.remove(note_pair)
         for hook in hooks:
             hook.remove()
         for module, flag in training.items():
             module.training = flag
+    ran = {name for name, _ in layers}
+    children_called += [n for m, n in names.items() if isinstance(m, DepthwiseOfPair) and n not in ran]
     # Two flops are a multiply-add.
     return ModelExplanation(tuple(layers), tuple(children_called), counter.get_total_flops() // 2)

@@ -60,7 +60,7 @@ class DepthwiseConv(nn.Module):
         module = cls(
             conv.in_channels,
             conv.kernel_size,
-            conv.stride,
+            stride=conv.stride,
             dilation=conv.dilation,
             bias=False,
             depth_multiplier=conv.out_channels // conv.in_channels,
@@ -104,10 +104,10 @@ class DepthwiseConv2d(DepthwiseConv, nn.Conv2d):
         self,
         in_channels: int,
         kernel_size: int | Pair,
+        *unnamed: Any,
         stride: int | Pair = 1,
         padding: int | str | Pair | tuple[Pair, Pair] = 0,
         dilation: int | Pair = 1,
-        *,
         bias: bool = True,
         depth_multiplier: int = 1,
         padding_mode: str = "zeros",
@@ -116,6 +116,7 @@ class DepthwiseConv2d(DepthwiseConv, nn.Conv2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _refuse_unnamed(type(self), unnamed)
         in_channels = integer("in_channels", in_channels, 1)
         stride = pair("stride", stride, 1)
         own_padding, conv_padding = divide(padding_form(padding), stride)
@@ -175,10 +176,10 @@ class DepthwiseConv1d(DepthwiseConv, nn.Conv1d):
         self,
         in_channels: int,
         kernel_size: int | tuple[int],
+        *unnamed: Any,
         stride: int | tuple[int] = 1,
         padding: int | str | tuple[int] | Pair = 0,
         dilation: int | tuple[int] = 1,
-        *,
         bias: bool = True,
         depth_multiplier: int = 1,
         padding_mode: str = "zeros",
@@ -187,6 +188,7 @@ class DepthwiseConv1d(DepthwiseConv, nn.Conv1d):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _refuse_unnamed(type(self), unnamed)
         in_channels = integer("in_channels", in_channels, 1)
         stride = _single("stride", stride, 1)
         own_padding, conv_padding = divide(padding_form(_in_a_row(padding)), (1, stride))
@@ -236,6 +238,15 @@ class DepthwiseConv1d(DepthwiseConv, nn.Conv1d):
 def _pads_by_size(padding: Any, stride: tuple[int, ...]) -> bool:
     """Whether the sizes of x decide a padding: "same" with a stride, which PyTorch's modules do not know."""
     return padding == "same" and any(step != 1 for step in stride)
+
+
+def _refuse_unnamed(kind: type, unnamed: tuple) -> None:
+    """A third argument may be meant as `nn.Conv2d`'s kernel_size, after out_channels: stride goes by name."""
+    if unnamed:
+        raise TypeError(
+            f"stride: expected by name, {kind.__name__}(in_channels, kernel_size, stride=...), got {unnamed!r} after "
+            "kernel_size; there is no out_channels, it is in_channels * depth_multiplier"
+        )
 
 
 def _single(name: str, value: Any, minimum: int) -> int:

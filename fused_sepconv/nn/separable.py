@@ -182,16 +182,19 @@ class SeparableConv2d(nn.Module):
         }
 
     def _call_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        x = ACTIVATIONS[self.pre_activation].forward(x)
-        if self._own_padding is not None:
-            x = self._padded(x, self._own_padding)
-        z = self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
+        z = self._children_result(x)
         if residual is not None:
             z = _added(z, residual)
         return ACTIVATIONS[self.activation].forward(z)
 
     def __prepare_scriptable__(self) -> nn.Module:
         refuse_script(self)
+
+    def _children_result(self, x: Tensor) -> Tensor:
+        x = ACTIVATIONS[self.pre_activation].forward(x)
+        if self._own_padding is not None:
+            x = self._padded(x, self._own_padding)
+        return self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
 
     def _padded(self, x: Tensor, padding: Any) -> Tensor:
         conv = self.depthwise

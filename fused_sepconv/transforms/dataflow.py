@@ -2,21 +2,28 @@
 
 A model is traced whole where that works. Where a forward looks at values or shapes to decide what to do, its children
 are traced one by one instead: what such a forward does between them is not known, and nothing is concluded from it.
+
+What runs is a twin of the model, in whichever mode is asked for; the model itself is only looked at.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
 import operator
+import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from fused_sepconv.nn.separable import SeparableConv2d
+from fused_sepconv.transforms.isolation import Twin, random_state_kept
+from fused_sepconv.transforms.lookahead import next_module
 
 _LEAVES = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, SeparableConv2d)
 
@@ -40,28 +47,84 @@ for _name, _function in IN_PLACE.items():
     setattr(_Proxy, _name, _record(_function))
 
 
-class _Tracer(fx.Tracer):
-    """Enters containers; what has no children, or is a convolution or a norm whatever it contains, is one node."""
+class Trace(NamedTuple):
+    """What a module's forward does. Its graph's targets are names in the module itself."""
 
-    def __init__(self) -> None:
+    graph: fx.Graph
+    called: set[nn.Module]
+    """The modules that the forward calls, at any depth."""
+    followed_by: dict[nn.Module, nn.Module]
+    """For a convolution, the module that its caller hands its result to, and to nobody else."""
+    has_effects: bool
+    """Whether the forward changes attributes, keeps tensors or draws random numbers, which its graph does not show."""
+    constants: dict[str, Any]
+    """Attributes that the graph reads and the module lacks."""
+
+
+class _Tracer(fx.Tracer):
+    """Enters containers; what has no children or carries hooks, or is a convolution or a norm whatever it contains, is
+    one node. No hooks run."""
+
+    def __init__(self, twin: Twin) -> None:
         super().__init__()
+        self.twin = twin
         self.entered: set[nn.Module] = set()
+        self.followed_by: dict[nn.Module, nn.Module] = {}
+        self.proxies: list[tuple[weakref.ref, fx.Node]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or not any(True for _ in m.children())
+        original = self.twin.original_of.get(m, m)
+        return isinstance(m, _LEAVES) or has_hooks(original) or not any(True for _ in m.children())
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        proxy = _Proxy(node, self)
+        self.proxies.append((weakref.ref(proxy), node))
+        return proxy
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         self.entered.add(m)
-        return super().call_module(m, forward, args, kwargs)
+        if isinstance(m, nn.Conv2d):
+            follower = next_module(m, sys._getframe(), _caller_in_a_trace)
+            if follower is not None:
+                self.followed_by[m] = follower
+        return super().call_module(m, m.forward, args, kwargs)  # `forward` would run hooks for all modules
+
+    def mark_what_is_kept(self) -> bool:
+        """Marks the nodes whose results somebody still holds after the forward."""
+        if any(proxy() is not None for proxy, _ in self.proxies):
+            gc.collect()
+        kept = [node for proxy, node in self.proxies if proxy() is not None]
+        for node in kept:
+            node.meta["kept"] = True
+        return bool(kept)
 
 
-def trace(module: nn.Module) -> tuple[fx.Graph, set[nn.Module]]:
-    """A module's graph, arguments that have defaults at those, and the modules that its forward calls."""
-    tracer = _Tracer()
-    return tracer.trace(module, _defaults(module) or None), tracer.entered
+def _caller_in_a_trace(frame: FrameType | None) -> FrameType | None:
+    """The frame that called the module whose forward, or this tracer's stand-in for it, `frame` is."""
+    frame = frame if frame.f_code is _Tracer.call_module.__code__ else frame.f_back
+    while frame is not None and frame.f_code.co_filename in (__file__, fx._symbolic_trace.__file__):
+        frame = frame.f_back
+    return frame
+
+
+def trace(module: nn.Module, training: bool | None = None) -> Trace:
+    """A module's forward, arguments that have defaults at those; in a mode, or in that which each module is in.
+
+    Raises whatever a forward may raise when it is handed a stand-in for a tensor.
+    """
+    twin = Twin(module, training)
+    tracer, of = _Tracer(twin), twin.original_of
+    with random_state_kept():
+        before = twin.state()
+        graph = tracer.trace(twin.module, _defaults(twin.module) or None)
+        has_effects = tracer.mark_what_is_kept() | (twin.state() != before)
+    constants = {
+        node.target: getattr(twin.module, node.target)
+        for node in graph.nodes
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant") and not hasattr(module, node.target)
+    }
+    followed_by = {of[m]: of[follower] for m, follower in tracer.followed_by.items() if m in of and follower in of}
+    return Trace(graph, {of.get(m, m) for m in tracer.entered}, followed_by, has_effects, constants)
 
 
 def has_defaults(module: nn.Module) -> bool:
@@ -79,6 +142,7 @@ class Dataflow:
     """The graphs of a model, which together call each of its modules that can be seen to be called."""
 
     model: nn.Module
+    training: bool | None
     names: dict[nn.Module, str]
     graphs: list[tuple[nn.Module, fx.Graph]] = field(default_factory=list)
     failures: dict[nn.Module, str] = field(default_factory=dict)
@@ -87,10 +151,12 @@ class Dataflow:
     """How often each module is called."""
     places: Counter[nn.Module] = field(default_factory=Counter)
     """How many names each module has: more than one where it is shared."""
+    followed_by: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    """For a convolution, the module that its caller hands its result to, and to nobody else."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Dataflow:
-        flow = cls(model, {module: name for name, module in model.named_modules()})
+    def of(cls, model: nn.Module, training: bool | None = None) -> Dataflow:
+        flow = cls(model, training, {module: name for name, module in model.named_modules()})
         flow.places.update(module for _, module in model.named_modules(remove_duplicate=False))
         flow._visit(model, set())
         for root, graph in flow.graphs:
@@ -102,12 +168,16 @@ class Dataflow:
             return
         seen.add(module)
         try:
-            graph, entered = trace(module)
+            traced = trace(module, self.training)
+            for node in traced.graph.nodes:
+                if node.op == "call_module":
+                    module.get_submodule(node.target)
         except Exception as error:  # whatever a forward may raise when it is handed a stand-in for a tensor
             self.failures[module] = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         else:
-            seen |= entered
-            self.graphs.append((module, graph))
+            seen |= {m for m in traced.called if not has_hooks(m)}
+            self.graphs.append((module, traced.graph))
+            self.followed_by.update(traced.followed_by)
         for child in module.modules():  # those that were not called
             self._visit(child, seen)
 
@@ -133,13 +203,18 @@ class Dataflow:
 
     def replace(self, module: nn.Module, new: nn.Module) -> None:
         """Puts `new` where `module` is, which is not the model itself."""
-        parent, _, child = self.names[module].rpartition(".")
-        setattr(self.model.get_submodule(parent), child, new)
+        put(self.model, self.names[module], new)
+
+
+def put(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts a module where another is; unlike `setattr`, it calls nothing of the model's own."""
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = new
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
     """The one node that reads a node's result, as its first and only argument; None where there is another."""
-    if len(node.users) != 1:
+    if len(node.users) != 1 or node.meta.get("kept"):
         return None
     user = next(iter(node.users))
     return user if user.args == (node,) and not user.kwargs else None
@@ -154,19 +229,13 @@ def works_in_place(root: nn.Module, node: fx.Node) -> bool:
     return node.op == "call_function" and (node.target in IN_PLACE.values() or bool(node.kwargs.get("inplace")))
 
 
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or in evaluation mode, and each module afterwards as it was."""
-    flags = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
 def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks see a module's call."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its class says: hooks of it or inside it, or a forward of its own."""
+    return any(has_hooks(m) or "forward" in vars(m) for m in module.modules())

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fused_sepconv.nn.depthwise import DepthwiseConv, DepthwiseConv1d, DepthwiseConv2d
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.arguments import DTYPES
+from fused_sepconv.transforms.adopted import HalfOfPair
 from fused_sepconv.transforms.report import ReplacementReport
 
-_REPLACEMENTS = {replacement.conv_type: replacement for replacement in (DepthwiseConv1d, DepthwiseConv2d)}
+
+class _DropIn:
+    """What stands in a model for PyTorch's convolution: made as that one is, and that one where it isn't depthwise.
+
+    Tools make more of a model's layers by `type(layer)(in_channels, out_channels, kernel_size, ...)`.
+    """
+
+    pre_activation = activation = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.conv_type.__init__(self, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if _is_depthwise(self) else self.conv_type.forward(self, x)
+
+
+class DropInDepthwiseConv1d(_DropIn, DepthwiseConv1d):
+    """`DepthwiseConv1d` in the place of an `nn.Conv1d`."""
+
+
+class DropInDepthwiseConv2d(_DropIn, DepthwiseConv2d):
+    """`DepthwiseConv2d` in the place of an `nn.Conv2d`."""
+
+
+_REPLACEMENTS = {replacement.conv_type: replacement for replacement in (DropInDepthwiseConv1d, DropInDepthwiseConv2d)}
 
 
 def replace_depthwise_convs(model: nn.Module) -> ReplacementReport:
@@ -47,7 +74,6 @@ def replace_depthwise_convs(model: nn.Module) -> ReplacementReport:
             skipped.append((name, reason))
             continue
         module.__class__ = _REPLACEMENTS[type(module)]
-        module.pre_activation = module.activation = None
         replaced.append(name)
     return ReplacementReport(tuple(replaced), tuple(skipped))
 
@@ -58,6 +84,8 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 def _why_not(conv: nn.Module) -> str:
     """Why a depthwise convolution is not replaced; empty if it is."""
+    if isinstance(conv, HalfOfPair):
+        return "it runs with a pointwise convolution"
     if parametrize.is_parametrized(conv):
         return "it is parametrised; replaced first and parametrised then, it works"
     if type(conv) not in _REPLACEMENTS:

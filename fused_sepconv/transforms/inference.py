@@ -11,18 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fused_sepconv.nn.functional import separable_conv2d
 from fused_sepconv.nn.separable import SeparableConv2d
-from fused_sepconv.transforms.dataflow import Dataflow, has_defaults, has_hooks, only_user, trace, works_in_place
-from fused_sepconv.transforms.report import ReplacementReport
-from fused_sepconv.transforms.separable import (
-    class_name,
-    is_depthwise,
-    is_plain,
-    is_pointwise,
-    own_padding,
-    separable_children,
-    why_not,
+from fused_sepconv.ops.arguments import padding_form, padding_sides
+from fused_sepconv.tensors.activations import ACTIVATIONS
+from fused_sepconv.transforms.adopted import class_name, is_depthwise, is_plain, is_pointwise, own_padding
+from fused_sepconv.transforms.dataflow import (
+    Dataflow,
+    has_defaults,
+    has_hooks,
+    is_touched,
+    only_user,
+    put,
+    trace,
+    works_in_place,
 )
+from fused_sepconv.transforms.isolation import all_or_nothing, random_state_kept
+from fused_sepconv.transforms.report import ReplacementReport
+from fused_sepconv.transforms.separable import separable_children, why_not
 
 Operation = nn.Module | str
 """A norm that is an affine map of each channel, or the name of an activation."""
@@ -40,10 +46,40 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add)
 class FoldedSeparableConv2d(SeparableConv2d):
     """A separable convolution whose weights contain the BatchNorms that were round it: for evaluation alone."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None, in_place: bool = False) -> Tensor:
+        """The convolution, and the addition of a residual by PyTorch's own rules of shapes and dtypes; `in_place`:
+        those of `z += residual`."""
         if self.training:
             raise RuntimeError("optimize_for_inference folded this model's BatchNorms: it cannot train any more")
-        return super().forward(x, residual)
+        if residual is None:
+            return super().forward(x)
+        whole = self.runs_as_one()
+        call = self.call(x) if whole else {}
+        if whole and _fits(residual, call, self.pointwise.out_channels):
+            return separable_conv2d(**{**call, "residual": residual})
+        z = separable_conv2d(**{**call, "activation": None}) if whole else self._children_result(x)
+        z = z.add_(residual) if in_place else z + residual
+        return ACTIVATIONS[self.activation].forward(z)
+
+
+def _fits(residual: Any, call: dict[str, Any], features: int) -> bool:
+    """Whether a residual has the shape and the dtype of a call's result."""
+    x, kernel = call["x"], call["depthwise_weight"].shape[-2:]
+    stride, dilation, size = call["stride"], call["dilation"], x.shape[-2:]
+    top, bottom, left, right = padding_sides(padding_form(call["padding"]), size, kernel, stride, dilation)
+    sides = (top + bottom, left + right)
+    spatial = [
+        (n + side - d * (k - 1) - 1) // s + 1
+        for n, side, k, s, d in zip(size, sides, kernel, stride, dilation, strict=True)
+    ]
+    cast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+    return (
+        isinstance(residual, Tensor)
+        and residual.dtype == dtype
+        and residual.device == x.device
+        and residual.shape == (*x.shape[:-3], features, *spatial)
+    )
 
 
 def optimize_for_inference(model: nn.Module) -> ReplacementReport:
@@ -53,7 +89,8 @@ def optimize_for_inference(model: nn.Module) -> ReplacementReport:
     be absent, with an activation before and the addition of a residual after, becomes one `SeparableConv2d` with other
     weights. The results stay the same but for rounding. The `state_dict` changes, and the model cannot train any more:
     keep its weights elsewhere. A module whose forward adds a residual becomes a `torch.fx.GraphModule`, which has the
-    module's children and its forward, and none of its other methods.
+    module's children and its forward, and none of its other methods. What carries hooks, and what a forward keeps, stay
+    as they are. Nothing of the model's own code runs on the model itself, and after an error nothing is replaced.
 
     Returns:
         A report: `.replaced` names the depthwise convolutions (or `SeparableConv2d`s) that now do it all, `.skipped`
@@ -72,15 +109,16 @@ def optimize_for_inference(model: nn.Module) -> ReplacementReport:
     candidates = {m: name for m, name in flow.names.items() if name and _is_candidate(m) and m not in inside}
     replaced, skipped = [], []
     chains = {chain.head: chain for chain in _chains(flow, candidates)}
-    for module, name in candidates.items():
-        if module in chains:
-            chains[module].fold(flow)
-            replaced.append(name)
-        elif isinstance(module, SeparableConv2d):
-            skipped.append((name, "there is nothing round it to fold"))
-        else:
-            skipped.append((name, why_not(flow, module)))
-    _fold_residuals(model)
+    with all_or_nothing(model), random_state_kept():  # new modules are made with random weights first
+        for module, name in candidates.items():
+            if module in chains:
+                chains[module].fold(flow)
+                replaced.append(name)
+            elif isinstance(module, SeparableConv2d):
+                skipped.append((name, "there is nothing round it to fold"))
+            else:
+                skipped.append((name, why_not(flow, module)))
+        _fold_residuals(model)
     return ReplacementReport(tuple(replaced), tuple(skipped))
 
 
@@ -232,7 +270,7 @@ def _following(flow: Dataflow, root: nn.Module, node: fx.Node) -> Iterator[tuple
 
 
 def _is_free(flow: Dataflow, module: nn.Module) -> bool:
-    return flow.is_called_once(module) and not has_hooks(module)
+    return flow.is_called_once(module) and not is_touched(module)
 
 
 def _changes_nobody_s_input(root: nn.Module, node: fx.Node, activation: nn.Module) -> bool:
@@ -324,14 +362,16 @@ def _fold_residuals(model: nn.Module) -> None:
         if not any(isinstance(child, FoldedSeparableConv2d) for child in module.modules()):
             continue
         try:
-            graph, _ = trace(module)
+            graph, _, _, has_effects, constants = trace(module)
         except Exception:  # a forward that decides by values or shapes keeps its addition
             continue
-        if _fold_additions(module, graph):
-            parent, _, child = name.rpartition(".")
+        if not has_effects and _fold_additions(module, graph):
             graph.lint()
-            folded = fx.GraphModule(module, graph, type(module).__name__)
-            setattr(model.get_submodule(parent), child, folded)
+            targets = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")} - constants.keys()
+            root = constants | {target: operator.attrgetter(target)(module) for target in targets}
+            folded = fx.GraphModule(root, graph, type(module).__name__)
+            folded.__dict__["training"] = module.training
+            put(model, name, folded)
 
 
 def _fold_additions(root: nn.Module, graph: fx.Graph) -> bool:
@@ -340,6 +380,8 @@ def _fold_additions(root: nn.Module, graph: fx.Graph) -> bool:
         if not _is_addition(addition):
             continue
         in_place = addition.target in (operator.iadd, "add_")
+        if addition.args[0] is addition.args[1]:
+            continue
         for summand, other in (addition.args, addition.args[::-1])[: 1 if in_place else 2]:
             passed = _as_far_as_the_convolution(root, summand)
             if not passed or not _may_wait(root, passed[-1], addition):
@@ -347,7 +389,7 @@ def _fold_additions(root: nn.Module, graph: fx.Graph) -> bool:
             call = passed[-1]
             root.get_submodule(call.target).activation = _take_activation(root, addition)
             with graph.inserting_before(addition):
-                whole = graph.call_module(call.target, (call.args[0], other))
+                whole = graph.call_module(call.target, (call.args[0], other), {"in_place": True} if in_place else {})
             addition.replace_all_uses_with(whole)
             for node in (addition, *passed):
                 graph.erase_node(node)
@@ -367,7 +409,7 @@ def _as_far_as_the_convolution(root: nn.Module, node: fx.Node) -> list[fx.Node]:
     """The nodes from a result back to the folded convolution that it is of, through identities; empty if it is of none,
     of one that has an activation, or if something else reads it too."""
     passed = []
-    while node.op == "call_module" and len(node.users) == 1:
+    while node.op == "call_module" and len(node.users) == 1 and not is_touched(root.get_submodule(node.target)):
         module = root.get_submodule(node.target)
         passed.append(node)
         if isinstance(module, FoldedSeparableConv2d):
@@ -391,8 +433,11 @@ def _may_wait(root: nn.Module, call: fx.Node, addition: fx.Node) -> bool:
 def _take_activation(root: nn.Module, addition: fx.Node) -> str | None:
     """The activation after an addition, taken out of the graph."""
     user = only_user(addition)
-    if user is None or user.op != "call_module" or type(root.get_submodule(user.target)) not in _ACTIVATIONS:
+    if user is None or user.op != "call_module":
+        return None
+    module = root.get_submodule(user.target)
+    if type(module) not in _ACTIVATIONS or is_touched(module):
         return None
     user.replace_all_uses_with(addition)
     user.graph.erase_node(user)
-    return _ACTIVATIONS[type(root.get_submodule(user.target))]
+    return _ACTIVATIONS[type(module)]

@@ -5,8 +5,17 @@ from __future__ import annotations
 from torch import fx, nn
 
 from fused_sepconv.nn.separable import SeparableConv2d
-from fused_sepconv.transforms.adopted import AdoptedSeparableConv2d, DepthwiseOfPair, PointwiseOfPair
-from fused_sepconv.transforms.dataflow import Dataflow, has_hooks, in_mode, only_user, trace
+from fused_sepconv.transforms.adopted import (
+    AdoptedSeparableConv2d,
+    DepthwiseOfPair,
+    PointwiseOfPair,
+    is_depthwise,
+    is_detectron2,
+    is_plain,
+    is_pointwise,
+)
+from fused_sepconv.transforms.dataflow import Dataflow, has_hooks, only_user, trace
+from fused_sepconv.transforms.isolation import all_or_nothing
 from fused_sepconv.transforms.report import ReplacementReport
 
 
@@ -14,9 +23,11 @@ def replace_separable_convs(model: nn.Module) -> ReplacementReport:
     """Runs each depthwise convolution of a model together with the pointwise one right after it, in place.
 
     Parameters, `state_dict` keys and results stay what they are, in training and in evaluation. Pairs are found by
-    what follows what in the model's forward (with `torch.fx`), not by names: two attributes of a module, neighbours in
-    an `nn.Sequential`, whatever is between them in the source. A module that does and offers nothing but calling the
-    two is replaced by a `SeparableConv2d`; elsewhere the depthwise convolution, where it is, runs both.
+    what follows what in the model's forward (with `torch.fx`), not by names: two attributes of a module or neighbours
+    in an `nn.Sequential`. A module that does and offers nothing but calling the two is replaced by a
+    `SeparableConv2d`. Elsewhere each of the two stays the convolution that it was; only where the code that calls them
+    hands the result of the one straight to the other, and keeps it nowhere, do they run as one. Nothing of the model's
+    own code runs on the model itself, and after an error nothing is replaced.
 
     Returns:
         A report: `.replaced` names the modules that now run a pair, `.skipped` has (name, reason) of every depthwise
@@ -29,27 +40,20 @@ def replace_separable_convs(model: nn.Module) -> ReplacementReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    with in_mode(model, training=True):
-        training_flow = Dataflow.of(model)
-        in_training = dict(_pairs(training_flow))
-    with in_mode(model, training=False):
-        flow = Dataflow.of(model)
-        pairs = dict(_pairs(flow))
+    training_flow, flow = Dataflow.of(model, training=True), Dataflow.of(model, training=False)
+    in_training, pairs = dict(_pairs(training_flow)), dict(_pairs(flow))
     replaced, skipped = [], []
     inside = separable_children(model)
-    for depthwise, name in [(m, name) for m, name in flow.names.items() if _waits(m) and m not in inside]:
-        pointwise = pairs.get(depthwise)
-        if pointwise is None:
-            skipped.append((name, why_not(flow, depthwise)))
-        elif in_training.get(depthwise) is not pointwise:
-            skipped.append((name, f"in training, {why_not(training_flow, depthwise)}"))
-        else:
-            replaced.append(_join(flow, depthwise, pointwise))
+    with all_or_nothing(model):
+        for depthwise, name in [(m, name) for m, name in flow.names.items() if _waits(m) and m not in inside]:
+            pointwise = pairs.get(depthwise)
+            if pointwise is None:
+                skipped.append((name, why_not(flow, depthwise)))
+            elif in_training.get(depthwise) is not pointwise:
+                skipped.append((name, f"in training, {why_not(training_flow, depthwise)}"))
+            else:
+                replaced.append(_join(flow, depthwise, pointwise))
     return ReplacementReport(tuple(replaced), tuple(skipped))
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
 
 
 def separable_children(model: nn.Module) -> set[nn.Module]:
@@ -59,43 +63,6 @@ def separable_children(model: nn.Module) -> set[nn.Module]:
 
 def _waits(module: nn.Module) -> bool:
     return is_depthwise(module) and not isinstance(module, DepthwiseOfPair)
-
-
-def is_pointwise(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.padding in ((0, 0), "valid", "same")
-        and module.groups == 1
-    )
-
-
-def is_plain(conv: nn.Conv2d) -> bool:
-    """Whether calling it is its convolution and nothing else."""
-    if {"forward", "_conv_forward"} & vars(conv).keys():
-        return False
-    return (
-        type(conv) in (nn.Conv2d, DepthwiseOfPair, PointwiseOfPair)
-        or own_padding(conv) is not None
-        or (_is_detectron2(conv) and conv.norm is None and conv.activation is None)
-    )
-
-
-def own_padding(conv: nn.Conv2d) -> str | None:
-    """The word "same" for a convolution that pads by TensorFlow's rule where `nn.Conv2d` cannot: timm's."""
-    if isinstance(conv, DepthwiseOfPair):
-        return conv._own_padding
-    return "same" if class_name(conv) == "timm.layers.conv2d_same.Conv2dSame" else None
-
-
-def _is_detectron2(conv: nn.Conv2d) -> bool:
-    """Its Conv2d is `nn.Conv2d` with two attributes, a norm and an activation, that come after it or are None."""
-    return class_name(conv) == "detectron2.layers.wrappers.Conv2d"
-
-
-def class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _pairs(flow: Dataflow) -> list[tuple[nn.Module, nn.Module]]:
@@ -111,7 +78,8 @@ def _partner(flow: Dataflow, root: nn.Module, node: fx.Node, depthwise: nn.Conv2
     if user is None or user.op != "call_module":
         return None
     pointwise = root.get_submodule(user.target)
-    fits = is_pointwise(pointwise) and all(
+    fits = flow.followed_by.get(depthwise) is pointwise and is_pointwise(pointwise)
+    fits = fits and all(
         is_plain(conv) and flow.is_called_once(conv) and not has_hooks(conv) for conv in (depthwise, pointwise)
     )
     return pointwise if fits and depthwise.padding_mode == "zeros" else None
@@ -131,7 +99,9 @@ def _join(flow: Dataflow, depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> str:
     ):
         flow.replace(parent, AdoptedSeparableConv2d.adopt(parent, child, partner_child))
         return parent_name
-    DepthwiseOfPair.join(depthwise, pointwise, own_padding(depthwise))
+    DepthwiseOfPair.take(depthwise)
+    if not isinstance(pointwise, PointwiseOfPair):
+        PointwiseOfPair.take(pointwise)
     return name
 
 
@@ -141,7 +111,9 @@ def _is_nothing_else(module: nn.Module, depthwise: nn.Conv2d, pointwise: nn.Conv
         return False
     if not type(depthwise) is type(pointwise) is nn.Conv2d or _public_names(module):
         return False
-    graph, _ = trace(module)
+    graph, _, _, has_effects, _ = trace(module)
+    if has_effects:
+        return False
     return [node.op for node in graph.nodes] == ["placeholder", "call_module", "call_module", "output"] and isinstance(
         list(graph.nodes)[-1].args[0], fx.Node
     )
@@ -166,7 +138,7 @@ def why_not(flow: Dataflow, depthwise: nn.Conv2d) -> str:
         return "it is called in several places"
     if has_hooks(depthwise):
         return "it carries hooks"
-    if _is_detectron2(depthwise) and not is_plain(depthwise):
+    if is_detectron2(depthwise) and not is_plain(depthwise):
         return "it has a norm or an activation of its own after it"
     if not is_plain(depthwise):
         return f"a {type(depthwise).__name__} is more than a convolution"
@@ -175,6 +147,8 @@ def why_not(flow: Dataflow, depthwise: nn.Conv2d) -> str:
     root, node = calls[0]
     between = []
     while True:
+        if node.meta.get("kept"):
+            return f"its result{_after(between)} is kept by {flow.names[root] or 'the model'}"
         if len(node.users) != 1:
             readers = ", ".join(dict.fromkeys(_reader(flow, root, user) for user in node.users))
             return f"its result{_after(between)} is used in {len(node.users)} places: {readers}"
@@ -189,6 +163,11 @@ def why_not(flow: Dataflow, depthwise: nn.Conv2d) -> str:
             return f"no pointwise convolution follows{_after(between)}, but {flow.names[module]}, {module}"
         if between:
             return f"{_list(between)} between it and the pointwise convolution {flow.names[module]}"
+        if is_plain(module) and flow.is_called_once(module) and not has_hooks(module):
+            return (
+                f"the code that calls it and the pointwise convolution {flow.names[module]} is not of the form "
+                "pointwise(depthwise(x))"
+            )
         reason = "carries hooks" if has_hooks(module) else "is called in several places"
         if not is_plain(module):
             reason = f"is more than a convolution, a {type(module).__name__}"

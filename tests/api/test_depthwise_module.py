@@ -141,7 +141,7 @@ def test_a_copy_is_the_same_and_its_own(kind, options, how):
 def test_it_is_pytorchs_convolution_with_a_shorter_constructor(kind):
     ours, theirs, shape = KINDS[kind]
     torch.manual_seed(5)
-    module = ours(4, 3, 2, 1, depth_multiplier=2)
+    module = ours(4, 3, stride=2, padding=1, depth_multiplier=2)
     torch.manual_seed(5)
     conv = theirs(4, 8, 3, 2, 1, groups=4)
     assert isinstance(module, theirs)

@@ -368,7 +368,7 @@ def test_a_swapped_model_compiles_and_exports(pair):
     torch.testing.assert_close(torch.compile(pair, fullgraph=True, backend="aot_eager")(X), expected)
     program = torch.export.export(pair, (X,))
     calls = [node for node in program.graph.nodes if "fused_sepconv" in str(node.target)]
-    assert len(calls) == 2
+    assert len(calls) == 1, "the pair in the longer forward is its two convolutions for whoever traces it"
     torch.testing.assert_close(program.module()(X), expected)
     assert set(program.state_dict) >= set(dict(pair.named_parameters()))
 
