@@ -4,8 +4,9 @@ Keras's and timm's networks have the same layers and differ in two constants, wh
 them: BatchNorm's epsilon (1e-3 in Keras, 1e-5 in timm) and how the max-poolings pad ("same", "symmetric").
 
 Each tensor goes where its layer's name says (the residual connections' layers have automatic names in Keras, and are
-known by their shapes, each of which occurs once). Everything is checked before anything is changed. The head alone may
-be missing on one side; for another number of classes load first, and `reset_classifier` then.
+known by their shapes, each of which occurs once; so is a head that has another name). Everything is checked before
+anything is changed. The head alone may be missing on one side; for another number of classes load first, and
+`reset_classifier` then.
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ def _same(size: int, kernel: int, stride: int, dilation: int) -> Pair:
     else:
         # Written so that an export with free sizes sees out = (in - 1) // stride + 1 = ceil(in / stride), and no guard.
         total = (size - 1) // stride * stride + span - size
-        total = total if span >= stride else torch.sym_max(total, 0)
+        if span < stride:  # sizes are tensors in torch.jit.trace
+            total = total.clamp(min=0) if isinstance(total, Tensor) else torch.sym_max(total, 0)
     return total // 2, total - total // 2
 
 
