@@ -132,19 +132,19 @@ export python capability rehearse
 
 files=(tests/api/test_forward.py tests/api/test_gradients.py tests/api/test_layout.py)
 if [ -n "$rehearse" ]; then
-  stage environment 20 bash -c environment
+  stage environment 60 bash -c environment
   stage build 400 bash -c build
   FUSED_SEPCONV_NATIVE=$(tail -n 1 "$out/build.log")
   export FUSED_SEPCONV_NATIVE
-  stage cases 60 $python -m tests.run_cases --smallest
-  stage first-minutes 40 $python benchmarks/first_minutes.py --rehearse --json "$out/first_minutes.json"
-  stage sanitizer-memcheck 20 bash -c 'sanitize memcheck --smallest --only reduce'
-  stage accuracy 30 $python -m tests.accuracy --family mma --reduced --layers 728@19 --dtype bfloat16
+  stage cases 90 $python -m tests.run_cases --smallest
+  stage first-minutes 60 $python benchmarks/first_minutes.py --rehearse --json "$out/first_minutes.json"
+  stage sanitizer-memcheck 60 bash -c 'sanitize memcheck --smallest --only reduce'
+  stage accuracy 60 $python -m tests.accuracy --family mma --reduced --layers 728@19 --dtype bfloat16
   unset FUSED_SEPCONV_NATIVE # the tests choose their own
   export PYTHONPATH=$PWD # a rehearsal installs nothing
   stage tests 60 $python -m pytest -v -rf --tb=short -p no:cacheprovider -k "cpu-fused and float32-plain" "${files[0]}"
   stage conformance 20 $python -m tests.cuda_on_cpu.conformance --rehearse
-  stage bench 60 $python benchmarks/bench.py --quick --suite layers --networks xception --passes fwd --layout nhwc \
+  stage bench 120 $python benchmarks/bench.py --quick --suite layers --networks xception --passes fwd --layout nhwc \
     --peers eager --json "$out/bench.json"
 else
   stage environment 10 bash -c environment

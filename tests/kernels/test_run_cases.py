@@ -92,6 +92,23 @@ def test_a_wrong_gradient_is_named(capsys: pytest.CaptureFixture[str], monkeypat
     assert lines[-1] == "instances: 2 of 2 run, 12 results compared, 1 wrong"
 
 
+def test_an_interrupted_run_says_what_it_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours: Callable = run_cases.ours
+
+    def out_of_time(run: run_cases.Run, *arguments: object) -> dict:
+        if run.dtype == "float16":
+            raise KeyboardInterrupt
+        return ours(run, *arguments)
+
+    monkeypatch.setattr(run_cases, "ours", out_of_time)
+    status, lines = run(capsys)
+    assert status == 1
+    assert f"missed: {ONLY}_3x3_float16" in lines
+    assert lines[-1] == "instances: 1 of 2 run, 6 results compared, 0 wrong"
+
+
 def test_launches_are_counted_by_instance(plain) -> None:
     plain.reset_launch_counts()
     assert plain.launch_counts() == {}
