@@ -337,8 +337,9 @@ ARRIVALS = {
 def test_a_gradient_may_arrive_in_any_layout(target, dtype, case):
     inputs = leaves(case.tensors(), dtype, target.device)
     exact = leaves({name: tensor.detach() for name, tensor in inputs.items()}, torch.float64)
+    drawn = torch.randn(case.output_shape, dtype=dtype, device=target.device)
     for arrival, make in ARRIVALS.items():
-        grad_output = make(torch.randn(case.output_shape, dtype=dtype, device=target.device))
+        grad_output = make(drawn)
         before = grad_output.clone()
         ours = gradients(function_of(case), inputs, case.options, grad_output)
         eager = gradients(case.definition, inputs, case.options, before.contiguous())
