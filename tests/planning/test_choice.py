@@ -346,7 +346,8 @@ def test_out_of_memory_leaves_it_to_the_plan_quietly(start, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     start(timer)
-    with deciding() as found:
+    with deciding() as found, warnings.catch_warnings():
+        warnings.simplefilter("error")
         call(times=5)
     assert found == [("simt", False)] * 2 + [("simt", True)] * 3 and len(tried) == 1
     start(no_clock)
@@ -642,6 +643,9 @@ def test_explain_and_the_doctor_tell_what_was_measured_and_measure_nothing(start
 
     choice.exclude(after.forward.problem, CPU, after.forward.chosen, "its launch failed: for a reason")
     reason = "8->8@5 3x3 forward, N 1, bfloat16 nhwc: its launch failed: for a reason"
+    with deciding() as found:
+        call()
+    assert found[0][0] != "simt"
     after = fused_sepconv.explain(*inputs(), padding=1).forward
     assert after.candidates[-1].excluded == reason and after.chosen.measured_seconds == 5e-6
     assert f"{after.candidates[-1].name}: excluded on this device: {reason}" in str(after)
