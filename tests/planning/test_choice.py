@@ -29,8 +29,7 @@ from fused_sepconv.families import registry
 from fused_sepconv.native import loader
 from fused_sepconv.ops import calls, eager, launching, operators
 from fused_sepconv.ops.problems import ALL_KERNELS
-from fused_sepconv.planning import cache_file, choice
-from fused_sepconv.planning.cache_file import CacheFile
+from fused_sepconv.planning import choice
 from fused_sepconv.planning.choice import Chooser, Decision, contenders, identity
 from fused_sepconv.planning.devices import DEVICES
 from fused_sepconv.planning.plan import plan
@@ -231,23 +230,15 @@ def spoiled(family: str, how: Callable[[Any], Any], direction: str = "forward") 
     eager.clear()
 
 
-def one_element(y: Tensor) -> Tensor:
-    y[0, 0, 0, 0] += 3
-    return y
-
-
 WRONG = {
-    "one element": one_element,
-    "a NaN": lambda y: one_element(y).mul_(torch.where(torch.arange(5) == 4, math.nan, 1.0).to(y.dtype)),
-    "an eighth too large": lambda y: y * 1.125,
+    "one element": lambda y: y.index_put((torch.tensor(0),) * 4, y[0, 0, 0, 0] + 3),
+    "a NaN": lambda y: y.index_put((torch.tensor(0),) * 4, torch.tensor(math.nan, dtype=y.dtype)),
     "another shape": lambda y: y[:, :-1],
-    "a pixel to the left": lambda y: y.roll(1, 3),
-    "nothing": lambda y: torch.zeros_like(y),
 }
 
 
 @pytest.mark.parametrize("how", WRONG.values(), ids=list(WRONG))
-def test_a_wrong_kernel_is_told_of_once_and_never_chosen_again(how, start, tmp_path):
+def test_a_wrong_kernel_is_told_of_once_and_never_chosen_again(how, start):
     start(Clock("simt"))
     before = choice.generation
     with spoiled("simt", how), pytest.warns(UserWarning) as said:
@@ -263,10 +254,9 @@ def test_a_wrong_kernel_is_told_of_once_and_never_chosen_again(how, start, tmp_p
     start(no_clock)  # another process
     with deciding() as found:
         y = call()
-    assert found[0][0] not in ("simt",) and y.isfinite().all()
-    assert "simt_forward_bfloat16_nhwc: excluded on this device: 8->8@5" in str(
-        fused_sepconv.explain(*inputs(), padding=1)
-    )
+    assert found[0][0] != "simt" and y.isfinite().all()
+    explained = str(fused_sepconv.explain(*inputs(), padding=1))
+    assert "simt_forward_bfloat16_nhwc: excluded on this device: 8->8@5" in explained
 
 
 @pytest.mark.parametrize("position, name", [(0, "x"), (1, "depthwise weight"), (2, "pointwise weight")])
@@ -287,8 +277,9 @@ def test_a_wrong_result_of_pytorchs_own_excuses_no_other(start):
     with ExitStack() as stack:
         for family in ("reference", "simt", "mma"):
             stack.enter_context(spoiled(family, lambda y: -y))
-        stack.enter_context(pytest.warns(UserWarning, match=r"simt_forward.*wrong"))
+        said = stack.enter_context(pytest.warns(UserWarning))
         call(times=3)
+    assert [str(warning.message).count("wrong result") for warning in said] == [1, 1]
     candidates = fused_sepconv.explain(*inputs(), padding=1).forward.candidates
     assert {candidate.family for candidate in candidates if not candidate.excluded} == {"reference", "split"}
 
@@ -327,7 +318,7 @@ def test_a_failing_launch_names_kernel_and_problem_and_is_not_tried_again(start)
         for _ in range(2):  # this process, and the next
             with deciding() as found:
                 assert call().shape == (1, 8, 5, 5)
-            assert found[0][0] not in ("simt",)
+            assert found[0][0] != "simt"
             start(no_clock)
     with deciding() as found:
         call(*inputs(16))
@@ -362,7 +353,8 @@ def test_out_of_memory_leaves_it_to_the_plan_quietly(start, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     start(timer)
-    with deciding() as found:
+    with deciding() as found, warnings.catch_warnings():
+        warnings.simplefilter("error")
         call(times=5)
     assert found == [("simt", False)] * 2 + [("simt", True)] * 3 and len(tried) == 1
     start(no_clock)
@@ -398,18 +390,18 @@ def test_sizes_that_keep_changing_are_no_longer_measured(start, monkeypatch):
 
 
 def test_what_is_remembered_is_bounded(start, monkeypatch):
-    monkeypatch.setattr(choice, "MOST_REMEMBERED", 3)
+    monkeypatch.setattr(choice, "MOST_REMEMBERED", 2)
     chooser = start(Clock("mma"))
-    for n in range(1, 9):
+    for n in range(1, 6):
         call(*inputs(n=n), times=3 if n % 2 else 1)
-    assert len(chooser._calls) <= 3 and len(chooser._settled) <= 3
+    assert len(chooser._calls) <= 2 and len(chooser._settled) <= 2
     with deciding() as found:
         call()
     assert found == [("mma", True)]
 
 
 @pytest.mark.parametrize("how", ["the variable", "torch.use_deterministic_algorithms", "an empty batch"])
-def test_the_plan_decides_without_measuring(how, start, tmp_path):
+def test_the_plan_decides_without_measuring(how, start):
     start(Clock("mma"))
     call(times=3)
     start(no_clock, measures=how != "the variable")
@@ -445,9 +437,9 @@ def test_the_variables(value, on, monkeypatch):
 
 
 def test_processes_share_the_file_and_measure_a_problem_once(tmp_path):
-    """Three at once, as the ranks of a machine."""
+    """Two at once, as the ranks of a machine."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
     assert sum(timed for timed, _ in outputs) == 2 * len(FAMILIES)  # of two problems
     assert all(found == [["split", True]] * 2 for _, found in outputs)
@@ -467,41 +459,13 @@ choice.chooser = choice.Chooser(timer=slow, folder=folder, environment=lambda: t
 choice.PATIENCE_SECONDS = 60.0
 with pytest.MonkeyPatch.context() as patch, t.gpu_in_the_making(patch):
     (folder / str(time.time_ns())).touch()
-    while len(list(folder.glob("[0-9]*"))) < 3:  # all begin together
+    while len(list(folder.glob("[0-9]*"))) < 2:  # all begin together
         time.sleep(0.01)
     with t.deciding() as found:
         for features in (8, 16):
             t.call(*t.inputs(features), times=3)
 print(json.dumps([len(clock.timed), [found[2], found[5]]]))
 """
-
-
-def test_writers_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):
-    def write(writer: int) -> None:
-        file = CacheFile(tmp_path, ENVIRONMENT)
-        for number in range(25):
-            file.add({f"{writer}, {number}": {"a": 1.0}}, {f"{writer}, {number}": "wrong"})
-
-    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
-    for writer in writers:
-        writer.start()
-    file, count = CacheFile(tmp_path, ENVIRONMENT), 0
-    while any(writer.is_alive() for writer in writers):
-        seen = len(file.read().measurements)
-        assert seen >= count
-        count = seen
-    names = {f"{writer}, {number}" for writer in range(4) for number in range(25)}
-    assert set(file.read().measurements) == set(file.read().excluded) == names
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".lock"}
-
-
-def test_a_lock_that_is_never_given_back_does_not_stop_a_writer(tmp_path):
-    file = CacheFile(tmp_path, ENVIRONMENT)
-    with file.measuring("a", 5), file.measuring("b", 5), file._locked(0, 5):
-        file.add({"problem": {"a": 1.0}})
-        with file.measuring("a", 0.05):
-            pass
-    assert file.read().measurements == {"problem": {"a": 1.0}}
 
 
 def test_another_environment_has_measurements_of_its_own(start, tmp_path):
@@ -529,25 +493,13 @@ def test_the_environment_is_all_that_a_time_depends_on(monkeypatch):
     assert json.loads(json.dumps(found)) == found
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *("", "\xff", "{", "[]", "null", "[" * 100_000, '{"environment": {}, "measurements": {}}'),
-        *("PROBLEM: []", "PROBLEM: {}", 'PROBLEM: {"CANDIDATE": NaN}', 'PROBLEM: {"CANDIDATE": -1.0}'),
-        *('PROBLEM: {"CANDIDATE": "1"}', 'PROBLEM: {"CANDIDATE": Infinity}', 'PROBLEM: {"another": 1e-6}', ": 7"),
-    ],
-)
-def test_a_damaged_file_is_as_good_as_none_and_mended(content, start):
+@pytest.mark.parametrize("content", ["", "{", '{"environment": {}, "measurements": {}}', "other candidates"])
+def test_a_damaged_file_is_measured_anew_and_mended(content, start):
     path = start(Clock("mma")).file(CPU).path
     call(times=3)
-    whole = json.loads(path.read_text())
-    if ": " in content and "environment" not in content:  # the measurements, in a file that is otherwise whole
-        ((problem, seconds),) = whole["measurements"].items()
-        for word, real in (("PROBLEM", problem), ("CANDIDATE", next(iter(seconds)))):
-            content = content.replace(f'"{word}"', json.dumps(real)).replace(word, json.dumps(real))
-        content = "7" if content == ": 7" else f"{{{content}}}"
-        content = f'{{"environment": {json.dumps(ENVIRONMENT)}, "measurements": {content}, "excluded": [3]}}'
-    path.write_text(content, encoding="latin-1")
+    if content == "other candidates":  # as another build of the package may have planned
+        content = path.read_text().replace("simt_forward", "another_forward")
+    path.write_text(content)
     start(Clock("split"))
     call(times=3)
     start(no_clock)
@@ -569,20 +521,6 @@ def test_without_a_place_to_keep_them_measurements_last_for_the_process(why, sta
     assert len(said or ()) == (0 if folder is None else 1)
     assert len(clock.timed) == 2 * len(FAMILIES)
     assert chosen().family == "mma"
-
-
-def test_the_cache_is_where_xdg_says(monkeypatch, tmp_path):
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_file.folder() == tmp_path / "fused_sepconv"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for not_absolute in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", not_absolute)
-        assert cache_file.folder() == tmp_path / ".cache" / "fused_sepconv"
-    monkeypatch.setattr(Path, "home", no_home)
-    assert cache_file.folder() is None
 
 
 def test_threads_that_meet_a_problem_together_measure_it_once(start):
@@ -712,6 +650,9 @@ def test_explain_and_the_doctor_tell_what_was_measured_and_measure_nothing(start
 
     choice.exclude(after.forward.problem, CPU, after.forward.chosen, "its launch failed: for a reason")
     reason = "8->8@5 3x3 forward, N 1, bfloat16 nhwc: its launch failed: for a reason"
+    with deciding() as found:
+        call()
+    assert found[0][0] != "simt"
     after = fused_sepconv.explain(*inputs(), padding=1).forward
     assert after.candidates[-1].excluded == reason and after.chosen.measured_seconds == 5e-6
     assert f"{after.candidates[-1].name}: excluded on this device: {reason}" in str(after)
