@@ -80,7 +80,7 @@ const auto& reduce_instances() {
 // Runs an instance; in the emulation, on buffers that the emulator knows.
 template <class Made, class Params>
 void run(const Made& instance, const Params& params, Stream stream) {
-#ifdef FSC_EMULATED
+#if defined(FSC_EMULATED) && !defined(FSC_NULL)
   const EmulatedBuffers buffers(instance, params);
 #endif
   instance.run(instance, params, stream);

@@ -32,6 +32,9 @@ COMMON_FLAGS = [
 # One instrumented access for one access of the source: merged or vectorised ones would blur sizes and alignments.
 CHECKED_FLAGS = ["-fsanitize=thread,bounds", "-fno-tree-vectorize", "-fno-store-merging", "-Wno-tsan"]
 
+# The null build measures the host's time: its kernels are never run, so they are compiled as fast as possible.
+FLAVOURS = {"plain": ["-O2"], "checked": ["-O2", *CHECKED_FLAGS], "null": ["-O0", "-g0", "-DFSC_NULL"]}
+
 # One header of each of the packages that CUDA's headers come in.
 CUDA_HEADERS = ["vector_types.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target"]
 
@@ -67,23 +70,25 @@ def _folders_with_headers(candidates: Iterable[Path]) -> list[Path]:
     return folders
 
 
-def build_native(checked: bool = False) -> Path:
-    """Builds the emulated twin of the package's native module; returns its absolute path."""
+def build_native(flavour: str = "plain") -> Path:
+    """Builds the emulated twin of the package's native module, "plain", "checked" or "null"; returns its absolute path.
+
+    A launch of the null build is counted and runs nothing.
+    """
     kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").glob("*/*.cu"))
-    return build_module("_native", kernels, [Path("csrc/bindings.cpp")], checked)
+    return build_module("_native", kernels, [Path("csrc/bindings.cpp")], flavour)
 
 
-def build_module(name: str, kernel_sources: list[Path], host_sources: list[Path], checked: bool = False) -> Path:
+def build_module(name: str, kernel_sources: list[Path], host_sources: list[Path], flavour: str = "plain") -> Path:
     """Builds a Python module of device code and its host code, where their sources or the emulator's have changed.
 
     The checked build instruments every memory access of `kernel_sources`. Sources are relative to the repository.
     """
-    flavour = "checked" if checked else "plain"
     target = BUILD / flavour / (name + sysconfig.get_config_var("EXT_SUFFIX"))
     folder = ROOT / BUILD / flavour
     folder.mkdir(parents=True, exist_ok=True)
     ninja_file = folder / f"{name}.ninja"
-    text = _ninja_text(target, name, kernel_sources, host_sources, checked)
+    text = _ninja_text(target, name, kernel_sources, host_sources, flavour)
     with open(ROOT / BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ninja does not expect a second one in its folder
         if not ninja_file.exists() or ninja_file.read_text() != text:
@@ -97,7 +102,7 @@ def build_module(name: str, kernel_sources: list[Path], host_sources: list[Path]
     return ROOT / target
 
 
-def _ninja_text(target: Path, name: str, kernel_sources: list[Path], host_sources: list[Path], checked: bool) -> str:
+def _ninja_text(target: Path, name: str, kernel_sources: list[Path], host_sources: list[Path], flavour: str) -> str:
     includes = [EMULATOR, Path("csrc"), *cuda_include_folders(), Path(pybind11.get_include())]
     includes.append(Path(sysconfig.get_paths()["include"]))
     flags = [*COMMON_FLAGS, *(f"-I{folder}" for folder in includes[:2]), *(f"-isystem {f}" for f in includes[2:])]
@@ -122,9 +127,13 @@ def _ninja_text(target: Path, name: str, kernel_sources: list[Path], host_source
 
     module_folder = target.parent / name
     runtime = sorted(path.relative_to(ROOT) for path in (ROOT / EMULATOR / "runtime").glob("*.cpp"))
-    # The emulator and host code are never instrumented, and the emulator's objects serve all modules of both builds.
-    compile_each(kernel_sources, module_folder, ["-O2", *(CHECKED_FLAGS if checked else [])])
-    compile_each([*host_sources, EMULATOR / "bind_emulator.cpp"], module_folder, ["-O1"])
+    # The emulator and host code are never instrumented, and the emulator's objects serve all modules of all builds.
+    compile_each(kernel_sources, module_folder, FLAVOURS[flavour])
+    compile_each(
+        [*host_sources, EMULATOR / "bind_emulator.cpp"],
+        module_folder,
+        ["-O1", *(["-DFSC_NULL"] if flavour == "null" else [])],
+    )
     compile_each(runtime, BUILD / "runtime", ["-O3"])
     lines += [f"build {target}: link {' '.join(map(str, objects))}", f"default {target}"]
     return "\n".join(lines) + "\n"

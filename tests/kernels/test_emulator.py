@@ -21,7 +21,7 @@ SCHEDULES = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
 
 def load(flavour: str) -> ModuleType:
     sources = [KERNELS / "execution.cu", KERNELS / "primitives.cu"]
-    path = build_module("_emulator_tests", sources, [KERNELS / "bind.cpp"], checked=flavour == "checked")
+    path = build_module("_emulator_tests", sources, [KERNELS / "bind.cpp"], flavour)
     # pybind11 keeps modules by name, so the two builds need two names in one process.
     spec = importlib.util.spec_from_file_location(f"{flavour}._emulator_tests", path)
     module = importlib.util.module_from_spec(spec)

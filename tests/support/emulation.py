@@ -23,7 +23,7 @@ SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
 
 @functools.cache
 def _file(checked: bool) -> str:
-    return str(build_native(checked))
+    return str(build_native("checked" if checked else "plain"))
 
 
 def _forget() -> None:

@@ -187,16 +187,21 @@ Worker::Worker() {
 
 Worker::~Worker() { munmap(shared_arena, kMaxCluster * kSharedStride); }
 
+void count_launch(const char* instance, int shared_bytes) {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  ++launches_by_instance[instance];
+  int& most = shared_bytes_by_instance[instance];
+  most = std::max(most, shared_bytes);
+}
+
 void launch(const char* instance, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body,
             int cluster) {
   Launch launch{instance, blocks, threads, shared_bytes, cluster, &body, {}, nullptr, {}};
   check_launch(launch);
+  count_launch(instance, shared_bytes);
   {
     std::lock_guard<std::mutex> lock(state_mutex);
     launch.schedule = chosen_schedule;
-    ++launches_by_instance[instance];
-    int& most = shared_bytes_by_instance[instance];
-    most = std::max(most, shared_bytes);
   }
   launch.memory = checked_memory();
   if (launch.memory) launch.host_stack = own_stack();
