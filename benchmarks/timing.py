@@ -2,44 +2,89 @@
 
 A row says in its `mode` how it was sampled:
 
-- "plain": one call after the other. All of the CPU; on a GPU whole networks, whose milliseconds hide what the other
-  modes are about.
-- "cold": on a GPU, the L2 cache overwritten before each call. What a layer of a large network finds.
-- "graph": on a GPU, many calls captured into one CUDA graph and replayed: no launch is waited for, and nothing is
-  flushed. What a network that is captured finds; the input sets take turns, so a large problem is not found in L2.
+- "plain": one call after the other. All of the CPU; on a GPU whole networks, whose milliseconds hide what "cold" is
+  about.
+- "cold": on a GPU, with nothing of the call's tensors in L2 and the launches queued before the GPU is free. What a
+  layer of a large network finds.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import cycle
+from functools import cache, partial
+from math import ceil
 from statistics import quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from gpu_state import Sensor, State
 from torch.utils import benchmark
 
 Call = Callable[[], object]
 
-Prepare = Callable[[], Sequence[Call]]
-"""Makes the calls that take turns. A sampler decides under which stream: a backward runs on its forward's."""
-
-MODES = {"cpu": ("plain",), "cuda": ("cold", "graph")}
+MODES = {"cpu": ("plain",), "cuda": ("cold",)}
 """Of layers, by device."""
 
-FLUSH_BYTES = 2**30
-"""Written between two runs. It empties the L2 cache (50 MB on an H200) and keeps the GPU busy for about 0.25 ms."""
-
+QUEUED_SECONDS = 3e-4
+"""At least so much of the GPU's work waits between the host and a cold call."""
 MOST_GPU_SAMPLES = 400
 CHUNKS = 4
 """In so many parts a GPU's samples are taken. After each the clocks are asked whether they were held back."""
-GRAPH_CALLS = 20
-"""In one replay, at least one of each input set."""
+
+THROTTLING = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+"""NVML's reasons for lower clocks (nvml.h, nvmlClocksThrottleReason*), without those that are no fault."""
+
+
+class State(NamedTuple):
+    """Clocks, power and heat of a GPU at one moment."""
+
+    sm_mhz: int
+    memory_mhz: int
+    power_w: float
+    temperature_c: int
+    throttled: tuple[str, ...]
+    """Why the clocks are held back now; empty where they are not."""
+
+
+def gpu_state(nvml: Any, handle: Any) -> State | None:
+    """Asks NVML; None where there is none, and on a MIG slice or a virtual GPU, which answer some questions only."""
+    if nvml is None:
+        return None
+    try:
+        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+        return State(
+            sm_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            memory_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            power_w=nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            temperature_c=nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            throttled=tuple(reason for bit, reason in THROTTLING.items() if reasons & bit),
+        )
+    except nvml.NVMLError:
+        return None
+
+
+@cache
+def current_gpu() -> tuple[Any, Any]:
+    """NVML and its handle of the current GPU, by UUID: NVML numbers all GPUs, CUDA those that it may see."""
+    with suppress(ModuleNotFoundError):
+        import pynvml
+
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+    return None, None
 
 
 @dataclass
 class Samples:
-    """Of one call."""
+    """Seconds of one call, again and again."""
 
     seconds: list[float]
     throttled: int = 0
@@ -64,14 +109,8 @@ class Timing(NamedTuple):
 def summarize(samples: Samples) -> Timing:
     """Needs two samples at least."""
     lower, median, upper = quantiles(samples.seconds, method="inclusive")
-    return Timing(
-        median * 1e3,
-        (upper - lower) * 1e3,
-        len(samples.seconds),
-        samples.throttled,
-        samples.before,
-        samples.after,
-    )
+    spread = (upper - lower) * 1e3
+    return Timing(median * 1e3, spread, len(samples.seconds), samples.throttled, samples.before, samples.after)
 
 
 def sample_cpu(call: Call, seconds: float, threads: int) -> Samples:
@@ -83,30 +122,56 @@ def sample_cpu(call: Call, seconds: float, threads: int) -> Samples:
     return Samples(timer.blocked_autorange(min_run_time=seconds).times)
 
 
+class Flush:
+    """Empties a GPU's L2 between two calls, and keeps the GPU busy while the host gets ahead.
+
+    It writes twice what L2 holds and then reads it: dirty lines go to memory now, and not inside the next measurement.
+    """
+
+    def __init__(self) -> None:
+        l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._buffer = torch.empty(2 * l2_bytes // 4, dtype=torch.float32, device="cuda")
+        self._sum = torch.empty((), device="cuda")
+        self._sweep()
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            self._sweep()
+        end.record()
+        torch.cuda.synchronize()
+        self.sweep_seconds = start.elapsed_time(end) / 1e3 / 10
+
+    def _sweep(self) -> None:
+        self._buffer.zero_()
+        torch.sum(self._buffer, dim=0, out=self._sum)
+
+    def __call__(self, seconds: float) -> None:
+        """Queues work for at least so long."""
+        for _ in range(ceil(seconds / self.sweep_seconds)):
+            self._sweep()
+
+
 class CudaSampler:
     """Samples calls on the current GPU with CUDA events, in one of the modes."""
 
     def __init__(self, mode: str, seconds: float) -> None:
-        self._mode = mode
         self._seconds = seconds
-        self._sensor = Sensor.of_current_gpu()
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if mode == "cold" else None
+        self._flush = Flush() if mode == "cold" else None
+        self._queued = QUEUED_SECONDS
 
-    def __call__(self, prepare: Prepare) -> Samples:
-        if self._mode == "graph":
-            replay, calls = captured(prepare)
-            return self._sample(replay, calls)
-        return self._sample(in_turn(prepare()), 1)
-
-    def _sample(self, call: Call, calls: int) -> Samples:
+    def __call__(self, call: Call) -> Samples:
         self._run(call, 3)  # builds, searches (cudnn.benchmark) and allocates what the first calls do
+        started = time.perf_counter()
+        call()  # the queue is empty: this is the host's time
+        self._queued = max(QUEUED_SECONDS, 1.5 * (time.perf_counter() - started))
         expected = min(self._run(call, 3))
         times = min(max(int(self._seconds / expected), 10), MOST_GPU_SAMPLES)
         self._run(call, max(times // 5, 2))
-        samples = Samples([], before=self._sensor.read())
+        samples = Samples([], before=gpu_state(*current_gpu()))
         for _ in range(CHUNKS):
-            chunk = [seconds / calls for seconds in self._run(call, -(-times // CHUNKS))]
-            state = self._sensor.read()
+            chunk = self._run(call, -(-times // CHUNKS))
+            state = gpu_state(*current_gpu())
             samples += Samples(chunk, len(chunk) if state and state.throttled else 0, after=state)
         return samples
 
@@ -118,7 +183,7 @@ class CudaSampler:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
         for start, end in events:
             if self._flush is not None:
-                self._flush.zero_()
+                self._flush(self._queued)
             start.record()
             call()
             end.record()
@@ -126,37 +191,6 @@ class CudaSampler:
         return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def captured(prepare: Prepare) -> tuple[Call, int]:
-    """A replay of a CUDA graph, and how many calls are in it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls = list(prepare())
-        for call in calls * 2:  # what must not happen during a capture happens now: builds, searches, first allocations
-            call()
-    torch.cuda.synchronize()
-    rounds = -(-GRAPH_CALLS // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls * rounds:
-            call()
-
-    def replay(graph: torch.cuda.CUDAGraph = graph, kept: list[Call] = calls) -> None:
-        graph.replay()  # reads the tensors of `kept`, which must live as long
-
-    return replay, rounds * len(calls)
-
-
-def sampler(device: str, mode: str, seconds: float, threads: int) -> Callable[[Prepare], Samples]:
+def sampler(device: str, mode: str, seconds: float, threads: int) -> Callable[[Call], Samples]:
     """The way to sample calls on a device."""
-    if device == "cuda":
-        return CudaSampler(mode, seconds)
-    return lambda prepare: sample_cpu(in_turn(prepare()), seconds, threads)
-
-
-def in_turn(calls: Sequence[Call]) -> Call:
-    """A call that makes these one after the other, so that successive runs work on different data."""
-    if len(calls) == 1:
-        return calls[0]
-    turns = cycle(calls)
-    return lambda: next(turns)()
+    return CudaSampler(mode, seconds) if device == "cuda" else partial(sample_cpu, seconds=seconds, threads=threads)
