@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
 import plots
 import report
 from layers import NETWORKS
-from machine import environment, measure_ceilings, read_ceilings
+from machine import clocks, environment, measure_ceilings, read_ceilings
 from peers import PEERS, is_ours
 from problem import DTYPES, LAYOUTS, PASSES, convolution_flags
 from record import Row, summarize, write
@@ -172,6 +172,8 @@ def run(argv: Sequence[str]) -> int:
     rows, interrupted = measure(steps_of(settings), screen)
     if interrupted:
         say("Interrupted: what follows is what was measured until then.")
+    if env["gpu"]:
+        env["gpu"]["clocks_after"] = clocks()
     summary = summarize(rows)
     write(given.json, env, rows, summary)
     for table in result_tables(rows, summary):

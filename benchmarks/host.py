@@ -144,7 +144,7 @@ def main(seconds: float) -> None:
     for _ in range(TURNS):  # a CPU's speed drifts with what else runs: taking turns shares that
         for who, call, entry in running:
             with who.settings():
-                entry["seconds"] += sample_cpu(call, seconds / TURNS, threads=1).seconds
+                entry["seconds"] += sample_cpu(call, seconds / TURNS, threads=1)
     print(json.dumps(found))
 
 

@@ -29,8 +29,7 @@ CPU_16_BIT_PRODUCT_SIZE = 768
 
 def environment(threads: int) -> dict[str, Any]:
     """Machine, versions and settings. To be called under the settings that the measurement runs under."""
-    cpus = subprocess.run(["lscpu"], capture_output=True, text=True).stdout if platform.system() == "Linux" else ""
-    names = [line.partition(":")[2].strip() for line in cpus.splitlines() if line.startswith("Model name")]
+    names = [line.partition(":")[2].strip() for line in (output_of("lscpu") or "").splitlines() if "Model name" in line]
     return {
         "fused_sepconv": fused_sepconv.__version__,
         "kernels": loader.build_info(),
@@ -58,17 +57,24 @@ def environment(threads: int) -> dict[str, Any]:
 
 def gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
-    query = ("nvidia-smi", "--id=0", "--format=csv,noheader")
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "driver": output_of(*query, "--query-gpu=driver_version"),
-        "clocks": output_of(*query, "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"),
+        "driver": output_of("nvidia-smi", "--id=0", "--format=csv,noheader", "--query-gpu=driver_version"),
+        "clocks": clocks(),  # before the run; `clocks_after` is asked for behind it
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
+
+
+def clocks() -> str | None:
+    """What nvidia-smi says of the clocks, and of what holds them back."""
+    figures = (
+        "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
+    )
+    return output_of("nvidia-smi", "--id=0", "--format=csv,noheader", f"--query-gpu={figures}")
 
 
 def output_of(*command: str) -> str | None:
@@ -125,8 +131,8 @@ def _product(device: str, dtype: str, best: Callable[[Call, float], float], seco
 
 
 def _best_cpu(call: Call, seconds: float, threads: int) -> float:
-    return min(sample_cpu(call, seconds, threads).seconds)
+    return min(sample_cpu(call, seconds, threads))
 
 
 def _best_cuda(call: Call, seconds: float) -> float:
-    return min(CudaSampler("plain", seconds)(call).seconds)
+    return min(CudaSampler("plain", seconds)(call))

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from peers import is_ours
 from problem import PASSES
 from record import PAPER_RATIO, PUBLISHED_RATIOS, Row, column, speed_up, values
@@ -76,6 +77,8 @@ def layers(rows: Sequence[Row]) -> Figure:
             axes.hlines([floors[case] for case in cases], starts, ends, "black", style, linewidth=1.6, label=label)
         axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right", rotation_mode="anchor")
         axes.set(yscale="log", ylabel="ms (log)")
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks(StrMethodFormatter("{x:g}"))
         axes.margins(y=0.15)
         axes.set_title(f"{PASSES[panel[0]].capitalize()} ({MODES[panel[1]]})", loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,6 @@ Top level, in JSON: `schema` (grows when a reader has to change), `env` (see mac
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any, TypedDict
 
 from floors import Ceilings, Floor, floor
@@ -35,11 +34,6 @@ Row = TypedDict(
         "median_ms": float | None,  # None where there is an error, and in the memory suite
         "iqr_ms": float | None,  # interquartile range
         "samples": int,
-        "throttled_samples": int,  # taken while the GPU held its clocks back
-        "sm_mhz": list[int] | None,  # before and after the samples, as the next three; None without NVML
-        "memory_mhz": list[int] | None,
-        "power_w": list[float] | None,
-        "temperature_c": list[int] | None,
         "images_per_second": float | None,
         "bytes": int,  # that the fused problem moves at least, whatever the implementation
         "flops": int,  # two a multiply-add
@@ -89,7 +83,6 @@ def make_row(
     row = dict.fromkeys(Row.__annotations__) | {
         "pass": direction,
         "samples": timing.samples if timing else 0,
-        "throttled_samples": timing.throttled if timing else 0,
         "bytes": fused.bytes,
         "flops": fused.flops,
         "floor_ms": fused.milliseconds,
@@ -105,10 +98,6 @@ def make_row(
             "bandwidth_fraction": fused.bytes / seconds / ceilings.bytes_per_second,
             "matrix_fraction": fused.matrix_flops / seconds / ceilings.matrix(named["dtype"]),
         }
-    if timing and timing.before and timing.after:
-        states = (timing.before, timing.after)
-        names = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
-        row |= {name: [getattr(state, name) for state in states] for name in names}
     return row | named
 
 
@@ -146,67 +135,34 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """What the rows say together.
 
     - totals: for each network, pass and column the sum over its layers, each as often as the network has it;
-    - speed_ups: for each of those of ours the geometric mean, over the distinct layers, of the speed-up over the
-      fastest peer, the least of them, and the fraction of the floor that is reached;
     - models: for each whole network its steps a second, and the ratio to the fastest Inception V3 of the run;
-    - failed: the rows with an error; throttled: how many rows have throttled samples.
+    - failed: the rows with an error.
     """
     return {
         "totals": _totals(rows),
-        "speed_ups": _speed_ups(rows),
         "models": _models(rows),
         "failed": [row for row in rows if row["error"]],
-        "throttled": sum(row["throttled_samples"] > 0 for row in rows),
     }
 
 
 _SETTING = ("network", "dtype", "batch", "pass", "device")
 
 
-def _columns_of(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of layers, a list for each setting and column."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["suite"] == "layers":
-            groups.setdefault((values(row, *_SETTING), *column(row)), []).append(row)
-    return list(groups.values())
-
-
 def _totals(rows: Sequence[Row]) -> list[Row]:
-    sums = []
-    for group in _columns_of(rows):
-        setting = values(group[0], *_SETTING)
-        cases = {row["case"] for row in rows if row["suite"] == "layers" and values(row, *_SETTING) == setting}
+    rows, sums = [row for row in rows if row["suite"] == "layers"], []
+    for key in dict.fromkeys((values(row, *_SETTING), column(row)) for row in rows):
+        group = [row for row in rows if (values(row, *_SETTING), column(row)) == key]
+        cases = {row["case"] for row in rows if values(row, *_SETTING) == key[0]}
         missing = len(cases) - sum(row["error"] is None for row in group)
         count = sum(row["count"] for row in group)
         kept = {name: group[0][name] for name in ("suite", *_SETTING, "impl", "layout", "mode", "floor_device")}
-        added = ("bytes", "flops", "floor_ms", "unfused_floor_ms", "predicted_ms", "median_ms", "throttled_samples")
+        added = ("bytes", "flops", "floor_ms", "unfused_floor_ms", "predicted_ms", "median_ms")
         total = dict.fromkeys(Row.__annotations__) | kept | {"case": f"all {count}", "count": count, "samples": 0}
         for name in added:
             if all(row[name] is not None for row in group) and not (missing and name == "median_ms"):
                 total[name] = sum(row["count"] * row[name] for row in group)
         sums.append(total | {"error": f"{missing} layers have no time" if missing else None})
     return sums
-
-
-def _speed_ups(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    found = []
-    for group in _columns_of([row for row in rows if row["suite"] != "layers" or row["median_ms"]]):
-        group_is_ours = is_ours(group[0]["impl"])
-        gains = {row["case"]: gain for row in group if group_is_ours and (gain := speed_up(row, rows))}
-        if gains:
-            slowest = min(gains, key=gains.__getitem__)
-            found.append(
-                {key: group[0][key] for key in ("network", "dtype", "batch", "pass", "impl", "layout", "mode")}
-                | {
-                    "layers": len(gains),
-                    "speed_up": geometric_mean(gains.values()),
-                    "least": gains[slowest],
-                    "least_case": slowest,
-                    "floor_fraction": geometric_mean([row["floor_ms"] / row["median_ms"] for row in group]),
-                }
-            )
-    return found
 
 
 def _models(rows: Sequence[Row]) -> list[dict[str, Any]]:

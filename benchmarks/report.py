@@ -15,7 +15,7 @@ from machine import CHECKOUT
 from peers import is_ours
 from problem import PASSES
 from record import PAPER_RATIO, PAPER_STEPS, PUBLISHED_RATIOS, read, values
-from tables import Table, factor, figure, layer_table, memory_table, model_table, percent
+from tables import Table, figure, layer_table, memory_table, model_table
 
 BEGIN = "<!-- results: `python benchmarks/bench.py report` writes what stands between these two lines -->"
 END = "<!-- end of results -->"
@@ -106,10 +106,8 @@ def measured_section(path: Path, result: dict[str, Any]) -> str:
         f"### {gpu['name']}",
         f"Driver {gpu['driver']}, PyTorch {env['torch']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}, commit "
         f"`{str(env['commit'])[:12]}`; copy {env['ceilings']['bytes_per_second'] / 1e12:.2f} TB/s, measured. All "
-        f"rows: `{path.name}`; {len(summary['failed'])} have an error, {summary['throttled']} ran at throttled clocks.",
+        f"rows: `{path.name}`; {len(summary['failed'])} have an error.",
     ]
-    if summary["speed_ups"]:
-        parts.append(speed_up_table(summary["speed_ups"]).markdown())
     layers = [row for row in [*rows, *summary["totals"]] if row["suite"] == "layers" and row["network"] == "xception"]
     if layers:  # in the first dtype, batch and mode
         layers = [
@@ -131,24 +129,3 @@ def measured_section(path: Path, result: dict[str, Any]) -> str:
     pictures = sorted(path.parent.glob(f"{path.stem}.*.png"))
     links = [f"[{name.suffixes[-2].removeprefix('.')}](benchmarks/results/{name.name})" for name in pictures]
     return "\n\n".join([*parts, *([" ".join(links)] if links else [])])
-
-
-def speed_up_table(lines: Sequence[dict[str, Any]]) -> Table:
-    """Losing layers stay in: the least is named."""
-    return Table(
-        "Against the fastest peer of the same run: geometric mean over the distinct layers",
-        ["network", "pass", "dtype, batch", "layout", "mode", "speed-up", "least", "of the fused floor"],
-        [
-            [
-                line["network"],
-                PASSES[line["pass"]],
-                f"{line['dtype']}, {line['batch']}",
-                line["layout"],
-                line["mode"],
-                factor(line["speed_up"]),
-                f"{factor(line['least'])} ({line['least_case']})",
-                percent(line["floor_fraction"]),
-            ]
-            for line in lines
-        ],
-    )

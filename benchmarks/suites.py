@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,8 +16,8 @@ from networks import IMAGE_SIZE, Network, Run, networks, random_batch
 from peers import Implementation, implementations
 from problem import Inputs, Problem, convolution_flags, prepare
 from record import Row, layer_row, make_row
-from timing import Samples, Timing, sampler, summarize
-from torch import Tensor
+from timing import Timing, sampler, summarize
+from torch import Tensor, nn
 
 import fused_sepconv
 
@@ -146,7 +147,7 @@ def race(
     `problems` and `inputs` are by layout.
     """
     sample = sampler(settings.device, mode, settings.seconds / settings.turns, settings.threads)
-    samples = {who: Samples([]) for who in contestants}
+    samples: dict[Implementation, list[float]] = {who: [] for who in contestants}
     failures: dict[Implementation, str] = {}
     for who in [*contestants] * settings.turns:
         problem = problems[who.layout]
@@ -184,7 +185,7 @@ def time_host(settings: Settings) -> Iterator[Row]:
     layer = Layer(channels, features, size, network="none")
     for found in host.measure(settings.host_seconds, build=settings.suites == ("host",)):
         problem = Problem(layer, 1, found["dtype"], found["layout"], "cpu")
-        result = found["error"] or summarize(Samples(found["seconds"]))
+        result = found["error"] or summarize(found["seconds"])
         about = {"suite": "host", "impl": found["impl"], "mode": "plain", "python_calls": found["python_calls"]}
         yield layer_row(problem, found["pass"], settings.ceilings, result, **about)
 
@@ -192,22 +193,37 @@ def time_host(settings: Settings) -> Iterator[Row]:
 # Whole networks
 
 
-def each_network(settings: Settings, layouts: Sequence[str], peers: Sequence[str]) -> list[tuple[Network, str, int]]:
+def network_steps(
+    run: Callable[..., Iterator[Row]], rows: int, settings: Settings, layouts: Sequence[str], peers: Sequence[str]
+) -> list[Step]:
     return [
-        (network, dtype, batch)
+        Step(f"{network.name} {network.impl}", rows, partial(run, network, dtype, batch, settings))
         for dtype in settings.dtypes
         for batch in settings.batches
         for network in networks(layouts, peers)
     ]
 
 
+def network_row(network: Network, dtype: str, batch: int, direction: str, settings: Settings, **named: Any) -> Row:
+    about = {"network": network.key, "case": network.case, "count": 1, "dtype": dtype, "batch": batch, "mode": "plain"}
+    about |= {"layout": network.layout, "impl": network.impl, "device": settings.device}
+    floors = network.floors(batch, dtype, direction, settings.ceilings)
+    return make_row(direction, floors, settings.ceilings, **about, **named)
+
+
+@contextmanager
+def network_and_batch(network: Network, dtype: str, batch: int, device: str) -> Iterator[tuple[nn.Module, Any]]:
+    """The network on a device with images and labels, under a dtype's settings; leaves no memory behind."""
+    with convolution_flags(dtype):
+        yield network.on(device), random_batch(batch, IMAGE_SIZE, network.layout, device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def model_suite(settings: Settings) -> list[Step]:
     """Every network in every dtype and batch, in inference and in training, where these passes are asked for."""
     rows = len(MODEL_PASSES.keys() & set(settings.passes))
-    return [
-        Step(f"{network.name} {network.impl}", rows, partial(time_network, network, dtype, batch, settings))
-        for network, dtype, batch in each_network(settings, settings.model_layouts, settings.peers)
-    ]
+    return network_steps(time_network, rows, settings, settings.model_layouts, settings.peers)
 
 
 def time_network(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:
@@ -218,23 +234,7 @@ def time_network(network: Network, dtype: str, batch: int, settings: Settings) -
         faults = dict.fromkeys(MODEL_PASSES, describe(failure))
     for direction in (direction for direction in MODEL_PASSES if direction in settings.passes):
         result = faults.get(direction) or timed(network, direction, batch, dtype, settings)
-        yield network_row("model", network, direction, batch, dtype, settings, result)
-
-
-def network_row(
-    suite: str,
-    network: Network,
-    direction: str,
-    batch: int,
-    dtype: str,
-    settings: Settings,
-    result: Timing | str | None,
-    **named: Any,
-) -> Row:
-    about = {"suite": suite, "network": network.key, "case": network.case, "count": 1, "dtype": dtype, "batch": batch}
-    about |= {"layout": network.layout, "impl": network.impl, "device": settings.device, "mode": "plain"}
-    floors = network.floors(batch, dtype, direction, settings.ceilings)
-    return make_row(direction, floors, settings.ceilings, result, **about, **named)
+        yield network_row(network, dtype, batch, direction, settings, suite="model", result=result)
 
 
 def timed(network: Network, direction: str, batch: int, dtype: str, settings: Settings) -> Timing | str:
@@ -242,19 +242,11 @@ def timed(network: Network, direction: str, batch: int, dtype: str, settings: Se
     run = Run(settings.device, dtype, network.backend)
     sample = sampler(settings.device, "plain", settings.seconds / settings.turns, settings.threads)
     try:
-        with convolution_flags(dtype):
-            model = network.on(settings.device)
-            x, target = random_batch(batch, IMAGE_SIZE, network.layout, settings.device)
+        with network_and_batch(network, dtype, batch, settings.device) as (model, (x, target)):
             call = run.inference(model, x) if direction == "fwd" else run.step(model, x, target)
-            taken = sample(call)
-            for _ in range(settings.turns - 1):
-                taken += sample(call)
-            return summarize(taken)
+            return summarize([seconds for _ in range(settings.turns) for seconds in sample(call)])
     except Exception as failure:
         return describe(failure)
-    finally:
-        if settings.device == "cuda":
-            torch.cuda.empty_cache()
 
 
 # Memory
@@ -304,19 +296,14 @@ def saved_bytes(forward: Callable[[], Result], parameters: Collection[Tensor]) -
 
 def memory_suite(settings: Settings) -> list[Step]:
     """A training step of each network, in one layout: memory does not depend on it."""
-    return [
-        Step(f"memory of {network.name}", 1, partial(network_memory, network, dtype, batch, settings))
-        for network, dtype, batch in each_network(settings, settings.layouts[-1:], ())
-    ]
+    return network_steps(network_memory, 1, settings, settings.layouts[-1:], ())
 
 
 def network_memory(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:
     run = Run(settings.device, dtype, network.backend)
     measured, error = {}, None
     try:
-        with convolution_flags(dtype):
-            model = network.on(settings.device)
-            x, target = random_batch(batch, IMAGE_SIZE, network.layout, settings.device)
+        with network_and_batch(network, dtype, batch, settings.device) as (model, (x, target)):
             train = run.step(model, x, target)
 
             def step() -> None:
@@ -329,7 +316,4 @@ def network_memory(network: Network, dtype: str, batch: int, settings: Settings)
             measured["saved_bytes"] = saved_bytes(partial(run.forward, model, x, target), parameters=kept)
     except Exception as failure:
         error, measured = describe(failure), {}
-    finally:
-        if settings.device == "cuda":
-            torch.cuda.empty_cache()
-    yield network_row("memory", network, "both", batch, dtype, settings, error, **measured)
+    yield network_row(network, dtype, batch, "both", settings, suite="memory", result=error, **measured)

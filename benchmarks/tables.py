@@ -65,10 +65,6 @@ def factor(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
 def megabytes(value: int | None) -> str:
     return "-" if value is None else figure(value / 1e6)
 
@@ -108,8 +104,7 @@ def layer_table(rows: Sequence[Row]) -> Table:
         cells = [case, str(some["count"])]
         for key in columns:
             row = of_case.get(key)
-            mark = "!" if row and row["throttled_samples"] else ""
-            cells.append("-" if row is None else "error" if row["error"] else figure(row["median_ms"]) + mark)
+            cells.append("-" if row is None else "error" if row["error"] else figure(row["median_ms"]))
             if is_ours(key[0]):
                 cells.append(factor(speed_up(row, rows) if row else None))
         body.append([*cells, figure(some["unfused_floor_ms"]), figure(some["floor_ms"])])
@@ -118,9 +113,8 @@ def layer_table(rows: Sequence[Row]) -> Table:
         f"{first['network'].capitalize()}, {PASSES[first['pass']]}, ms: {place(first)}; {MODES[first['mode']]}",
         [*header, "floor,\nseparate", "floor,\nfused"],
         body,
-        f"Floors: perfect kernels on {first['floor_device']}, by the ceilings measured before the run"
-        + ("; what fits a CPU's caches can pass them" if first["device"] == "cpu" else "; ! throttled")
-        + f". Planned: {', '.join(plans) or 'nothing'}.",
+        f"Floors: perfect kernels on {first['floor_device']}, by measured ceilings; a CPU's caches can beat them. "
+        f"Planned: {', '.join(plans) or 'nothing'}.",
     )
 
 
@@ -206,7 +200,6 @@ def compare(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py compare", description="What changed between two results.")
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
-    parser.add_argument("--all", action="store_true", help="also rows that differ by no more than their noise")
     given = parser.parse_args(argv)
     screen = console()
     try:
@@ -221,12 +214,7 @@ def compare(argv: Sequence[str]) -> int:
             screen.print(f"{name}: {first} -> {second}", soft_wrap=True)
     old, new = ({values(row, *KEY): row for row in result["rows"]} for result in (before, after))
     common = [key for key in old if key in new]
-    changed = [
-        (old[key], new[key], name)
-        for key in common
-        for name in MEASURED
-        if differs(old[key], new[key], name, given.all)
-    ]
+    changed = [(old[key], new[key], name) for key in common for name in MEASURED if differs(old[key], new[key], name)]
     if changed:
         changes(changed).show(screen)
     for path, here, there in ((given.before, old, new), (given.after, new, old)):
@@ -243,12 +231,12 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
-def differs(old: Row, new: Row, name: str, all_of_them: bool) -> bool:
+def differs(old: Row, new: Row, name: str) -> bool:
     """Whether a measured value changed: a time by more than the interquartile ranges explain."""
     if old[name] is None or new[name] is None:
         return False
     noise = (old["iqr_ms"] + new["iqr_ms"]) / 2 if name == "median_ms" else 0
-    return all_of_them or abs(new[name] - old[name]) > noise
+    return abs(new[name] - old[name]) > noise
 
 
 def changes(changed: Sequence[tuple[Row, Row, str]]) -> Table:
