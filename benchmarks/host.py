@@ -9,15 +9,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from problem import DTYPES, LAYOUTS
-from timing import sample_cpu
 from torch import Tensor, nn
+from torch.utils import benchmark
 
 from fused_sepconv import SeparableConv2d, use_backend
 from fused_sepconv.native import loader
@@ -38,17 +38,27 @@ def measure(seconds: float, build: bool) -> list[dict[str, Any]]:
 
     With `build` the null build is made where it is missing; without, families are left out where it is not there.
     """
+    families: list[dict[str, Any]] = []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
     if build or list((CHECKOUT / "build/cuda_on_cpu/null").glob("_native*.so")):
         command = [sys.executable, "-m", "tests.cuda_on_cpu", "--null"]
         built = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True)
         if built.returncode:
-            raise RuntimeError(f"the null build failed: {built.stderr.strip().splitlines()[-1]}")
-        environment["FUSED_SEPCONV_NATIVE"] = built.stdout.strip().splitlines()[-1]
+            error = f"the null build failed: {built.stderr.strip().splitlines()[-1]}"
+            kind = {"dtype": "bfloat16", "layout": "nhwc"}
+            families = failed(({"impl": f"fused-{family}", **kind} for family in FAMILIES), error)
+        else:
+            environment["FUSED_SEPCONV_NATIVE"] = built.stdout.strip().splitlines()[-1]
     done = subprocess.run([sys.executable, __file__, str(seconds)], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout)
+        about = {"impl": "fused-reference", "dtype": "float32", "layout": "nchw"}
+        return failed([about], done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout) + families
+
+
+def failed(implementations: Iterable[dict[str, str]], error: str) -> list[dict[str, Any]]:
+    entry = {"seconds": [], "python_calls": None, "error": error}
+    return [{**about, "pass": direction, **entry} for about in implementations for direction in PASSES]
 
 
 class Contestant:
@@ -89,8 +99,8 @@ def contestants() -> list[Contestant]:
     def separable() -> nn.Module:
         return SeparableConv2d(channels, features, 3, padding=1, bias=False)
 
-    pair = separable()
-    plain = nn.Sequential(pair.depthwise, pair.pointwise)
+    depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+    plain = nn.Sequential(depthwise, nn.Conv2d(channels, features, 1, bias=False))
     native = loader.load()
     families = FAMILIES if native is not None and native.build_info()["emulated"] else ()
     return [
@@ -138,13 +148,15 @@ def main(seconds: float) -> None:
                     entry["python_calls"] = python_calls(call)
                 if who.family:
                     check_kernels(who.family)
-                running.append((who, call, entry))
+                timer = benchmark.Timer("call()", globals={"call": call}, num_threads=1)
+                with who.settings():
+                    running.append((who, timer, max(int(seconds / TURNS / timer.timeit(5).mean), 1), entry))
             except Exception as failure:  # whatever goes wrong with one must not stop the others
                 entry["error"] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
     for _ in range(TURNS):  # a CPU's speed drifts with what else runs: taking turns shares that
-        for who, call, entry in running:
+        for who, timer, calls, entry in running:
             with who.settings():
-                entry["seconds"] += sample_cpu(call, seconds / TURNS, threads=1)
+                entry["seconds"].append(timer.timeit(calls).mean)
     print(json.dumps(found))
 
 
