@@ -1,142 +1,200 @@
 """What do you gain, and where? Times the fused separable convolution against PyTorch's own.
 
-    python benchmarks/bench.py --quick                  measure: tables, a JSON and a CSV file, pictures
+    python benchmarks/bench.py --quick                  measure: tables, a JSON file, pictures
+    python benchmarks/bench.py --suite host             the host's time of a call, with launches stubbed
     python benchmarks/bench.py compare A.json B.json    what changed between two results
-    python benchmarks/bench.py plan --device A100        what would run there and why, predicted
     python benchmarks/bench.py report                   README's results, made from benchmarks/results/
 
-Every implementation's answer is checked before it is timed. Without a GPU the CPU is measured, and what the plan
-expects of an H200 stands beside, marked as the prediction that it is.
+Every implementation's answer is checked before it is timed. Without a GPU the CPU is measured.
 """
 
+import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import FrameType
 
 import torch
 
 try:
+    import matplotlib  # noqa: F401
+    import rich  # noqa: F401
+
     import fused_sepconv  # noqa: F401
 except ModuleNotFoundError as error:
-    if error.name != "fused_sepconv":
+    if error.name not in ("fused_sepconv", "matplotlib", "rich"):
         raise
-    sys.exit("fused_sepconv is not installed: run `pip install .` at the root of the checkout first")
+    sys.exit(f'{error.name} is not installed: run `pip install ".[bench]"` at the root of the checkout first')
 
-import compare
-import interruption
-import plans
+import plots
 import report
-from environment import environment
-from layers import XCEPTION
-from memory_suite import memory_suite
-from model_suite import model_suite
-from options import Options, parse
-from peers import is_ours
-from predictions import predict_suite
-from problem import convolution_flags
-from record import Row, write
-from settings import Settings
-from suites import Step, layer_suite, overhead_suite
-from summary import Summary, summarize
-from tables import result_tables
-from terminal import PlainTerminal, Terminal, terminal
+from layers import NETWORKS
+from machine import clocks, environment, measure_ceilings, read_ceilings
+from peers import PEERS, is_ours
+from problem import DTYPES, LAYOUTS, PASSES, convolution_flags
+from record import Row, summarize, write
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from suites import Settings, Step, steps_of
+from tables import compare, console, result_tables
+from timing import MODES
 
-OVERHEAD_SECONDS, QUICK_OVERHEAD_SECONDS = 4.0, 1.0
-"""Spent on the samples of each row of the overhead suite: its calls are short and its result is a ratio."""
-
+SUITES = ("layers", "model", "memory", "host")
+SECONDS = {"cpu": 1.0, "cuda": 0.1}
+"""Spent on the samples of each row."""
+QUICK_SECONDS = {"cpu": 0.1, "cuda": 0.03}
+HOST_SECONDS, QUICK_HOST_SECONDS = 3.0, 0.5
+ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 INTERRUPTED = 130
 
+_interrupted = False
 
-def steps_of(options: Options, settings: Settings) -> list[Step]:
-    """What a run does, in its order: an interruption costs what comes last."""
-    suites = {
-        "layers": lambda: layer_suite(settings),
-        "overhead": lambda: overhead_suite(settings, QUICK_OVERHEAD_SECONDS if options.quick else OVERHEAD_SECONDS),
-        "memory": lambda: memory_suite(settings),
-        "model": lambda: model_suite(settings),
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Ends a run as KeyboardInterrupt, so that what was measured until then is kept.
+
+    Python drops an exception that a signal raises inside a callback: so the wish is kept, and asked for at each row.
+    """
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
+    """Ends the process with a message that names the argument where it is wrong or does not fit the machine."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    option = parser.add_argument
+    option("--quick", action="store_true", help="fewer samples and peers: two minutes on two CPU cores")
+    option("--suite", default="all", metavar="S,S", help=f"of {','.join(SUITES)}; default: all of them")
+    option("--device", choices=tuple(MODES), help="default: cuda where there is a GPU")
+    option("--batch", metavar="N,N", help="images; default: 1 on the CPU, 64 on a GPU")
+    option("--dtype", metavar="D,D", help=f"of {','.join(DTYPES)};\ndefault: float32 on the CPU, bfloat16 on a GPU")
+    option("--layout", metavar="L,L", help="nchw, nhwc; default: both on the CPU, nhwc on a GPU")
+    option("--passes", metavar="P,P", help=f"default: {','.join(PASSES)}")
+    option(
+        "--networks",
+        metavar="N,N",
+        help=f"whose layers, of {','.join(NETWORKS)};\ndefault: all on a GPU, else xception",
+    )
+    option("--peers", metavar="P,P", help=f"of {','.join(PEERS)}; default: what the machine has")
+    option(
+        "--ceilings", type=Path, metavar="PATH", help="a JSON file with what the device can do, instead of measuring"
+    )
+    option("--json", type=Path, default=Path("bench.json"), metavar="PATH", help="default: %(default)s")
+    given = parser.parse_args(argv)
+
+    def several(name: str, default: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+        """A list of names."""
+        value = getattr(given, name)
+        names = tuple(dict.fromkeys(ALIASES.get(part, part) for part in value.split(","))) if value else tuple(default)
+        if unknown := [part for part in names if part not in known]:
+            parser.error(f"argument --{name}: expected some of {','.join(known)}, got {unknown[0]!r}")
+        return names
+
+    device = given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        parser.error("argument --device: PyTorch sees no CUDA GPU on this machine")
+    layouts = several("layout", ["nhwc"] if gpu else LAYOUTS, LAYOUTS)
+    dtypes = several("dtype", ["bfloat16" if gpu else "float32"], DTYPES)
+    batches = given.batch.split(",") if given.batch else ["64" if gpu else "1"]
+    if wrong := [batch for batch in batches if not batch.isdecimal() or int(batch) < 1]:
+        parser.error(f"argument --batch: expected whole numbers from 1 on, got {wrong[0]!r}")
+    if not given.json.absolute().parent.is_dir():
+        parser.error(f"argument --json: there is no folder {given.json.parent}")
+    if "tf32" in dtypes and not gpu:
+        parser.error("argument --dtype: tf32 is arithmetic of CUDA GPUs")
+    if gpu and {"tf32", "bfloat16"} & set(dtypes) and torch.cuda.get_device_capability() < (8, 0):
+        parser.error(f"argument --dtype: {torch.cuda.get_device_name()} has neither tf32 nor bfloat16")
+    quick, seconds = given.quick, QUICK_SECONDS if given.quick else SECONDS
+    chosen = {
+        "suites": several("suite", SUITES, SUITES) if given.suite != "all" else SUITES,
+        "device": device,
+        "batches": tuple(map(int, batches)),
+        "dtypes": dtypes,
+        "layouts": layouts,
+        "model_layouts": layouts[-1:] if quick else layouts,
+        "passes": several("passes", PASSES, PASSES),
+        "networks": several("networks", NETWORKS if gpu and not quick else ["xception"], NETWORKS),
+        "peers": several("peers", PEERS if gpu and not quick else ["eager"], PEERS),
+        "modes": MODES[device],
+        "seconds": seconds[device],
+        "host_seconds": QUICK_HOST_SECONDS if quick else HOST_SECONDS,
+        "threads": torch.get_num_threads(),
+        "turns": 1 if gpu else 3,
     }
-    return [step for name, make in suites.items() if name in options.suites for step in make()]
-
-
-def measure(steps: Sequence[Step], screen: Terminal) -> list[Row]:
-    """Runs the steps. An interruption ends it early; what is measured by then is kept."""
-    rows = []
+    if chosen["suites"] == ("model",) and chosen["passes"] == ("bwd",):
+        parser.error("argument --passes: the model suite times inference (fwd) and training steps (both), no bwd alone")
     try:
-        with screen.progress(sum(step.rows for step in steps)) as progress:
+        ceilings = read_ceilings(given.ceilings) if given.ceilings else None
+    except ValueError as error:
+        parser.error(f"argument --ceilings: {error}")
+    return given, Settings(**chosen, ceilings=ceilings or measure_ceilings(device, dtypes, chosen["threads"]))
+
+
+def measure(steps: Sequence[Step], screen: Console) -> tuple[list[Row], bool]:
+    """Runs the steps; the rows, and whether an interruption ended it early."""
+    rows = []
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=screen, transient=True) as progress:
+            task = progress.add_task("", total=sum(step.rows for step in steps))
             for step in steps:
-                progress.start(step.label)
+                progress.update(task, description=f"{step.label:<24}")
                 for row in step.run():
                     rows.append(row)
-                    progress.advance()
-                    interruption.check()
+                    progress.advance(task)
+                    if _interrupted:
+                        raise KeyboardInterrupt
     except KeyboardInterrupt:
-        screen.say("Interrupted: what follows is what was measured until then.")
-    return rows
+        return rows, True
+    return rows, False
 
 
-def show(options: Options, env: dict, rows: Sequence[Row], summary: Summary, screen: Terminal) -> None:
-    """Tables, what failed, and the names of the files."""
-    for table in result_tables(rows, summary):
-        screen.show(table)
-    for row in summary["failed"]:
-        screen.say(f"No figures for {row['impl']}, {row['case']}, {row['layout']}, {row['pass']}: {row['error']}")
-    if summary["throttled"]:
-        screen.say(f"{summary['throttled']} rows (!) have samples that the GPU took with its clocks held back.")
-    try:
-        import plots
-    except ModuleNotFoundError:
-        plots = None
-    for path in plots.draw(options.json, env, rows, summary) if plots else ():
-        screen.say(f"Picture: {path}")
-    if plots is None or isinstance(screen, PlainTerminal):
-        screen.say('`pip install ".[bench]"` adds pictures (matplotlib) and better tables and progress (rich).')
-    screen.say(f"Result: {options.json}, rows as a table: {options.json.with_suffix('.csv')}")
-
-
-def run(argv: Sequence[str] | None) -> int:
+def run(argv: Sequence[str]) -> int:
     """Measures. Returns 0, or 1 where one of our own answers is wrong or missing, or 130 after an interruption."""
-    options = parse(argv)
-    screen = terminal()
-    with convolution_flags(options.dtypes[0]):
-        env = environment(torch.get_num_threads())
-    hardware = env["gpu"]["name"] if options.device == "cuda" else env["cpu"]
-    screen.say(
-        f"fused_sepconv {env['fused_sepconv']}, PyTorch {env['torch']}, {hardware}, {env['threads']} CPU threads"
-    )
+    given, settings = parse(argv)
+    screen = console()
+
+    def say(text: str) -> None:
+        screen.print(text, soft_wrap=True)
+
+    with convolution_flags(settings.dtypes[0]):
+        env = environment(settings.threads) | {"ceilings": settings.ceilings.as_dict()}
+    hardware = env["gpu"]["name"] if settings.device == "cuda" else env["cpu"]
+    say(f"fused_sepconv {env['fused_sepconv']}, PyTorch {env['torch']}, {hardware}, {env['threads']} CPU threads")
     if env["load_average"] > env["cpu_cores"] / 2:
-        screen.say(
-            f"This machine is busy (load {env['load_average']:.1f}, {env['cpu_cores']} cores): expect poor timings."
-        )
-    ceilings = options.measure_ceilings()
-    env["ceilings"] = ceilings.as_dict()
-    screen.say(f"Ceilings, measured: {ceilings}")
-    settings = options.settings(ceilings)
-    steps = steps_of(options, settings)
-    rows = measure(steps, screen)
-
-    if options.device == "cuda":
-        size = (options.batches[0], options.dtypes[0], options.layouts[0])
-        predictions = predict_suite(XCEPTION, options.passes, *size)
-    else:
-        predictions = predict_suite(XCEPTION, options.passes)
-    summary = summarize(rows, predictions)
-    write(options.json, env, rows, summary)
-    show(options, env, rows, summary, screen)
-    if len(rows) < sum(step.rows for step in steps):
-        return INTERRUPTED
-    return int(any(is_ours(row["impl"]) for row in summary["failed"]))
+        say(f"This machine is busy (load {env['load_average']:.1f}, {env['cpu_cores']} cores): expect poor timings.")
+    say(f"Ceilings: {settings.ceilings}")
+    rows, interrupted = measure(steps_of(settings), screen)
+    if interrupted:
+        say("Interrupted: what follows is what was measured until then.")
+    if env["gpu"]:
+        env["gpu"]["clocks_after"] = clocks()
+    summary = summarize(rows)
+    write(given.json, env, rows, summary)
+    for table in result_tables(rows, summary):
+        table.show(screen)
+    for row in summary["failed"]:
+        say(f"No figures for {row['impl']}, {row['case']}, {row['layout']}, {row['pass']}: {row['error']}")
+    for path in plots.draw(given.json, rows, summary):
+        say(f"Picture: {path}")
+    say(f"Result: {given.json}")
+    return INTERRUPTED if interrupted else int(any(is_ours(row["impl"]) for row in summary["failed"]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {"compare": compare.main, "plan": plans.main, "report": report.main}
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
-    return run(argv)
+def main(argv: Sequence[str]) -> int:
+    commands = {"compare": compare, "report": report.main}
+    return commands[argv[0]](argv[1:]) if argv and argv[0] in commands else run(argv)
 
 
 if __name__ == "__main__":
-    interruption.on_signals()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # before the first measurement, or while the files were written
         sys.exit(INTERRUPTED)

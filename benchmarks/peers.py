@@ -2,29 +2,35 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from problem import Geometry, SeparableConv, convolution_flags
+from torch import Tensor
 
 import fused_sepconv
 
 OURS = "fused_sepconv"
 
+PEERS = ("eager", "compile", "max-autotune")
+"""PyTorch's two convolutions, and `torch.compile` of them in two modes."""
 
-def ours(
-    x: torch.Tensor, depthwise_weight: torch.Tensor, pointwise_weight: torch.Tensor, geometry: Geometry
-) -> torch.Tensor:
-    """What a user of the package gets: the plan chooses what runs."""
+_COMPILE_MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Without CUDA graphs: they would copy their inputs, and launches are hidden for all alike (see timing.py)."""
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("fused")
+
+
+def ours(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
+    """What a user of the package gets under "auto"."""
     return fused_sepconv.separable_conv2d(x, depthwise_weight, pointwise_weight, None, *geometry)
 
 
-def eager(
-    x: torch.Tensor, depthwise_weight: torch.Tensor, pointwise_weight: torch.Tensor, geometry: Geometry
-) -> torch.Tensor:
+def eager(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
     """PyTorch's two convolutions, one after the other."""
     return F.conv2d(F.conv2d(x, depthwise_weight, None, *geometry, groups=x.shape[1]), pointwise_weight)
 
@@ -35,31 +41,13 @@ def compiled(mode: str) -> SeparableConv:
     return torch.compile(eager, mode=mode, dynamic=False)
 
 
-def tensorrt(
-    x: torch.Tensor, depthwise_weight: torch.Tensor, pointwise_weight: torch.Tensor, geometry: Geometry
-) -> torch.Tensor:
-    """TensorRT's engine for the two convolutions."""
-    if torch.is_grad_enabled():
-        raise NotImplementedError("TensorRT has no backward")
-    return tensorrt_engines()(x, depthwise_weight, pointwise_weight, geometry)
-
-
-@cache
-def tensorrt_engines() -> SeparableConv:
-    import torch_tensorrt  # noqa: F401  registers the compiler's backend
-
-    return torch.compile(eager, backend="tensorrt", dynamic=False)
-
-
 @dataclass(frozen=True)
 class Implementation:
     name: str
     function: SeparableConv
     layout: str
-    """The memory layout that it is given."""
-    depthwise_kernel: str = field(default="auto", kw_only=True)
-    """See `convolution_flags`."""
-    is_compiled: bool = field(default=False, kw_only=True)
+    """Memory layout of its x."""
+    is_compiled: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -68,7 +56,7 @@ class Implementation:
     @contextmanager
     def settings(self, dtype: str) -> Iterator[None]:
         """PyTorch's settings under which it is prepared and runs."""
-        with convolution_flags(dtype, self.depthwise_kernel):
+        with convolution_flags(dtype):
             if not self.is_compiled:
                 yield
                 return
@@ -81,49 +69,15 @@ class Implementation:
                 yield
 
 
-def is_ours(name: str) -> bool:
-    return name.startswith("fused")
-
-
-PEERS = ("eager", "forced", "compile", "max-autotune", "tensorrt")
-"""Kinds of peers: PyTorch's two convolutions; the same with the depthwise kernel forced; `torch.compile` in two modes;
-TensorRT."""
-
-_COMPILE_MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Graphs of its own would be measured as launches here, and can't be captured into ours: launch-free rows are those
-that are replayed (see timing.py), whoever made them."""
-
-
-def default_peers(device: str, quick: bool) -> tuple[str, ...]:
-    """On the CPU ours is PyTorch's own two convolutions: compilers would take minutes to show nothing of ours."""
-    if device == "cpu":
-        return ("eager",)
-    quickly_ready = ("eager", "forced") if hasattr(torch.backends.cudnn, "depthwise_kernel") else ("eager",)
-    if quick:
-        return quickly_ready
-    return (*quickly_ready, "compile", "max-autotune", *(["tensorrt"] if find_spec("torch_tensorrt") else []))
-
-
 def implementations(device: str, layouts: Sequence[str], peers: Sequence[str] = ("eager",)) -> list[Implementation]:
-    """What runs on a device when `layouts` are asked for, peers first.
+    """Everything that runs on a device when `layouts` are asked for, peers first.
 
     On a GPU eager PyTorch takes another kernel in each layout (its own depthwise kernel in NCHW, cuDNN's in NHWC), and
-    either may be the faster: both are peers of ours, whatever layout ours is given. A depthwise kernel is forced in
-    NCHW alone: in NHWC PyTorch takes cuDNN's whatever the setting says.
+    either may be the faster: both are peers of ours, whatever layout ours is given.
     """
-    found = []
     eager_layouts = ("nchw", "nhwc") if device == "cuda" else layouts
-    if "eager" in peers:
-        found += [Implementation(f"eager-{layout}", eager, layout) for layout in eager_layouts]
-    if "forced" in peers:
-        found += [
-            Implementation(f"{kernel}-nchw", eager, "nchw", depthwise_kernel=kernel) for kernel in ("cudnn", "native")
-        ]
-    for kind, mode in _COMPILE_MODES.items():
-        if kind in peers:
-            found += [
-                Implementation(f"{kind}-{layout}", compiled(mode), layout, is_compiled=True) for layout in layouts
-            ]
-    if "tensorrt" in peers:
-        found += [Implementation(f"tensorrt-{layout}", tensorrt, layout, is_compiled=True) for layout in layouts]
+    found = [Implementation(f"eager-{layout}", eager, layout) for layout in eager_layouts if "eager" in peers]
+    for kind in (kind for kind in _COMPILE_MODES if kind in peers):
+        function = compiled(_COMPILE_MODES[kind])
+        found += [Implementation(f"{kind}-{layout}", function, layout, is_compiled=True) for layout in layouts]
     return [*found, *(Implementation(OURS, ours, layout) for layout in layouts)]

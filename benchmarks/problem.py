@@ -1,31 +1,23 @@
 """One problem to solve and to time: a layer at a batch size, in a dtype and a layout, on a device."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from layers import Layer
 
-DTYPES = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """The tensors' dtype by the name of the arithmetic. "float32" is strict, "tf32" lets the tensor cores round."""
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-"""What they are called where people read it."""
-
 PASSES = {"fwd": "forward", "bwd": "backward", "both": "forward and backward"}
 
 GRADIENTS = ("x", "depthwise_weight", "pointwise_weight")
-"""What a backward pass computes the gradients of."""
+"""The tensors whose gradients a backward computes."""
 
 
 class Inputs(NamedTuple):
@@ -57,7 +49,7 @@ class Problem:
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """Of the tensors of `Inputs`, in their order."""
+        """Shapes of the tensors of `Inputs`, in their order."""
         layer = self.layer
         return (
             (self.batch, layer.in_channels, layer.size, layer.size),
@@ -72,7 +64,7 @@ class Problem:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of the four tensors of `Inputs`."""
+        """Bytes of the four tensors of `Inputs`."""
         return sum(math.prod(shape) for shape in self.shapes) * DTYPES[self.dtype].itemsize
 
     def inputs(self, seed: int) -> Inputs:
@@ -118,17 +110,6 @@ def prepare(function: SeparableConv, direction: str, inputs: Inputs, geometry: G
     return lambda: torch.autograd.grad(function(*leaves, geometry), leaves, inputs.grad_output)
 
 
-@contextmanager
-def convolution_flags(dtype: str, depthwise_kernel: str = "auto") -> Iterator[None]:
-    """PyTorch's convolution settings while a dtype is measured: TF32 as the dtype says, cuDNN free to search.
-
-    `depthwise_kernel`: "auto" leaves the choice of a depthwise kernel to PyTorch, "cudnn" and "native" force one.
-    ValueError where this PyTorch has no such setting.
-    """
-    forced = {}
-    if depthwise_kernel != "auto":
-        if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
-            raise ValueError(f"PyTorch {torch.__version__} can't force a depthwise kernel; 2.12 and newer can")
-        forced = {"depthwise_kernel": depthwise_kernel}
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=dtype == "tf32", **forced):
-        yield
+def convolution_flags(dtype: str) -> AbstractContextManager[None]:
+    """PyTorch's convolution settings while a dtype is measured: TF32 as the dtype says, cuDNN free to search."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=dtype == "tf32")

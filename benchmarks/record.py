@@ -1,156 +1,104 @@
-"""The result file: what a row says, and how rows are written and read.
+"""The result file: what a row says, what the rows say together, and how they are written and read.
 
-Top level, in JSON: `schema` (`SCHEMA`; grows when a reader has to change), `env` (see environment.py), `rows` (see
-`Row`) and `summary` (see summary.py). result.schema.json says the same as a JSON schema.
+Top level, in JSON: `schema` (grows when a reader has to change), `env` (see machine.py), `rows` (see `Row`) and
+`summary` (see `summarize`). pandas reads the rows: `pandas.DataFrame(json.load(open("bench.json"))["rows"])`.
 """
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from floors import Ceilings, Floor, floor
 from peers import is_ours
 from problem import Problem
-from roofline import Ceilings, Floor, floor
 from timing import Timing
 
-SCHEMA = 2
-SCHEMA_FILE = Path(__file__).parent / "result.schema.json"
+SCHEMA = 3
 
 Row = TypedDict(
     "Row",
     {
-        "suite": str,  # "layers", "model", "memory" or "overhead"
+        "suite": str,  # "layers", "model", "memory" or "host"
         "network": str,  # of the layer, or the model itself: "xception", "mobilenet" …
         "case": str,  # "728->728@19": channels in and out, image size; or a whole network: "Xception@299"
         "count": int,  # how often the network has this layer
-        "dtype": str,
-        "layout": str,
+        "dtype": str,  # of the arithmetic; 16-bit dtypes of whole networks are automatic mixed precision
+        "layout": str,  # "nchw" or "nhwc"
         "batch": int,
-        "pass": str,  # "fwd", "bwd" or "both"; of a model "fwd" is inference and "both" a training step
-        "impl": str,
+        "pass": str,  # "fwd", "bwd", "both"; host: "grad" too; of a model "fwd" is inference, "both" a training step
+        "impl": str,  # "fused…" is ours, the others are peers
         "device": str,  # "cpu" or "cuda"
         "mode": str,  # how it was sampled: see timing.py
-        "plan": str | None,  # ours: what the plan chose to run
-        "median_ms": float | None,
-        "iqr_ms": float | None,
+        "plan": str | None,  # ours: what the plan chose to run; "reference" is PyTorch's two convolutions
+        "median_ms": float | None,  # None where there is an error, and in the memory suite
+        "iqr_ms": float | None,  # interquartile range
         "samples": int,
-        "throttled_samples": int,  # taken while the GPU held its clocks back
-        "sm_mhz": list[int] | None,  # before and after the samples
-        "memory_mhz": list[int] | None,
-        "power_w": list[float] | None,
-        "temperature_c": list[int] | None,
         "images_per_second": float | None,
         "bytes": int,  # that the fused problem moves at least, whatever the implementation
-        "flops": int,
-        "floor_ms": float,  # of the fused problem on `floor_device`
+        "flops": int,  # two a multiply-add
+        "floor_ms": float,  # of the fused problem on `floor_device`; of a network's separable convolutions alone
         "unfused_floor_ms": float,  # of perfect separate kernels there
-        "floor_device": str,  # the device that was measured, by ceilings that were measured before the run
+        "floor_device": str,  # the device that was measured, by the ceilings in env
         "bandwidth_fraction": float | None,  # `bytes` a second, by what a copy reaches
         "matrix_fraction": float | None,  # the products' flops a second, by what a library's product reaches
         "predicted_ms": float | None,  # ours: what the plan expects on `predicted_device`; not measured
         "predicted_device": str | None,
         "peak_bytes": int | None,  # memory suite: most memory that a pass holds beyond what was there before it
         "saved_bytes": int | None,  # memory suite: kept from the forward for the backward, parameters not counted
-        "error": str | None,  # why there is no time
+        "python_calls": int | None,  # host suite: Python functions that one warm call enters
+        "error": str | None,  # why there are no figures
     },
 )
 
+PAPER_STEPS = {"Xception": 28.0, "Inception V3": 31.0}
+"""Training steps a second in the paper (Chollet 2017, table 3), on 60 K80 GPUs."""
+PAPER_RATIO = PAPER_STEPS["Xception"] / PAPER_STEPS["Inception V3"]
+PUBLISHED_RATIOS = (0.48, 0.64)
+"""Throughput of timm's Xception by that of its Inception V3, in timm's published benchmark results."""
 
-def layer_row(
-    suite: str,
-    problem: Problem,
-    direction: str,
-    impl: str,
-    mode: str,
-    ceilings: Ceilings,
-    result: Timing | str | None = None,
-    **fields: Any,
-) -> Row:
+
+def layer_row(problem: Problem, direction: str, ceilings: Ceilings, result: Timing | str | None, **named: Any) -> Row:
     """What came of one implementation in one pass of one problem.
 
-    `result` is a timing, or why there is none; None where time is not the question. `fields` are more of the row's.
+    `result` is a timing, or why there is none; None where time is not the question. `named` are more of the row's.
     """
     layer = problem.layer
-    fused, unfused = (
-        floor(layer, problem.batch, problem.dtype, direction, fused=fused, ceilings=ceilings) for fused in (True, False)
-    )
-    return _row(
-        suite=suite,
-        network=layer.network,
-        case=layer.name,
-        count=layer.count,
-        dtype=problem.dtype,
-        layout=problem.layout,
-        batch=problem.batch,
-        direction=direction,
-        impl=impl,
-        device=problem.device,
-        mode=mode,
-        floors=(fused, unfused),
-        ceilings=ceilings,
-        result=result,
-        **fields,
-    )
+    counted = "fwd" if direction == "grad" else direction
+    floors = [
+        floor(layer, problem.batch, problem.dtype, counted, fused=fused, ceilings=ceilings) for fused in (True, False)
+    ]
+    about = {"network": layer.network, "case": layer.name, "count": layer.count, "batch": problem.batch}
+    about |= {"dtype": problem.dtype, "layout": problem.layout, "device": problem.device}
+    return make_row(direction, floors, ceilings, result, **about, **named)
 
 
-def model_row(
-    *, floors: tuple[Floor, Floor], ceilings: Ceilings, result: Timing | str | None = None, **fields: Any
+def make_row(
+    direction: str, floors: Sequence[Floor], ceilings: Ceilings, result: Timing | str | None, **named: Any
 ) -> Row:
-    """What came of one implementation of a whole network; `floors` are those of fused and of separate kernels."""
-    return _row(count=1, floors=floors, ceilings=ceilings, result=result, **fields)
-
-
-def _row(
-    *,
-    direction: str,
-    floors: tuple[Floor, Floor],
-    ceilings: Ceilings,
-    result: Timing | str | None,
-    plan: str | None = None,
-    prediction: tuple[float, str] | None = None,
-    peak_bytes: int | None = None,
-    saved_bytes: int | None = None,
-    **named: Any,
-) -> Row:
-    timing, error = (None, result) if isinstance(result, str) else (result, None)
+    """A row of a layer or of a whole network; `floors` are those of fused and of separate kernels."""
+    timing = result if isinstance(result, Timing) else None
     fused, unfused = floors
     seconds = timing.median_ms / 1e3 if timing else None
-    states = (timing.before, timing.after) if timing and timing.before and timing.after else None
-
-    def around(name: str) -> list[Any] | None:
-        return [getattr(state, name) for state in states] if states else None
-
-    return {
-        **{key: named[key] for key in ("suite", "network", "case", "count", "dtype", "layout", "batch")},
+    row = dict.fromkeys(Row.__annotations__) | {
         "pass": direction,
-        "impl": named["impl"],
-        "device": named["device"],
-        "mode": named["mode"],
-        "plan": plan,
-        "median_ms": timing.median_ms if timing else None,
-        "iqr_ms": timing.iqr_ms if timing else None,
         "samples": timing.samples if timing else 0,
-        "throttled_samples": timing.throttled if timing else 0,
-        "sm_mhz": around("sm_mhz"),
-        "memory_mhz": around("memory_mhz"),
-        "power_w": around("power_w"),
-        "temperature_c": around("temperature_c"),
-        "images_per_second": named["batch"] / seconds if seconds else None,
         "bytes": fused.bytes,
         "flops": fused.flops,
         "floor_ms": fused.milliseconds,
         "unfused_floor_ms": unfused.milliseconds,
         "floor_device": ceilings.device,
-        "bandwidth_fraction": fused.bytes / seconds / ceilings.bytes_per_second if seconds else None,
-        "matrix_fraction": fused.matrix_flops / seconds / ceilings.matrix(named["dtype"]) if seconds else None,
-        "predicted_ms": prediction[0] if prediction else None,
-        "predicted_device": prediction[1] if prediction else None,
-        "peak_bytes": peak_bytes,
-        "saved_bytes": saved_bytes,
-        "error": error,
+        "error": result if isinstance(result, str) else None,
     }
+    if seconds:
+        row |= {
+            "median_ms": timing.median_ms,
+            "iqr_ms": timing.iqr_ms,
+            "images_per_second": named["batch"] / seconds,
+            "bandwidth_fraction": fused.bytes / seconds / ceilings.bytes_per_second,
+            "matrix_fraction": fused.matrix_flops / seconds / ceilings.matrix(named["dtype"]),
+        }
+    return row | named
 
 
 Column = tuple[str, str, str]
@@ -161,9 +109,8 @@ def column(row: Row) -> Column:
     return row["impl"], row["layout"], row["mode"]
 
 
-def same_problem(row: Row) -> tuple[Any, ...]:
-    """Equal for rows whose implementations solve the same problem."""
-    return tuple(row[key] for key in ("suite", "network", "case", "pass", "dtype", "batch", "device", "mode"))
+def values(row: Row, *names: str) -> tuple[Any, ...]:
+    return tuple(row[name] for name in names)
 
 
 def peers_of(own: Row, rows: Sequence[Row]) -> list[Row]:
@@ -172,14 +119,10 @@ def peers_of(own: Row, rows: Sequence[Row]) -> list[Row]:
     On a GPU every peer counts, whatever its layout: a network may choose. On the CPU ours is PyTorch's own two
     convolutions, so only the peer in the same layout tells what our call adds to them.
     """
-    return [
-        row
-        for row in rows
-        if not is_ours(row["impl"])
-        and row["median_ms"]
-        and same_problem(row) == same_problem(own)
-        and (own["device"] != "cpu" or row["layout"] == own["layout"])
-    ]
+    same = ("suite", "network", "case", "pass", "dtype", "batch", "device", "mode")
+    same = (*same, "layout") if own["device"] == "cpu" else same
+    alike = [row for row in rows if values(row, *same) == values(own, *same)]
+    return [row for row in alike if row["median_ms"] and not is_ours(row["impl"])]
 
 
 def speed_up(own: Row, rows: Sequence[Row]) -> float | None:
@@ -188,19 +131,60 @@ def speed_up(own: Row, rows: Sequence[Row]) -> float | None:
     return min(row["median_ms"] for row in peers) / own["median_ms"] if peers and own["median_ms"] else None
 
 
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the rows say together.
+
+    - totals: for each network, pass and column the sum over its layers, each as often as the network has it;
+    - models: for each whole network its steps a second, and the ratio to the fastest Inception V3 of the run;
+    - failed: the rows with an error.
+    """
+    return {
+        "totals": _totals(rows),
+        "models": _models(rows),
+        "failed": [row for row in rows if row["error"]],
+    }
+
+
+_SETTING = ("network", "dtype", "batch", "pass", "device")
+
+
+def _totals(rows: Sequence[Row]) -> list[Row]:
+    rows, sums = [row for row in rows if row["suite"] == "layers"], []
+    for key in dict.fromkeys((values(row, *_SETTING), column(row)) for row in rows):
+        group = [row for row in rows if (values(row, *_SETTING), column(row)) == key]
+        cases = {row["case"] for row in rows if values(row, *_SETTING) == key[0]}
+        missing = len(cases) - sum(row["error"] is None for row in group)
+        count = sum(row["count"] for row in group)
+        kept = {name: group[0][name] for name in ("suite", *_SETTING, "impl", "layout", "mode", "floor_device")}
+        added = ("bytes", "flops", "floor_ms", "unfused_floor_ms", "predicted_ms", "median_ms")
+        total = dict.fromkeys(Row.__annotations__) | kept | {"case": f"all {count}", "count": count, "samples": 0}
+        for name in added:
+            if all(row[name] is not None for row in group) and not (missing and name == "median_ms"):
+                total[name] = sum(row["count"] * row[name] for row in group)
+        sums.append(total | {"error": f"{missing} layers have no time" if missing else None})
+    return sums
+
+
+def _models(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    rows = [row for row in rows if row["suite"] == "model" and row["median_ms"]]
+    found = []
+    for row in rows:
+        alike = [other for other in rows if values(other, *_SETTING[1:]) == values(row, *_SETTING[1:])]
+        inception = [other["median_ms"] for other in alike if other["network"] == "inception_v3"]
+        found.append(
+            {key: row[key] for key in ("network", "case", "impl", "layout", "dtype", "batch", "pass")}
+            | {
+                "images_per_second": row["images_per_second"],
+                "steps_per_second": 1e3 / row["median_ms"],
+                "by_inception_v3": min(inception) / row["median_ms"] if inception else None,
+            }
+        )
+    return found
+
+
 def write(path: Path, env: dict[str, Any], rows: Sequence[Row], summary: dict[str, Any]) -> None:
-    """The JSON file, and the rows as CSV beside it."""
     result = {"schema": SCHEMA, "env": env, "rows": list(rows), "summary": summary}
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(Row.__annotations__))
-        table.writeheader()
-        for row in rows:
-            table.writerow({key: _cell(value) for key, value in row.items()})
-
-
-def _cell(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def read(path: Path) -> dict[str, Any]:

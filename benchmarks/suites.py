@@ -1,32 +1,81 @@
-"""The suites of layers. A suite is a list of steps, and a step gives result rows as it makes them."""
+"""What a run measures. A suite is a list of steps, and a step gives result rows as it makes them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from math import ceil
+from typing import Any, TypeVar
 
+import host
 import torch
-from check import RESULTS, Check
-from layers import QUICK_TO_COMPUTE, Layer
+from check import RESULTS, Check, network_faults
+from floors import Ceilings
+from layers import NETWORKS, Layer
+from networks import IMAGE_SIZE, Network, Run, networks, random_batch
 from peers import Implementation, implementations
-from predictions import DEVICE, choose, predict
 from problem import Inputs, Problem, convolution_flags, prepare
-from record import Row, layer_row
-from settings import Settings
-from summary import TARGETS
-from timing import Samples, Timing, sampler, summarize
+from record import Row, layer_row, make_row
+from timing import Timing, sampler, summarize
+from torch import Tensor, nn
 
-L2_BYTES = 2**26
-"""Of the largest L2 caches at hand: an H200 has 50 MB."""
-MOST_INPUT_SETS = 8
+import fused_sepconv
+
+Result = TypeVar("Result")
+
+MODEL_PASSES = {"fwd": "inference", "both": "training step"}
+"""A backward alone is neither."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: what the command line and the machine decide."""
+
+    suites: tuple[str, ...]
+    device: str
+    """"cpu" or "cuda"."""
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    layouts: tuple[str, ...]
+    model_layouts: tuple[str, ...]
+    """Layouts of whole networks."""
+    passes: tuple[str, ...]
+    networks: tuple[str, ...]
+    """Whose layers are timed."""
+    peers: tuple[str, ...]
+    """Kinds of peers, see peers.py."""
+    modes: tuple[str, ...]
+    """In which layers are sampled, see timing.py."""
+    seconds: float
+    """To spend on the samples of each row."""
+    host_seconds: float
+    threads: int
+    """That PyTorch uses on the CPU."""
+    turns: int
+    """In how many parts the samples are taken. A CPU's speed drifts with what else runs: taking turns shares that."""
+    ceilings: Ceilings
 
 
 @dataclass(frozen=True)
 class Step:
     label: str
     rows: int
-    """How many rows it gives."""
+    """How many rows it gives, about."""
     run: Callable[[], Iterator[Row]]
+
+
+def describe(failure: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+
+
+def steps_of(settings: Settings) -> list[Step]:
+    """What a run does, in its order: an interruption costs what comes last."""
+    suites = {"layers": layer_suite, "host": host_suite, "memory": memory_suite, "model": model_suite}
+    return [step for name, make in suites.items() if name in settings.suites for step in make(settings)]
+
+
+# Layers
 
 
 def layer_suite(settings: Settings) -> list[Step]:
@@ -34,77 +83,34 @@ def layer_suite(settings: Settings) -> list[Step]:
     contestants = implementations(settings.device, settings.layouts, settings.peers)
     rows = len(settings.passes) * len(contestants) * len(settings.modes)
     return [
-        Step(layer.name, rows, partial(contest, "layers", layer, dtype, batch, contestants, settings))
+        Step(layer.name, rows, partial(contest, layer, dtype, batch, contestants, settings))
         for dtype in settings.dtypes
         for batch in settings.batches
-        for layer in settings.layers
+        for network in settings.networks
+        for layer in NETWORKS[network]
     ]
 
 
-def overhead_suite(settings: Settings, seconds: float) -> list[Step]:
-    """The host's time for one call: a layer with next to nothing to compute, on one thread of the CPU."""
-    settings = replace(
-        settings,
-        device="cpu",
-        layouts=("nchw",),
-        passes=tuple(TARGETS),
-        modes=("plain",),
-        seconds=seconds,
-        threads=1,
-        turns=20,
-    )
-    contestants = implementations("cpu", settings.layouts)
-    run = partial(contest, "overhead", QUICK_TO_COMPUTE, "float32", 1, contestants, settings)
-    return [Step("overhead of a call", len(settings.passes) * len(contestants), run)]
-
-
 def contest(
-    suite: str, layer: Layer, dtype: str, batch: int, contestants: Sequence[Implementation], settings: Settings
+    layer: Layer, dtype: str, batch: int, contestants: Sequence[Implementation], settings: Settings
 ) -> Iterator[Row]:
     """Checks every implementation's answer for a layer, then times those that are right, pass by pass."""
-    problems = {
-        contestant.layout: Problem(layer, batch, dtype, contestant.layout, settings.device)
-        for contestant in contestants
-    }
-    if any(contestant.is_compiled for contestant in contestants):
+    problems = {who.layout: Problem(layer, batch, dtype, who.layout, settings.device) for who in contestants}
+    if any(who.is_compiled for who in contestants):
         torch.compiler.reset()  # of the last layer nothing is used again
     refused = refusals(problems[contestants[0].layout], contestants, settings.passes)
-    inputs = {
-        layout: [problem.inputs(seed) for seed in range(input_sets(problem))] for layout, problem in problems.items()
-    }
+    inputs = {layout: problem.inputs(seed=0) for layout, problem in problems.items()}
     for direction in settings.passes:
-        errors = {who: refused[who, direction] for who in contestants if (who, direction) in refused}
-        right = [who for who in contestants if who not in errors]
+        right = [who for who in contestants if (who, direction) not in refused]
         for mode in settings.modes:
             timings = race(direction, mode, right, problems, inputs, settings)
-            for contestant in contestants:
-                problem = problems[contestant.layout]
-                yield layer_row(
-                    suite,
-                    problem,
-                    direction,
-                    contestant.name,
-                    mode,
-                    settings.ceilings,
-                    errors.get(contestant) or timings[contestant],
-                    **(planned(problem, inputs[contestant.layout][0], direction) if contestant.is_ours else {}),
-                )
-
-
-def planned(problem: Problem, inputs: Inputs, direction: str) -> dict[str, object]:
-    """What the plan chose for a row of ours, and the time that it expects: of this GPU, or, on the CPU, of an H200."""
-    with convolution_flags(problem.dtype):
-        here = choose(inputs, problem.geometry, direction)
-    if problem.device == "cuda":
-        return {"plan": here.plan, "prediction": (here.milliseconds, torch.cuda.get_device_name())}
-    return {"plan": here.plan, "prediction": (predict(problem, direction).milliseconds, DEVICE)}
-
-
-def input_sets(problem: Problem) -> int:
-    """On how many different inputs successive calls work: so many that a replayed graph doesn't find them in L2."""
-    if problem.device == "cpu":
-        return 1
-    return min(max(ceil(2 * L2_BYTES / problem.tensor_bytes), 2), MOST_INPUT_SETS)
+            for who in contestants:
+                problem = problems[who.layout]
+                result = refused.get((who, direction)) or timings[who]
+                about = {"suite": "layers", "impl": who.name, "mode": mode}
+                if who.is_ours:
+                    about |= planned(problem, inputs[who.layout], direction)
+                yield layer_row(problem, direction, settings.ceilings, result, **about)
 
 
 def refusals(
@@ -114,18 +120,17 @@ def refusals(
     errors = {}
     with convolution_flags(problem.dtype):
         check = Check(problem, passes)
-    for contestant in contestants:
+    for who in contestants:
         faults: dict[str, str] = {}
         for results in (RESULTS["fwd"], RESULTS["bwd"]):  # each for itself: what has no backward may have a forward
             try:
-                with contestant.settings(problem.dtype):
-                    faults |= check.faults(contestant.function, contestant.layout, results)
+                with who.settings(problem.dtype):
+                    faults |= check.faults(who.function, who.layout, results)
             except Exception as failure:  # whatever goes wrong with one must not stop the others
                 faults |= dict.fromkeys(results, describe(failure))
         for direction in passes:
-            wrong = dict.fromkeys(faults[name] for name in RESULTS[direction] if name in faults)
-            if wrong:
-                errors[contestant, direction] = "; ".join(wrong)
+            if wrong := dict.fromkeys(faults[name] for name in RESULTS[direction] if name in faults):
+                errors[who, direction] = "; ".join(wrong)
     return errors
 
 
@@ -134,30 +139,181 @@ def race(
     mode: str,
     contestants: Sequence[Implementation],
     problems: dict[str, Problem],
-    inputs: dict[str, list[Inputs]],
+    inputs: dict[str, Inputs],
     settings: Settings,
 ) -> dict[Implementation, Timing | str]:
     """Times a pass of implementations that take turns: the result of each, or what went wrong with it.
 
-    `problems` and `inputs`, the input sets, are by layout.
+    `problems` and `inputs` are by layout.
     """
     sample = sampler(settings.device, mode, settings.seconds / settings.turns, settings.threads)
-    samples = {contestant: Samples([]) for contestant in contestants}
+    samples: dict[Implementation, list[float]] = {who: [] for who in contestants}
     failures: dict[Implementation, str] = {}
-    for contestant in [*contestants] * settings.turns:
-        problem = problems[contestant.layout]
-
-        def calls(who: Implementation = contestant, problem: Problem = problem) -> list[Callable[[], object]]:
-            return [prepare(who.function, direction, tensors, problem.geometry) for tensors in inputs[who.layout]]
-
+    for who in [*contestants] * settings.turns:
+        problem = problems[who.layout]
         try:
-            with contestant.settings(problem.dtype):
-                samples[contestant] += sample(calls)
+            with who.settings(problem.dtype):
+                samples[who] += sample(prepare(who.function, direction, inputs[who.layout], problem.geometry))
         except Exception as failure:  # as above
-            failures[contestant] = describe(failure)
+            failures[who] = describe(failure)
     return {who: failures[who] if who in failures else summarize(samples[who]) for who in contestants}
 
 
-def describe(failure: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+def planned(problem: Problem, inputs: Inputs, direction: str) -> dict[str, Any]:
+    """The kernels that the plan chose, and, on a GPU, the time that it expects of them."""
+    with convolution_flags(problem.dtype):
+        plan = fused_sepconv.explain(*inputs[:3], None, *problem.geometry)
+    halves = {"fwd": [plan.forward], "bwd": [plan.backward], "both": [plan.forward, plan.backward]}[direction]
+    found: dict[str, Any] = {"plan": " + ".join(dict.fromkeys(half.chosen.name for half in halves))}
+    if problem.device == "cuda":
+        found["predicted_ms"] = sum(half.chosen.predicted_seconds for half in halves) * 1e3
+        found["predicted_device"] = torch.cuda.get_device_name()
+    return found
+
+
+# The host's time
+
+
+def host_suite(settings: Settings) -> list[Step]:
+    """See host.py. The null build is made where this suite alone is asked for: it takes minutes."""
+    rows = (2 + len(host.FAMILIES)) * len(host.PASSES)
+    return [Step("the host's time", rows, partial(time_host, settings))]
+
+
+def time_host(settings: Settings) -> Iterator[Row]:
+    channels, features, size = host.SHAPE
+    layer = Layer(channels, features, size, network="none")
+    for found in host.measure(settings.host_seconds, build=settings.suites == ("host",)):
+        problem = Problem(layer, 1, found["dtype"], found["layout"], "cpu")
+        result = found["error"] or summarize(found["seconds"])
+        about = {"suite": "host", "impl": found["impl"], "mode": "plain", "python_calls": found["python_calls"]}
+        yield layer_row(problem, found["pass"], settings.ceilings, result, **about)
+
+
+# Whole networks
+
+
+def network_steps(
+    run: Callable[..., Iterator[Row]], rows: int, settings: Settings, layouts: Sequence[str], peers: Sequence[str]
+) -> list[Step]:
+    return [
+        Step(f"{network.name} {network.impl}", rows, partial(run, network, dtype, batch, settings))
+        for dtype in settings.dtypes
+        for batch in settings.batches
+        for network in networks(layouts, peers)
+    ]
+
+
+def network_row(network: Network, dtype: str, batch: int, direction: str, settings: Settings, **named: Any) -> Row:
+    about = {"network": network.key, "case": network.case, "count": 1, "dtype": dtype, "batch": batch, "mode": "plain"}
+    about |= {"layout": network.layout, "impl": network.impl, "device": settings.device}
+    floors = network.floors(batch, dtype, direction, settings.ceilings)
+    return make_row(direction, floors, settings.ceilings, **about, **named)
+
+
+@contextmanager
+def network_and_batch(network: Network, dtype: str, batch: int, device: str) -> Iterator[tuple[nn.Module, Any]]:
+    """The network on a device with images and labels, under a dtype's settings; leaves no memory behind."""
+    with convolution_flags(dtype):
+        yield network.on(device), random_batch(batch, IMAGE_SIZE, network.layout, device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def model_suite(settings: Settings) -> list[Step]:
+    """Every network in every dtype and batch, in inference and in training, where these passes are asked for."""
+    rows = len(MODEL_PASSES.keys() & set(settings.passes))
+    return network_steps(time_network, rows, settings, settings.model_layouts, settings.peers)
+
+
+def time_network(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:
+    """Checks a network where it is ours, then times it."""
+    try:
+        faults = network_faults(network, dtype, settings.device) if network.is_ours else {}
+    except Exception as failure:  # as above
+        faults = dict.fromkeys(MODEL_PASSES, describe(failure))
+    for direction in (direction for direction in MODEL_PASSES if direction in settings.passes):
+        result = faults.get(direction) or timed(network, direction, batch, dtype, settings)
+        yield network_row(network, dtype, batch, direction, settings, suite="model", result=result)
+
+
+def timed(network: Network, direction: str, batch: int, dtype: str, settings: Settings) -> Timing | str:
+    """The timing of a network, or what went wrong."""
+    run = Run(settings.device, dtype, network.backend)
+    sample = sampler(settings.device, "plain", settings.seconds / settings.turns, settings.threads)
+    try:
+        with network_and_batch(network, dtype, batch, settings.device) as (model, (x, target)):
+            call = run.inference(model, x) if direction == "fwd" else run.step(model, x, target)
+            return summarize([seconds for _ in range(settings.turns) for seconds in sample(call)])
+    except Exception as failure:
+        return describe(failure)
+
+
+# Memory
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """The most bytes that PyTorch's allocator hands out during a call, beyond those that it held before."""
+    call()  # what stays after a first call (workspaces, an optimizer's state) is not counted
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines into every progress bar
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    held = peak = 0
+    changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(forward: Callable[[], Result], parameters: Collection[Tensor]) -> int:
+    """What a forward keeps for its backward: the bytes of the distinct storages that autograd saves.
+
+    Parameters are there anyway and are not counted. A layer's input is: it stays because the layer needs it.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()  # alive until the sum is taken, so that no storage's address is used twice
+    total = sum(saved.values())
+    del kept
+    return total
+
+
+def memory_suite(settings: Settings) -> list[Step]:
+    """A training step of each network, in one layout: memory does not depend on it."""
+    return network_steps(network_memory, 1, settings, settings.layouts[-1:], ())
+
+
+def network_memory(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:
+    run = Run(settings.device, dtype, network.backend)
+    measured, error = {}, None
+    try:
+        with network_and_batch(network, dtype, batch, settings.device) as (model, (x, target)):
+            train = run.step(model, x, target)
+
+            def step() -> None:
+                """From nothing to nothing: gradients are part of what a training step holds."""
+                train()
+                model.zero_grad(set_to_none=True)
+
+            measured["peak_bytes"] = peak_bytes(step, settings.device)
+            kept = [*model.parameters(), *model.buffers()]
+            measured["saved_bytes"] = saved_bytes(partial(run.forward, model, x, target), parameters=kept)
+    except Exception as failure:
+        error, measured = describe(failure), {}
+    yield network_row(network, dtype, batch, "both", settings, suite="memory", result=error, **measured)

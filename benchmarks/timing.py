@@ -2,53 +2,30 @@
 
 A row says in its `mode` how it was sampled:
 
-- "plain": one call after the other. All of the CPU; on a GPU whole networks, whose milliseconds hide what the other
-  modes are about.
-- "cold": on a GPU, the L2 cache overwritten before each call. What a layer of a large network finds.
-- "graph": on a GPU, many calls captured into one CUDA graph and replayed: no launch is waited for, and nothing is
-  flushed. What a network that is captured finds; the input sets take turns, so a large problem is not found in L2.
+- "plain": one call after the other. All of the CPU; on a GPU whole networks, whose milliseconds hide what "cold" is
+  about.
+- "cold": on a GPU, with nothing of the call's tensors in L2 and the launches queued before the GPU is free. What a
+  layer of a large network finds.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from functools import partial
+from math import ceil
 from statistics import quantiles
 from typing import NamedTuple
 
 import torch
-from gpu_state import Sensor, State
 from torch.utils import benchmark
 
 Call = Callable[[], object]
 
-Prepare = Callable[[], Sequence[Call]]
-"""Makes the calls that take turns. A sampler decides under which stream: a backward runs on its forward's."""
-
-MODES = {"cpu": ("plain",), "cuda": ("cold", "graph")}
+MODES = {"cpu": ("plain",), "cuda": ("cold",)}
 """Of layers, by device."""
 
-FLUSH_BYTES = 2**30
-"""Written between two runs. It empties the L2 cache (50 MB on an H200) and keeps the GPU busy for about 0.25 ms."""
-
+QUEUED_SECONDS = 3e-4
+"""At least so much of the GPU's work waits between the host and a cold call."""
 MOST_GPU_SAMPLES = 400
-CHUNKS = 4
-"""In so many parts a GPU's samples are taken. After each the clocks are asked whether they were held back."""
-GRAPH_CALLS = 20
-"""In one replay, at least one of each input set."""
-
-
-@dataclass
-class Samples:
-    """Of one call."""
-
-    seconds: list[float]
-    throttled: int = 0
-    """So many of them were taken while the GPU held its clocks back for heat or power."""
-    before: State | None = None
-    after: State | None = None
-
-    def __add__(self, later: "Samples") -> "Samples":
-        return Samples(self.seconds + later.seconds, self.throttled + later.throttled, self.before, later.after)
 
 
 class Timing(NamedTuple):
@@ -56,59 +33,70 @@ class Timing(NamedTuple):
     iqr_ms: float
     """Interquartile range: half of the samples lie in an interval of this width."""
     samples: int
-    throttled: int = 0
-    before: State | None = None
-    after: State | None = None
 
 
-def summarize(samples: Samples) -> Timing:
+def summarize(seconds: Sequence[float]) -> Timing:
     """Needs two samples at least."""
-    lower, median, upper = quantiles(samples.seconds, method="inclusive")
-    return Timing(
-        median * 1e3,
-        (upper - lower) * 1e3,
-        len(samples.seconds),
-        samples.throttled,
-        samples.before,
-        samples.after,
-    )
+    lower, median, upper = quantiles(seconds, method="inclusive")
+    return Timing(median * 1e3, (upper - lower) * 1e3, len(seconds))
 
 
-def sample_cpu(call: Call, seconds: float, threads: int) -> Samples:
+def sample_cpu(call: Call, seconds: float, threads: int) -> list[float]:
     """Runs a call for about `seconds` on a fixed number of threads; a sample is the seconds a call.
 
     A sample is a block of so many calls that reading the clock does not count, found in warm-up runs.
     """
     timer = benchmark.Timer("call()", globals={"call": call}, num_threads=threads)
-    return Samples(timer.blocked_autorange(min_run_time=seconds).times)
+    return timer.blocked_autorange(min_run_time=seconds).times
+
+
+class Flush:
+    """Empties a GPU's L2 between two calls, and keeps the GPU busy while the host gets ahead.
+
+    It writes twice what L2 holds and then reads it: dirty lines go to memory now, and not inside the next measurement.
+    """
+
+    def __init__(self) -> None:
+        l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._buffer = torch.empty(2 * l2_bytes // 4, dtype=torch.float32, device="cuda")
+        self._sum = torch.empty((), device="cuda")
+        self._sweep()
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            self._sweep()
+        end.record()
+        torch.cuda.synchronize()
+        self.sweep_seconds = start.elapsed_time(end) / 1e3 / 10
+
+    def _sweep(self) -> None:
+        self._buffer.zero_()
+        torch.sum(self._buffer, dim=0, out=self._sum)
+
+    def __call__(self, seconds: float) -> None:
+        """Queues work for at least so long."""
+        for _ in range(ceil(seconds / self.sweep_seconds)):
+            self._sweep()
 
 
 class CudaSampler:
     """Samples calls on the current GPU with CUDA events, in one of the modes."""
 
     def __init__(self, mode: str, seconds: float) -> None:
-        self._mode = mode
         self._seconds = seconds
-        self._sensor = Sensor.of_current_gpu()
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if mode == "cold" else None
+        self._flush = Flush() if mode == "cold" else None
+        self._queued = QUEUED_SECONDS
 
-    def __call__(self, prepare: Prepare) -> Samples:
-        if self._mode == "graph":
-            replay, calls = captured(prepare)
-            return self._sample(replay, calls)
-        return self._sample(in_turn(prepare()), 1)
-
-    def _sample(self, call: Call, calls: int) -> Samples:
+    def __call__(self, call: Call) -> list[float]:
         self._run(call, 3)  # builds, searches (cudnn.benchmark) and allocates what the first calls do
+        started = time.perf_counter()
+        call()  # the queue is empty: this is the host's time
+        self._queued = max(QUEUED_SECONDS, 1.5 * (time.perf_counter() - started))
         expected = min(self._run(call, 3))
         times = min(max(int(self._seconds / expected), 10), MOST_GPU_SAMPLES)
         self._run(call, max(times // 5, 2))
-        samples = Samples([], before=self._sensor.read())
-        for _ in range(CHUNKS):
-            chunk = [seconds / calls for seconds in self._run(call, -(-times // CHUNKS))]
-            state = self._sensor.read()
-            samples += Samples(chunk, len(chunk) if state and state.throttled else 0, after=state)
-        return samples
+        return self._run(call, times)
 
     def _run(self, call: Call, times: int) -> list[float]:
         """The seconds of each of so many calls.
@@ -118,7 +106,7 @@ class CudaSampler:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
         for start, end in events:
             if self._flush is not None:
-                self._flush.zero_()
+                self._flush(self._queued)
             start.record()
             call()
             end.record()
@@ -126,37 +114,6 @@ class CudaSampler:
         return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def captured(prepare: Prepare) -> tuple[Call, int]:
-    """A replay of a CUDA graph, and how many calls are in it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls = list(prepare())
-        for call in calls * 2:  # what must not happen during a capture happens now: builds, searches, first allocations
-            call()
-    torch.cuda.synchronize()
-    rounds = -(-GRAPH_CALLS // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls * rounds:
-            call()
-
-    def replay(graph: torch.cuda.CUDAGraph = graph, kept: list[Call] = calls) -> None:
-        graph.replay()  # reads the tensors of `kept`, which must live as long
-
-    return replay, rounds * len(calls)
-
-
-def sampler(device: str, mode: str, seconds: float, threads: int) -> Callable[[Prepare], Samples]:
+def sampler(device: str, mode: str, seconds: float, threads: int) -> Callable[[Call], list[float]]:
     """The way to sample calls on a device."""
-    if device == "cuda":
-        return CudaSampler(mode, seconds)
-    return lambda prepare: sample_cpu(in_turn(prepare()), seconds, threads)
-
-
-def in_turn(calls: Sequence[Call]) -> Call:
-    """A call that makes these one after the other, so that successive runs work on different data."""
-    if len(calls) == 1:
-        return calls[0]
-    turns = cycle(calls)
-    return lambda: next(turns)()
+    return CudaSampler(mode, seconds) if device == "cuda" else partial(sample_cpu, seconds=seconds, threads=threads)

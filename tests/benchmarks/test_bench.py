@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import bench
-import ceilings
-import jsonschema
-import options
+import check
+import floors
+import host
+import machine
+import networks
 import pytest
 import record
-import roofline
-import settings
+import report
 import suites
-import summary
+import tables
 import timing
 import torch
-from check import Check
-from gpu_state import State
 from layers import NETWORKS, XCEPTION, Layer
+from networks import Network
 from peers import Implementation, eager, implementations
-from predictions import predict_suite
 from problem import DTYPES, GRADIENTS, LAYOUTS, PASSES, Geometry, Problem
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fused_sepconv import SeparableConv2d
+from fused_sepconv.ops.backend import default_backend
+
 CHECKOUT = Path(__file__).parents[2]
+Run = Callable[..., tuple[int, dict]]
+RowsOf = Callable[..., list[record.Row]]
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture
 TINY = Layer(6, 10, 5, count=3)
-EVERY_RESULT = ("y", *GRADIENTS)
-SETTINGS = settings.Settings(
+SETTINGS = suites.Settings(
+    suites=("layers",),
     device="cpu",
     batches=(1,),
     dtypes=("float32",),
@@ -49,41 +55,28 @@ SETTINGS = settings.Settings(
     peers=("eager",),
     modes=("plain",),
     seconds=0.01,
+    host_seconds=0.05,
     threads=1,
     turns=2,
-    ceilings=roofline.H200,
+    ceilings=floors.H200,
 )
 
-MODELS = (
-    roofline.forward_unfused,
-    roofline.forward_fused,
-    roofline.backward_unfused,
-    roofline.backward_two_kernels,
-    roofline.backward_one_pass,
-)
-FLOORS = {  # µs for each of MODELS, bfloat16, batch 64
-    "64->128@147": (205.8, 123.5, 411.7, 288.2, 164.7),
-    "128->128@147": (329.3, 164.7, 658.7, 411.7, 247.0),
-    "128->256@74": (104.3, 62.6, 208.7, 146.1, 83.5),
-    "256->256@74": (166.9, 83.5, 333.9, 208.7, 125.2),
-    "256->728@37": (62.2, 41.3, 124.4, 92.0, 82.7),
-    "728->728@37": (176.9, 117.6, 353.8, 235.1, 235.1),
-    "728->728@19": (46.6, 31.0, 93.3, 62.0, 62.0),
-    "728->1024@19": (59.2, 43.6, 118.5, 87.2, 87.2),
-    "1024->1536@10": (31.6, 25.5, 63.2, 51.0, 51.0),
-    "1536->2048@10": (60.1, 51.0, 120.2, 101.9, 101.9),
+FLOORS = {  # µs, bfloat16, batch 64, on an H200: forward separate and fused, backward separate and in one pass
+    "64->128@147": (205.8, 123.5, 411.7, 164.7),
+    "728->728@19": (46.6, 31.0, 93.3, 62.0),
+    "1536->2048@10": (60.1, 51.0, 120.2, 101.9),
 }
-ALL_FLOORS = (2363, 1488, 4725, 3172, 2728)
+ALL_FLOORS = (2363, 1488, 4725, 2728)
+KINDS = [(direction, fused) for direction in ("fwd", "bwd") for fused in (False, True)]
 
 
 @pytest.fixture
-def tiny_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict]]:
+def tiny_run(monkeypatch: Patch, tmp_path: Path) -> Run:
     """Runs the command line on one tiny layer; returns its exit status and what it wrote."""
-    monkeypatch.setattr(bench, "XCEPTION", (TINY,))
     monkeypatch.setitem(NETWORKS, "xception", (TINY,))
-    monkeypatch.setitem(options.QUICK_SECONDS, "cpu", 0.01)
-    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
-    monkeypatch.setitem(ceilings.PRODUCT_SIZE, "cpu", 32)
+    monkeypatch.setitem(bench.QUICK_SECONDS, "cpu", 0.01)
+    monkeypatch.setitem(machine.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(machine.PRODUCT_SIZE, "cpu", 32)
 
     def run(*options: str) -> tuple[int, dict]:
         path = tmp_path / "tiny.json"
@@ -94,34 +87,30 @@ def tiny_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., t
 
 
 def contest(*contestants: Implementation, **changes: object) -> list[record.Row]:
-    return list(suites.contest("layers", TINY, "float32", 1, contestants, replace(SETTINGS, **changes)))
+    return list(suites.contest(TINY, "float32", 1, contestants, replace(SETTINGS, **changes)))
 
 
 # Floors
 
 
 def test_the_layers_are_xceptions_34() -> None:
-    assert [layer.name for layer in XCEPTION] == list(FLOORS)
     assert sum(layer.count for layer in XCEPTION) == 34
+    assert NETWORKS["mobilenet"][6] == Layer(512, 512, 14, count=5, network="mobilenet")
+    assert NETWORKS["deeplab"][5] == Layer(2048, 256, 33, dilation=18, network="deeplab")
+    assert NETWORKS["mobilenet"][1].stride == 2 and NETWORKS["convnext"][0].kernel_size == 7
 
 
-@pytest.mark.parametrize("layer", XCEPTION, ids=lambda layer: layer.name)
-def test_floor_of_each_layer(layer: Layer) -> None:
-    floors = [roofline.seconds(model(layer, 64, "bfloat16"), "bfloat16") * 1e6 for model in MODELS]
-    assert floors == pytest.approx(FLOORS[layer.name], abs=0.05)
-
-
-def test_floor_of_all_layers() -> None:
-    totals = [
-        sum(layer.count * roofline.seconds(model(layer, 64, "bfloat16"), "bfloat16") for layer in XCEPTION) * 1e6
-        for model in MODELS
-    ]
-    assert totals == pytest.approx(ALL_FLOORS, abs=0.5)
+def test_floors_of_xceptions_layers_and_of_all_of_them() -> None:
+    for layer in (layer for layer in XCEPTION if layer.name in FLOORS):
+        found = [floors.floor(layer, 64, "bfloat16", way, fused=fused).milliseconds * 1e3 for way, fused in KINDS]
+        assert found == pytest.approx(FLOORS[layer.name], abs=0.05)
+    sums = [floors.network_floor(XCEPTION, 64, "bfloat16", way, fused=fused).milliseconds * 1e3 for way, fused in KINDS]
+    assert sums == pytest.approx(ALL_FLOORS, abs=0.5)
 
 
 def test_strict_float32_multiplies_on_the_cuda_cores() -> None:
-    (kernel,) = roofline.forward_fused(XCEPTION[6], 64, "float32")
-    assert kernel.seconds("float32") == kernel.flops / roofline.H200.fma_flops
+    floor = floors.floor(XCEPTION[6], 64, "float32", "fwd")
+    assert floor.milliseconds == pytest.approx(1e3 * floor.flops / floors.H200.fma_flops)
 
 
 @pytest.mark.parametrize("layer", [layer for layers in NETWORKS.values() for layer in layers], ids=lambda x: x.name)
@@ -130,54 +119,39 @@ def test_a_layer_computes_the_sizes_that_its_floor_counts(layer: Layer) -> None:
     inputs = problem.meta_inputs()
     y = eager(*inputs[:3], problem.geometry)
     assert y.shape == inputs.grad_output.shape
-    counted = roofline.quantities(layer, 2, "bfloat16")
-    assert (counted.input, counted.output) == (inputs.x.nbytes, y.nbytes)
+    counted = floors.quantities(layer, 2, "bfloat16")
+    assert (counted.x, counted.y) == (inputs.x.nbytes, y.nbytes)
     with FlopCounterMode(display=False) as flops:
         eager(*inputs[:3], problem.geometry)
     assert counted.product + counted.taps == flops.get_total_flops()
 
 
-def test_ceilings_are_a_copy_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "_best_cpu", lambda *_, **__: 0.5)
-    found = ceilings.measure("cpu", ["bfloat16"], threads=1)
-    assert found.bytes_per_second == 2 * ceilings.COPY_BYTES["cpu"] / 0.5  # read and written
-    assert found.fma_flops == 2 * ceilings.PRODUCT_SIZE["cpu"] ** 3 / 0.5
+def test_ceilings_are_a_copy_and_products(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(machine, "_best_cpu", lambda *_, **__: 0.5)
+    found = machine.measure_ceilings("cpu", ["bfloat16"], threads=1)
+    assert found.bytes_per_second == 2 * machine.COPY_BYTES["cpu"] / 0.5  # read and written
+    assert found.fma_flops == 2 * machine.PRODUCT_SIZE["cpu"] ** 3 / 0.5
     assert found.matrix("float32") == found.fma_flops
     assert found.matrix("bfloat16") >= found.fma_flops
-
-
-def test_fractions_of_a_row_refer_to_the_ceilings() -> None:
-    (row,) = contest(Implementation("eager-nchw", eager, "nchw"), passes=("fwd",))
-    seconds = row["median_ms"] / 1e3
-    products = 2 * TINY.size**2 * TINY.in_channels * TINY.out_channels
-    assert row["bandwidth_fraction"] == pytest.approx(row["bytes"] / seconds / roofline.H200.bytes_per_second)
-    assert row["matrix_fraction"] == pytest.approx(products / seconds / roofline.H200.fma_flops)
 
 
 # Refusing
 
 
-def wrong_forward(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
-    return eager(x, depthwise_weight, pointwise_weight, geometry) * 1.01
+def wrong_forward(*arguments: Tensor | Geometry) -> Tensor:
+    return eager(*arguments) * 1.01
 
 
-def one_wrong_pixel(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
-    y = eager(x, depthwise_weight, pointwise_weight, geometry).clone()
-    y[-1, -1, -1, -1] += 0.01
-    return y
+def with_last_pixel(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def planted(*arguments: Tensor | Geometry) -> Tensor:
+        y = eager(*arguments).clone()
+        y[-1, -1, -1, -1] = change(y[-1, -1, -1, -1])
+        return y
+
+    return planted
 
 
-def not_a_number(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
-    y = eager(x, depthwise_weight, pointwise_weight, geometry).clone()
-    y[0, 0, 0, 0] = float("nan")
-    return y
-
-
-def wrong_shape(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
-    return eager(x, depthwise_weight, pointwise_weight, geometry)[:, :1]
-
-
-def no_kernel(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
+def no_kernel(*arguments: Tensor | Geometry) -> Tensor:
     raise RuntimeError("no kernel serves this\nand more about it")
 
 
@@ -190,14 +164,14 @@ def wrong_gradient(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor
     ("function", "message"),
     [
         (wrong_forward, "wrong answer: y"),
-        (one_wrong_pixel, "wrong answer: y"),
-        (not_a_number, "wrong answer: y"),
-        (wrong_shape, "shape"),
+        (with_last_pixel(lambda y: y + 0.01), "wrong answer: y"),
+        (with_last_pixel(lambda y: y * float("nan")), "wrong answer: y"),
+        (lambda *arguments: eager(*arguments)[:, :1], "shape"),
         (no_kernel, "RuntimeError: no kernel serves this"),
     ],
 )
 def test_a_wrong_answer_is_refused_and_not_timed(
-    function: Callable[..., Tensor], message: str, monkeypatch: pytest.MonkeyPatch
+    function: Callable[..., Tensor], message: str, monkeypatch: Patch
 ) -> None:
     timed = []
     monkeypatch.setattr(suites, "prepare", lambda function, *rest: timed.append(function) or (lambda: None))
@@ -222,22 +196,22 @@ def test_every_image_of_a_batch_is_checked() -> None:
     def wrong_in_the_last_image(x: Tensor, *others: object) -> Tensor:
         return eager(torch.cat([x[:-1], x[-1:] * 1.1]), *others)
 
-    check = Check(Problem(TINY, 12, "float32", "nchw", "cpu"), ("fwd", "bwd"))
-    assert set(check.faults(wrong_in_the_last_image, "nchw", EVERY_RESULT)) == {
+    checked = check.Check(Problem(TINY, 12, "float32", "nchw", "cpu"), ("fwd", "bwd"))
+    assert checked.faults(wrong_in_the_last_image, "nchw", ("y", *GRADIENTS)).keys() == {
         "y",
         "x",
         "depthwise_weight",
         "pointwise_weight",
     }
-    assert check.faults(eager, "nchw", EVERY_RESULT) == {}
+    assert checked.faults(eager, "nchw", ("y", *GRADIENTS)) == {}
 
 
 @pytest.mark.parametrize("arithmetic", [name for name in DTYPES if name != "tf32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_right_answers_pass(arithmetic: str, layout: str) -> None:
-    check = Check(Problem(Layer(32, 48, 9), 2, arithmetic, layout, "cpu"), tuple(PASSES))
+    checked = check.Check(Problem(Layer(32, 48, 9), 2, arithmetic, layout, "cpu"), tuple(PASSES))
     for implementation in implementations("cpu", (layout,)):
-        assert check.faults(implementation.function, layout, EVERY_RESULT) == {}, implementation.name
+        assert checked.faults(implementation.function, layout, ("y", *GRADIENTS)) == {}, implementation.name
 
 
 def test_a_failure_while_timing_is_a_row_too() -> None:
@@ -253,134 +227,208 @@ def test_a_failure_while_timing_is_a_row_too() -> None:
     assert row["median_ms"] is None
 
 
-# Peers
-
-
 def test_a_gpu_has_every_peer_and_ours_in_the_layouts_that_are_asked_for() -> None:
-    names = [who.name for who in implementations("cuda", ["nhwc"], ("eager", "forced", "compile", "max-autotune"))]
-    assert names == [
-        "eager-nchw",
-        "eager-nhwc",
-        "cudnn-nchw",
-        "native-nchw",
-        "compile-nhwc",
-        "max-autotune-nhwc",
-        "fused_sepconv",
-    ]
+    names = [who.name for who in implementations("cuda", ["nhwc"], ("eager", "compile", "max-autotune"))]
+    assert names == ["eager-nchw", "eager-nhwc", "compile-nhwc", "max-autotune-nhwc", "fused_sepconv"]
 
 
-def test_a_forced_depthwise_kernel_is_forced_while_it_is_checked_and_timed() -> None:
-    seen = []
+def test_on_the_cpu_ours_is_compared_in_its_layout_and_on_a_gpu_with_all_peers() -> None:
+    def rows(device: str) -> list[record.Row]:
+        times = {("eager", "nchw"): 4.0, ("eager", "nhwc"): 1.0, ("fused_sepconv", "nchw"): 2.0}
+        common = dict.fromkeys(record.Row.__annotations__, 1) | {"device": device}
+        return [common | {"impl": impl, "layout": layout, "median_ms": ms} for (impl, layout), ms in times.items()]
 
-    def notes_the_setting(*arguments: object) -> Tensor:
-        seen.append(torch.backends.cudnn.depthwise_kernel)
-        return eager(*arguments)
-
-    (row,) = contest(
-        Implementation("native-nchw", notes_the_setting, "nchw", depthwise_kernel="native"), passes=("fwd",)
-    )
-    assert row["error"] is None
-    assert len(seen) > 2 and set(seen) == {"native"}
-    assert torch.backends.cudnn.depthwise_kernel == "auto"
+    for device, expected in (("cpu", 2.0), ("cuda", 0.5)):
+        *peers, ours = rows(device)
+        assert record.speed_up(ours, [*peers, ours]) == expected
 
 
-def test_a_depthwise_kernel_that_pytorch_can_not_force_is_a_row_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OldCudnn:
-        flags = staticmethod(torch.backends.cudnn.flags)
-
-    monkeypatch.setattr(torch.backends, "cudnn", OldCudnn)
-    (row,) = contest(Implementation("native-nchw", eager, "nchw", depthwise_kernel="native"), passes=("fwd",))
-    assert "can't force a depthwise kernel" in row["error"]
+# Whole networks and memory
 
 
-def test_a_compiled_peer_runs_every_pass_more_than_once() -> None:
-    (compiled,) = (who for who in implementations("cpu", ["nchw"], ("compile",)) if not who.is_ours)
-    rows = contest(compiled)
-    assert [row["error"] for row in rows] == [None, None, None]
+class Small(nn.Module):
+    """A network with one separable convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.separable = SeparableConv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.classifier = nn.Linear(8, networks.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.norm(self.separable(x)).mean((2, 3)))
 
 
-def test_what_has_no_backward_is_timed_forward() -> None:
-    def forward_only(*arguments: object) -> Tensor:
-        if torch.is_grad_enabled():
-            raise NotImplementedError("no backward")
-        return eager(*arguments)
+class WrongInTraining(Small):
+    """Its gradients are doubled, where they are not the reference's."""
 
-    rows = contest(Implementation("tensorrt-nchw", forward_only, "nchw"))
-    assert [row["error"] for row in rows] == [None, *["NotImplementedError: no backward"] * 2]
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 2 * y - y.detach() if default_backend() == "auto" else y
 
 
-# Rows, files and what is shown
+def broken() -> nn.Module:
+    raise ModuleNotFoundError("No module named 'timm'")
 
 
-def test_the_file_of_a_run(
-    tiny_run: Callable[..., tuple[int, dict]], capsys: pytest.CaptureFixture, tmp_path: Path
+@pytest.fixture
+def rows_of(monkeypatch: Patch) -> RowsOf:
+    """The rows of both suites of networks, or of one, for a network of small images."""
+    monkeypatch.setattr(suites, "IMAGE_SIZE", 9)
+    monkeypatch.setattr(check, "CHECKED_SIZE", 9)
+
+    def run(build: Callable[[], nn.Module], *suite: Callable) -> list[record.Row]:
+        network = Network("xception", "Small", "fused_sepconv", build, "nhwc")
+        monkeypatch.setattr(suites, "networks", lambda *_: [network])
+        return [row for make in suite for step in make(SETTINGS) for row in step.run()]
+
+    return run
+
+
+def test_a_network_is_timed_in_inference_and_in_training(rows_of: RowsOf) -> None:
+    rows = rows_of(Small, suites.model_suite)
+    assert [(row["pass"], row["error"]) for row in rows] == [("fwd", None), ("both", None)]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(1e3 / row["median_ms"])
+
+
+def test_a_wrong_network_is_refused_and_not_timed(rows_of: RowsOf, monkeypatch: Patch) -> None:
+    timed = []
+    monkeypatch.setattr(suites, "timed", lambda network, direction, *_: timed.append(direction) or "not timed")
+    errors = {row["pass"]: row["error"] for row in rows_of(WrongInTraining, suites.model_suite)}
+    assert timed == ["fwd"]
+    assert errors["both"].startswith("wrong answer: the gradient is off by")
+
+
+def test_an_absent_peer_is_a_row_with_its_error(rows_of: RowsOf) -> None:
+    rows = rows_of(broken, suites.model_suite, suites.memory_suite)
+    assert [row["error"] for row in rows] == ["ModuleNotFoundError: No module named 'timm'"] * 3
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    def call() -> None:
+        first = torch.empty(1_000_000, dtype=torch.uint8)
+        del first
+        kept = [torch.empty(300_000, dtype=torch.uint8) for _ in range(4)]
+        del kept
+
+    assert suites.peak_bytes(call, "cpu") == 1_200_000
+
+
+def test_saved_memory_counts_each_storage_once_and_no_parameter() -> None:
+    x, weight = torch.randn(100, 50, requires_grad=True), torch.randn(50, 50, requires_grad=True)
+
+    def forward() -> Tensor:
+        y = x @ weight  # keeps x and weight
+        return (y * y).sum() + y.exp().sum()  # keeps y, twice, and exp's result
+
+    assert suites.saved_bytes(forward, [weight]) == 4 * (x.numel() + 2 * 100 * 50)
+
+
+# The host's time
+
+
+def test_the_host_suite_counts_python_calls_and_refuses_another_familys_kernels(
+    monkeypatch: Patch,
 ) -> None:
+    def inner() -> None:
+        pass
+
+    assert host.python_calls(lambda: [inner() for _ in "abc"]) - host.python_calls(lambda: []) >= 3
+    monkeypatch.setattr(host.loader, "load", lambda: SimpleNamespace(executed=lambda: {"simt_forward_float32": 1}))
+    host.check_kernels("simt")
+    with pytest.raises(RuntimeError, match="of the family mma"):
+        host.check_kernels("mma")
+
+
+def test_a_host_row_for_each_implementation_and_pass() -> None:
+    (step,) = suites.host_suite(replace(SETTINGS, suites=("layers", "host")))
+    rows = list(step.run())
+    found = {(row["impl"], row["pass"]): row for row in rows}
+    assert {impl for impl, _ in found} >= {host.PEER, "fused-reference"}
+    assert all(row["error"] is None and row["python_calls"] > 0 and row["median_ms"] > 0 for row in rows)
+    assert found["fused-reference", "grad"]["python_calls"] < found["fused-reference", "both"]["python_calls"]
+
+
+def test_a_null_build_that_fails_is_a_row_with_its_error(monkeypatch: Patch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host, "CHECKOUT", tmp_path)
+    (step,) = suites.host_suite(replace(SETTINGS, suites=("host",)))
+    rows = list(step.run())
+    assert {row["pass"] for row in rows if row["error"]} == set(host.PASSES)
+    assert "fused-" in tables.host_table(rows, {}).rows[0][0] or rows[0]["impl"] == host.PEER
+
+
+# Timing
+
+
+def test_a_timing_is_median_and_interquartile_range() -> None:
+    assert timing.summarize([5.0, 1.0, 2.0, 4.0, 3.0]) == timing.Timing(median_ms=3000.0, iqr_ms=2000.0, samples=5)
+
+
+class FakeCuda:
+    """A GPU with 50 MB of L2 whose work is a list; every sweep of the flush takes 50 us there."""
+
+    def __init__(self, monkeypatch: Patch) -> None:
+        self.work: list[str] = []
+        properties = SimpleNamespace(L2_cache_size=50_000_000)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(
+            torch.cuda,
+            "Event",
+            lambda **_: SimpleNamespace(record=lambda: self.work.append("event"), elapsed_time=lambda end: 10 * 0.05),
+        )
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, device, **more: empty(*size, **more))
+        monkeypatch.setattr(Tensor, "zero_", lambda x: self.work.append(f"write {x.nbytes}"))
+        monkeypatch.setattr(torch, "sum", lambda x, dim, out: self.work.append(f"read {x.nbytes}"))
+
+
+def test_a_cold_call_finds_no_dirty_lines_and_a_queue(monkeypatch: Patch) -> None:
+    """Twice L2 is written, then read, for 0.3 ms at least, and for longer than the host needs for a call."""
+    gpu = FakeCuda(monkeypatch)
+    flush = timing.Flush()
+    assert flush.sweep_seconds == pytest.approx(50e-6)
+    gpu.work.clear()
+    sampler = timing.CudaSampler("cold", seconds=0.01)
+    gpu.work.clear()
+    sampler._run(lambda: gpu.work.append("call"), 2)
+    assert gpu.work == [*["write 100000000", "read 100000000"] * 6, "event", "call", "event"] * 2
+    sampler(lambda: time.sleep(0.002))
+    assert sampler._queued >= 0.003
+
+
+# Runs
+
+
+def test_the_file_of_a_run(tiny_run: Run, capsys: Capture, tmp_path: Path) -> None:
     status, result = tiny_run("--suite", "layers", "--passes", "fwd,both", "--batch", "2")
     assert status == 0
-    jsonschema.validate(result, json.loads(record.SCHEMA_FILE.read_text()))
-    assert result["env"]["torch"] == torch.__version__
-
+    assert result["schema"] == record.SCHEMA and result["env"]["torch"] == torch.__version__
     assert [(row["pass"], row["impl"], row["layout"]) for row in result["rows"]] == [
-        (direction, impl, layout)
+        (direction, impl if ours else f"{impl}-{layout}", layout)
         for direction in ("fwd", "both")
-        for impl, layout in (
-            ("eager-nchw", "nchw"),
-            ("eager-nhwc", "nhwc"),
-            ("fused_sepconv", "nchw"),
-            ("fused_sepconv", "nhwc"),
-        )
+        for impl, ours in (("eager", False), ("fused_sepconv", True))
+        for layout in ("nchw", "nhwc")
     ]
     for row in result["rows"]:
+        assert row.keys() == record.Row.__annotations__.keys()
         assert (row["case"], row["count"], row["batch"], row["device"]) == ("6->10@5", 3, 2, "cpu")
         assert row["error"] is None
         assert row["median_ms"] > 0 and row["iqr_ms"] >= 0 and row["samples"] >= 3
         assert row["bytes"] > 0 and row["flops"] > 0 and row["floor_ms"] > 0
-        ours = row["impl"].startswith("fused")
-        assert (row["plan"] is not None, row["predicted_ms"] is not None) == (ours, ours)
-
+        assert (row["plan"] is not None) == row["impl"].startswith("fused")
     for total in result["summary"]["totals"]:
         (row,) = (row for row in result["rows"] if all(row[key] == total[key] for key in ("pass", "impl", "layout")))
         assert total["case"] == "all 3"
         assert total["median_ms"] == pytest.approx(3 * row["median_ms"])
     assert result["summary"]["failed"] == []
-
-    output = capsys.readouterr().out
-    assert "predicted, not measured; batch 64, bfloat16, nhwc" in output
-    assert str(tmp_path / "tiny.json") in output.splitlines()[-1]
-    for picture in ("speedup-xception", "time-xception", "roofline", "predictions"):
-        assert (tmp_path / f"tiny.{picture}.png").read_bytes().startswith(b"\x89PNG")
-    with (tmp_path / "tiny.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["impl"], float(line["median_ms"])) for line in lines] == [
-        (row["impl"], row["median_ms"]) for row in result["rows"]
-    ]
+    assert str(tmp_path / "tiny.json") in capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "tiny.layers-xception.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_core_dependencies_suffice(
-    tiny_run: Callable[..., tuple[int, dict]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    tmp_path: Path,
-) -> None:
-    for absent in ("rich", "matplotlib"):
-        for module in [name for name in sys.modules if name.partition(".")[0] == absent]:
-            monkeypatch.delitem(sys.modules, module)
-        monkeypatch.setitem(sys.modules, absent, None)  # importing it raises ModuleNotFoundError
-    monkeypatch.delitem(sys.modules, "plots", raising=False)
-
-    status, result = tiny_run("--suite", "layers", "--passes", "fwd", "--layout", "nchw")
-    captured = capsys.readouterr()
-    assert status == 0
-    assert len(result["rows"]) == 2
-    assert "6->10@5" in captured.out
-    assert sum('pip install ".[bench]"' in line for line in captured.out.splitlines()) == 1
-    assert "0 of 2 done" in captured.err
-    assert not list(tmp_path.glob("*.png"))
-
-
-def test_a_wrong_answer_of_ours_ends_the_run_with_an_error(
-    tiny_run: Callable[..., tuple[int, dict]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_wrong_answer_of_ours_ends_the_run_with_an_error(tiny_run: Run, monkeypatch: Patch, capsys: Capture) -> None:
     contestants = [Implementation("eager-nchw", eager, "nchw"), Implementation("fused_sepconv", wrong_forward, "nchw")]
     monkeypatch.setattr(suites, "implementations", lambda *_: contestants)
     status, result = tiny_run("--suite", "layers", "--passes", "fwd")
@@ -388,22 +436,6 @@ def test_a_wrong_answer_of_ours_ends_the_run_with_an_error(
     assert [row["impl"] for row in result["summary"]["failed"]] == ["fused_sepconv"]
     assert [total["median_ms"] is None for total in result["summary"]["totals"]] == [False, True]
     assert "No figures for fused_sepconv, 6->10@5, nchw, fwd: wrong answer: y" in capsys.readouterr().out
-
-
-def test_an_interrupted_run_keeps_what_it_has(
-    tiny_run: Callable[..., tuple[int, dict]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = suites.contest
-
-    def interrupted(*arguments: object) -> Iterator[record.Row]:
-        rows = whole(*arguments)
-        yield next(rows)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(suites, "contest", interrupted)
-    status, result = tiny_run("--suite", "layers")
-    assert status == 130
-    assert len(result["rows"]) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -420,104 +452,153 @@ def test_a_signal_ends_a_run_that_still_writes_its_result(number: signal.Signals
     output = run.stdout.read()
     assert run.wait(timeout=120) == bench.INTERRUPTED
     assert "Interrupted" in output
-    result = json.loads(path.read_text())
-    jsonschema.validate(result, json.loads(record.SCHEMA_FILE.read_text()))
-    assert len(result["rows"]) < 3 * 4 * len(XCEPTION)
-
-
-def test_the_overhead_is_a_ratio_of_interleaved_times() -> None:
-    rows = [row for step in suites.overhead_suite(SETTINGS, seconds=0.04) for row in step.run()]
-    lines = summary.overhead(rows)
-    assert [(line["pass"], line["target"]) for line in lines] == [("fwd", 1.5), ("both", 2.5)]
-    for line in lines:
-        assert line["ratio"] == pytest.approx(line["ours_us"] / line["eager_us"])
-
-
-def test_predictions_stand_between_floors() -> None:
-    predictions = predict_suite(XCEPTION, ("fwd",))
-    *layers, total = predictions["rows"]
-    assert predictions["note"] == "predicted, not measured"
-    assert [line["case"] for line in layers] == list(FLOORS)
-    assert all(line["predicted_ms"] >= line["floor_ms"] for line in layers)
-    assert total["case"] == "all 34"
-    assert (total["unfused_floor_ms"], total["floor_ms"]) == pytest.approx((2.363, 1.488), abs=5e-4)
-
-
-def test_on_the_cpu_ours_is_compared_in_its_layout_and_on_a_gpu_with_all_peers() -> None:
-    def rows(device: str) -> list[record.Row]:
-        times = {("eager", "nchw"): 4.0, ("eager", "nhwc"): 1.0, ("fused_sepconv", "nchw"): 2.0}
-        common = dict.fromkeys(record.Row.__annotations__, 1) | {"device": device}
-        return [common | {"impl": impl, "layout": layout, "median_ms": ms} for (impl, layout), ms in times.items()]
-
-    for device, expected in (("cpu", 2.0), ("cuda", 0.5)):
-        *peers, ours = rows(device)
-        assert record.speed_up(ours, [*peers, ours]) == expected
-
-
-def test_a_timing_is_median_and_interquartile_range() -> None:
-    samples = timing.Samples([5.0, 1.0]) + timing.Samples([2.0, 4.0, 3.0], throttled=3)
-    assert timing.summarize(samples) == timing.Timing(median_ms=3000.0, iqr_ms=2000.0, samples=5, throttled=3)
-
-
-def test_a_gpus_samples_are_marked_where_its_clocks_were_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By chunks; and a replay of several calls counts as so many."""
-    states = [
-        State(1980, 3201, 300.0, 40, ()),
-        *(State(1500, 3201, 700.0, 80, why) for why in ((), ("power cap",)) * 2),
-    ]
-    sensor = SimpleNamespace(read=iter(states).__next__)
-    monkeypatch.setattr(timing.Sensor, "of_current_gpu", lambda: sensor)
-    monkeypatch.setattr(timing.CudaSampler, "_run", lambda self, call, times: [0.004] * times)
-    samples = timing.CudaSampler("graph", seconds=0.16)._sample(lambda: None, calls=2)
-    assert samples.seconds == [0.002] * 40
-    assert samples.throttled == 20
-    assert (samples.before, samples.after) == (states[0], states[-1])
-    problem = Problem(TINY, 1, "float32", "nhwc", "cuda")
-    row = record.layer_row("layers", problem, "fwd", "peer", "graph", roofline.H200, timing.summarize(samples))
-    assert (row["throttled_samples"], row["sm_mhz"], row["power_w"]) == (20, [1980, 1500], [300.0, 700.0])
-
-
-def test_calls_take_turns() -> None:
-    made = []
-    call = timing.in_turn([lambda: made.append("a"), lambda: made.append("b")])
-    for _ in range(3):
-        call()
-    assert made == ["a", "b", "a"]
+    assert len(record.read(path)["rows"]) < 3 * 4 * len(XCEPTION)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--passes", "fwd,up"], "'up'"),
-        (["--batch", "0"], "got 0"),
+        (["--batch", "0"], "got '0'"),
+        (["--batch", "many"], "'many'"),
         (["--device", "tpu"], "'tpu'"),
         (["--device", "cpu", "--dtype", "tf32"], "tf32"),
         (["--json", "no/such/folder/bench.json"], "no/such/folder"),
         (["--suite", "layer"], "'layer'"),
-        (["--batch", "many"], "'many'"),
-        (["--device", "cpu", "--peers", "forced"], "--peers: forced"),
-        (["--device", "cpu", "--modes", "graph"], "--modes: expected some of plain"),
         (["--suite", "model", "--passes", "bwd"], "--passes: the model suite"),
-        (["--device", "cpu", "--batch", "1000000"], "--batch: layer 128->128@147 at batch 1000000"),
+        (["--ceilings", "no/such.json"], "--ceilings: no/such.json"),
     ],
 )
-def test_a_wrong_option_is_named(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_option_is_named(options: list[str], message: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         bench.main(options)
     assert message in capsys.readouterr().err
 
 
-def test_a_gpu_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_what_a_gpu_can_not_do_is_named(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         bench.main(["--device", "cuda"])
     assert "PyTorch sees no CUDA GPU" in capsys.readouterr().err
-
-
-def test_an_old_gpu_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(SystemExit):
         bench.main(["--device", "cuda", "--dtype", "bf16"])
-    assert "Tesla T4 has no bfloat16" in capsys.readouterr().err
+    assert "Tesla T4 has neither" in capsys.readouterr().err
+
+
+# Report and compare
+
+README = f"# Title\n\nbefore\n\n{report.BEGIN}\n\nold\n\n{report.END}\n\nafter\n"
+LAYERS_FORWARD = ("--suite", "layers", "--passes", "fwd")
+
+
+def of_a_gpu(made: dict) -> dict:
+    """The same rows with times and a name that no machine has."""
+    made["env"]["gpu"] = {"name": "Planted GPU", "driver": "1.2", "cuda": "13.0", "cudnn": 91900}
+    times = {"eager-nchw": 0.9, "eager-nhwc": 0.6, "fused_sepconv": 0.2}
+    layers = [row for row in made["rows"] if row["layout"] == "nhwc" or row["impl"] == "eager-nchw"]
+    for row in layers:
+        row |= {"device": "cuda", "mode": "cold", "median_ms": times[row["impl"]], "floor_ms": 0.1}
+    networks = [
+        layers[0] | {"suite": "model", "network": network, "case": case, "impl": impl, "pass": "both", "median_ms": ms}
+        for network, case, impl, ms in (
+            ("inception_v3", "Inception V3@299", "timm-nhwc", 50.0),
+            ("xception", "Xception@299", "timm-nhwc", 100.0),
+            ("xception", "Xception@299", "fused_sepconv", 40.0),
+        )
+    ]
+    made["rows"] = layers + networks
+    return made | {"summary": record.summarize(made["rows"])}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A README, and a folder of results with nothing in it."""
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "results").mkdir()
+    return tmp_path
+
+
+def run_report(place: Path, *more: str) -> tuple[int, str]:
+    status = bench.main(["report", "--readme", str(place / "README.md"), "--results", str(place / "results"), *more])
+    return status, (place / "README.md").read_text()
+
+
+def test_without_a_gpu_the_readme_says_so_and_shows_floors(place: Path, tiny_run: Run) -> None:
+    (place / "results" / "cpu.json").write_text(json.dumps(tiny_run(*LAYERS_FORWARD)[1]))
+    status, text = run_report(place)
+    assert status == 0
+    assert text.startswith("# Title\n\nbefore\n") and text.endswith("\n\nafter\n") and "old" not in text
+    assert "No GPU has been measured yet" in text and "computed and not measured" in " ".join(text.split())
+    assert "| 728->728@19 | 25 | 1166 | 775 | 2332 | 1550 |" in text
+    assert "| all | 34 | 2363 | 1488 | 4725 | 2728 |" in text
+
+
+def test_a_gpu_result_replaces_the_floors(place: Path, tiny_run: Run) -> None:
+    (place / "results" / "gpu.json").write_text(json.dumps(of_a_gpu(tiny_run(*LAYERS_FORWARD)[1])))
+    (place / "results" / "gpu.networks.png").write_bytes(b"")
+    status, text = run_report(place)
+    assert status == 0
+    assert "### Planted GPU" in text and "No GPU" not in text
+    assert "| 6->10@5 | 3 | 0.900 | 0.600 | 0.200 | 3.00x |" in text
+    assert "0.90 in the paper (28 against 31), 0.48 to 0.64 in timm's published figures. Ours: 1.25." in " ".join(
+        text.split()
+    )
+    assert "[networks](benchmarks/results/gpu.networks.png)" in text
+
+
+def test_report_changes_nothing_twice_and_check_tells_an_old_readme(place: Path) -> None:
+    assert run_report(place, "--check") == (1, README)
+    _, first = run_report(place)
+    assert run_report(place) == (0, first)
+    assert run_report(place, "--check") == (0, first)
+
+
+def test_a_readme_without_a_place_for_results_is_an_error(place: Path, capsys: Capture) -> None:
+    (place / "README.md").write_text("# Title\n")
+    assert run_report(place) == (2, "# Title\n")
+    assert report.BEGIN in capsys.readouterr().out
+
+
+def test_our_readme_is_up_to_date(capsys: Capture) -> None:
+    assert bench.main(["report", "--check"]) == 0, capsys.readouterr().out
+
+
+def test_compare_shows_what_changed(tiny_run: Run, tmp_path: Path, capsys: Capture) -> None:
+    result = tiny_run(*LAYERS_FORWARD)[1]
+    later = deepcopy(result)
+    later["env"]["torch"] = "9.9"
+    first, second, third, *_ = later["rows"]
+    first["median_ms"] *= 10
+    second["median_ms"] += second["iqr_ms"] / 2
+    third |= {"median_ms": None, "iqr_ms": None, "error": "wrong answer: y"}
+    later["rows"].pop()
+    paths = []
+    for name, content in (("a", result), ("b", later)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(content))
+    capsys.readouterr()
+    assert bench.main(["compare", *map(str, paths)]) == 0
+    output = capsys.readouterr().out
+    assert f"torch: {result['env']['torch']} -> 9.9" in output
+    assert "10.00x" in output and output.count("layers:") == 1
+    assert "a time -> wrong answer: y" in output
+    assert f"Only in {paths[0]}: 1 rows" in output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "can't be read"),
+        ("[]", "not a result"),
+        ('{"schema": 1}', "not a result"),
+        ('{"schema": 1, "env": {}, "rows": [], "summary": {}}', "schema 1"),
+    ],
+)
+def test_compare_names_a_file_that_is_no_result(content: str, message: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    assert bench.main(["compare", str(path), str(path)]) == 2
+    assert f"{path}: " in (output := capsys.readouterr().out) and message in output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import shutil
@@ -345,22 +344,6 @@ def test_timm_s_inception_v3_trains_by_the_same_loop(tmp_path, capsys):
     assert re.match(r"top-1 \d", capsys.readouterr().out)
     network = timm.create_model("inception_v3", num_classes=4)
     network.load_state_dict(load_file(tmp_path / "model.safetensors"))
-
-
-def test_the_speed_of_training_is_measured_through_the_same_script(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import train_speed
-
-    file = tmp_path / "speed.json"
-    flags = ("--img-size", "32", "--synthetic-images", "16", "--batch-size", "2", "--log-interval", "2", "-j", "0")
-    runs = ("xception, auto", "xception, reference")
-    small = ("--model-kwargs", "width=0.02", "middle_blocks=0", "--num-classes", "3")
-    assert train_speed.main(["--json", str(file), "--runs", *runs, *flags, *small]) == 0
-    result = json.loads(file.read_text())
-    assert [row["run"] for row in result["rows"]] == list(runs)
-    assert all(row["samples"] == 2 and row["images_per_second"] > 0 for row in result["rows"])
-    assert result["env"]["torch"] == torch.__version__
-    assert "images/s" in capsys.readouterr().out
 
 
 # Interruptions and bad input ----------------------------------------------------------------------------------------

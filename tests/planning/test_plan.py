@@ -102,6 +102,16 @@ def test_the_reference_moves_the_depthwise_result_out_and_in_again():
     assert candidate.bytes == 4 * image + 2 * 728 * (9 + 728)
 
 
+def test_the_reference_backward_does_not_compute_the_forward_again():
+    backward = dataclasses.replace(MIDDLE, direction="backward")
+    image, weights = 2 * 64 * 19 * 19 * 728, 2 * 728 * (9 + 728)
+    candidate = plan(backward, H200, ALL_KERNELS).choose("reference")
+    assert candidate.bytes == 8 * image + 2 * weights  # four kernels, two images each
+    assert candidate.flops == 2 * (backward.pointwise_flops + backward.depthwise_flops)
+    with_relus = dataclasses.replace(backward, pre_activation="relu", mid_activation="relu", activation="relu")
+    assert plan(with_relus, H200, ALL_KERNELS).choose("reference").bytes == candidate.bytes + 3 * 3 * image
+
+
 def test_the_parts_of_a_split_sum_cover_every_pixel_once():
     for case in CASES:
         call = problem(case, "backward")

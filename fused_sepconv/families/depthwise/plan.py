@@ -92,14 +92,10 @@ def best(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candida
 def _reference(problem: DepthwiseProblem, device: Device) -> Candidate:
     """PyTorch's own operators, one kernel each."""
     x, y = problem.x_bytes, problem.y_bytes
-    plain = (2 * x if problem.pre_activation else 0) + (2 * y if problem.mid_activation else 0)
-    depthwise, flops, launches = x + y + problem.weight_bytes, problem.flops, 1
-    if problem.direction == "backward":
-        # Of x and of the weight; where there is an activation, its gradient at a forward computed again.
-        depthwise *= 3 if problem.mid_activation else 2
-        plain += (3 * x if problem.pre_activation else 0) + (3 * y if problem.mid_activation else 0)
-        flops *= 3 if problem.mid_activation else 2
-        launches = 2
+    # A backward has a kernel for the gradient of x and one for the weight's; autograd has kept the forward's results.
+    launches, passes = (1, 2) if problem.direction == "forward" else (2, 3)
+    depthwise, flops = launches * (x + y + problem.weight_bytes), launches * problem.flops
+    plain = passes * ((x if problem.pre_activation else 0) + (y if problem.mid_activation else 0))
     launches += (problem.pre_activation is not None) + (problem.mid_activation is not None)
     seconds = depthwise / LIBRARY_DEPTHWISE_BANDWIDTH + plain / LIBRARY_BANDWIDTH
     return Candidate(

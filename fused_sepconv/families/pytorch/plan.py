@@ -28,21 +28,18 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
         seconds = max(byte_count / (device.bandwidth * LIBRARY_BANDWIDTH), problem.pointwise_flops / matrix)
         passes.append((byte_count, seconds, "the 1x1"))
 
-    # The forward, which the backward computes again up to the depthwise result.
-    if problem.pre_activation:
-        elementwise(2 * x)
-    depthwise(x + t)
-    if problem.mid_activation:
-        elementwise(2 * t)
-    flops = problem.depthwise_flops
     if problem.direction == "forward":
+        if problem.pre_activation:
+            elementwise(2 * x)
+        depthwise(x + t)
+        if problem.mid_activation:
+            elementwise(2 * t)
         pointwise(t + y + weights)
-        flops += problem.pointwise_flops
         if problem.residual:
             elementwise(3 * y)
         if problem.activation:
             elementwise(2 * y)
-    else:
+    else:  # autograd has kept the results of the forward
         if problem.activation:
             elementwise(3 * y)
         pointwise(y + t + weights)  # of the depthwise result
@@ -53,12 +50,12 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
         depthwise(t + x)  # of the depthwise weight
         if problem.pre_activation:
             elementwise(3 * x)
-        flops += 2 * problem.pointwise_flops + 2 * problem.depthwise_flops
+    sweeps = 1 if problem.direction == "forward" else 2
     candidate = Candidate(
         family="reference",
         name="reference",
         bytes=sum(byte_count for byte_count, _, _ in passes),
-        flops=flops,
+        flops=sweeps * (problem.pointwise_flops + problem.depthwise_flops),
         predicted_seconds=sum(seconds + LAUNCH_SECONDS for _, seconds, _ in passes),
         bound=mostly((what, seconds) for _, seconds, what in passes),
     )
