@@ -106,7 +106,8 @@ class Dataflow:
         except Exception as error:  # whatever a forward may raise when it is handed a stand-in for a tensor
             self.failures[module] = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         else:
-            seen |= entered
+            # A container that is not called, but whose children are, is no second caller of theirs.
+            seen |= entered | {m for m in module.modules() if entered.intersection(m.children())}
             self.graphs.append((module, graph))
         for child in module.modules():  # those that were not called
             self._visit(child, seen)
