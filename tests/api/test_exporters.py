@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 
-from fused_sepconv import DepthwiseConv1d, DepthwiseConv2d, SeparableConv2d, depthwise_conv2d, separable_conv2d
+from fused_sepconv import (
+    DepthwiseConv1d,
+    DepthwiseConv2d,
+    SeparableConv2d,
+    depthwise_conv2d,
+    optimize_for_inference,
+    separable_conv2d,
+)
 from fused_sepconv.models import xception
 
 MODULES = {
@@ -87,6 +94,15 @@ def test_fx_traces_xception(options):
         assert torch.equal(traced(image), model(image))
     with pytest.raises(ValueError, match="at least 7 pixels"):
         traced(x[..., :6])
+
+
+def test_a_network_of_features_is_folded_as_far_as_one_of_classes():
+    """The whole network is traced: a flow, whose children it calls and which it does not, is no second caller."""
+    model, x = small_xception(features_only=True)
+    expected = model(x)
+    assert len(optimize_for_inference(model).replaced) == 13
+    for actual, wanted in zip(model(x), expected, strict=True):
+        close(actual, wanted)
 
 
 def test_feature_extractors_read_xception():
