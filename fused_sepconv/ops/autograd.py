@@ -25,6 +25,7 @@ from fused_sepconv.ops import operators
 from fused_sepconv.ops.operators import Operator
 from fused_sepconv.ops.torch_internals import (
     AutoDispatchBelowAutograd,
+    SingleLevelFunction,
     are_functorch_transforms_active,
     has_tangent,
     in_forward_mode,
@@ -236,6 +237,10 @@ def _entrance(operator: Operator) -> Callable[..., Tensor]:
 def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite: Any) -> Any:
     """What the op does at PyTorch's Autograd key: apply the function, once, at the level being processed."""
 
+    # A Function's apply would hand the call to the whole stack of transforms again, in 2.14 its base class's with it.
+    steps = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward")}
+    single_level = type(function.__name__, (SingleLevelFunction,), steps)
+
     def kernel(*args: Any) -> Any:
         # A graph that is being traced makes dual tensors without entering the level in Python: the tensors alone tell.
         # (Not asked of ordinary tensors, in whose eager calls the level tells: asking costs 20 % of a call.)
@@ -244,12 +249,10 @@ def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite
         if not _records(args):
             with AutoDispatchBelowAutograd():
                 return op(*args)
-        # Function.apply would hand the call to the whole stack of transforms again: its base class applies it here.
-        apply = super(torch.autograd.Function, function).apply
         if not are_functorch_transforms_active():
-            return apply(*args)
+            return super(torch.autograd.Function, function).apply(*args)
         with single_level_autograd_function():
-            return apply(*args)
+            return single_level.apply(*args)
 
     return kernel
 

@@ -17,6 +17,7 @@ try:
     from torch._functorch.utils import enable_single_level_autograd_function as single_level_autograd_function
     from torch._VF import _unpack_dual
     from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode_enabled
+    from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 except ImportError as error:
     raise ImportError(
         f"fused_sepconv uses names inside PyTorch that this one, {torch.__version__}, does not have: {error}. "
@@ -25,6 +26,7 @@ except ImportError as error:
 
 __all__ = [
     "AutoDispatchBelowAutograd",
+    "SingleLevelFunction",
     "are_functorch_transforms_active",
     "below_subclasses",
     "has_tangent",
