@@ -12,6 +12,7 @@ from problem import PASSES
 from record import PAPER_RATIO, PUBLISHED_RATIOS, Row, column, speed_up, values
 from suites import MODEL_PASSES
 from tables import MODES, name_of, place
+from tables import figure as figure_of
 
 OURS_COLOURS = ("#d1495b", "#f0a202")
 PEER_COLOURS = ("#30638e", "#7fb2d6", "#8a8f98", "#c3c7cd", "#5b8e7d", "#a3c9a8", "#6d597a", "#b8a9c9")
@@ -90,7 +91,7 @@ def layers(rows: Sequence[Row]) -> Figure:
 
 def horizontal(axes: Axes, names: Sequence[str], widths: Sequence[float], colour: Sequence[str], unit: str) -> None:
     bars = axes.barh(range(len(names)), widths, color=colour)
-    axes.bar_label(bars, [f"{width:.3g}" for width in widths], padding=3, fontsize=9)
+    axes.bar_label(bars, [figure_of(width) for width in widths], padding=3, fontsize=9)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.2)
