@@ -1,133 +1,213 @@
-"""Trains Xception, or any image classifier of timm's, with PyTorch alone: one process, or many under torchrun.
+"""Trains Xception, or any image classifier of timm's, with Lightning: one process, or many under torchrun.
 
     python examples/train.py --dataset digits
     torchrun --nproc-per-node=8 examples/train.py --data-dir imagenet --recipe imagenet --amp --channels-last
 
-`--help` has all flags. The files of a run are in its `--output`: steps.csv, epochs.csv and tensorboard/ as it goes,
-checkpoints/, model.safetensors (the last weights that were evaluated), model_best.safetensors, and curves.png.
+`--help` has all flags. The files of a run are in its `--output`: csv/ and tensorboard/ as it goes, checkpoints/ and
+best.ckpt; at the end model.safetensors, model_best.safetensors and curves.png.
 """
 
 import argparse
+import copy
+import logging
+import os
 import sys
+import time
+import warnings
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 try:
+    import lightning
+
     import fused_sepconv
 except ModuleNotFoundError as error:
-    if error.name != "fused_sepconv":
+    if error.name not in ("fused_sepconv", "lightning"):
         raise
-    sys.exit('fused_sepconv is not installed: run `pip install ".[train]"` at the root of the checkout first')
+    sys.exit(f'{error.name} is not installed: run `pip install ".[train]"` at the root of the checkout first')
+except RuntimeError as error:  # Lightning imports torchvision where it is installed
+    if "torchvision::nms" not in str(error):
+        raise
+    sys.exit(f"torchvision is for another PyTorch than {torch.__version__}: install the one that fits, or uninstall it")
 
-from training import build, checkpoint, curves, recipes
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from training import networks, run
 from training.arguments import parse
-from training.distributed import Ranks, join_ranks, leave
+from training.classifier import Classifier, ShardedClassifier, averaged, shown
+from training.data import ImageData, Images, read_csv, splits
 from training.errors import UserError
-from training.journal import Journal
-from training.loop import Interrupted, Interruption, evaluate, train_epoch
-from training.metrics import Result
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+# What Lightning warns of is meant: the order of the images knows where to go on in an epoch, for one.
+for text in ("You're resuming from", ".*does not have many workers", "Checkpoint directory", ".*treespec, LeafSpec"):
+    warnings.filterwarnings("ignore", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 after an error that is the user's to mend; 128 and the signal's number after a signal."""
     options = parse(argv)
     try:
-        with join_ranks(options.device) as ranks, fused_sepconv.use_backend(options.backend):
-            result = evaluate_weights(options, ranks) if options.evaluate else train(options, ranks)
-            if ranks.first:
-                print(result)
-    except UserError as error:
+        _join_again()
+        with fused_sepconv.use_backend(options.backend):
+            if options.summary:
+                print(networks.summary(network_of(options, options.model, options.num_classes), options.img_size))
+            elif options.evaluate:
+                print(evaluate(options))
+            else:
+                results = train(options)
+                if _rank() == 0:
+                    print(f"top-1 {results['top1']:.1f} top-5 {results['top5']:.1f}")
+    except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except Interrupted as stop:
-        if isinstance(stop.cause, int):
-            return 128 + stop.cause
-        if stop.cause is not None:
-            print(f"train.py: {stop.cause}", file=sys.stderr)
-        return 1
+    except run.Interrupted as stop:
+        print(f"train.py: {stop}", file=sys.stderr)
+        return 128 + stop.signal if stop.signal else 1
     return 0
 
 
-def evaluate_weights(options: argparse.Namespace, ranks: Ranks) -> Result:
-    images = build.splits(options)
-    classes = build.class_count(options, images)
-    network, loaded = build.network(options, classes, ranks)
-    if ranks.first:
-        print(loaded, file=sys.stderr)
-    data = build.evaluation_data(options, images, ranks)
-    _, criterion = recipes.losses(options)
-    return evaluate(network, data, criterion, classes, options.multi_label, build.precision(options, ranks))
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
 
 
-def train(options: argparse.Namespace, ranks: Ranks) -> Result:
-    images = build.splits(options)
-    classes = build.class_count(options, images)
-    batches, data = build.training_data(options, images, ranks)
-    evaluation = build.evaluation_data(options, images, ranks)
-    network, loaded = build.network(options, classes, ranks)
-    state, exporter = build.training_state(options, network, batches, ranks)
-    criterion, evaluation_criterion = recipes.losses(options)
-    precision = build.precision(options, ranks)
+def network_of(options: argparse.Namespace, name: str, classes: int) -> torch.nn.Module:
+    torch.manual_seed(options.seed)
+    return networks.create(name, classes, options.drop, options.img_size, options.model_kwargs)
 
-    output = build.output_folder(options, ranks)
-    identity = build.identity(options, classes, batches)
-    resumed = build.checkpoint_to_resume(options, output, ranks)
+
+def class_count(options: argparse.Namespace, images: Images) -> int:
+    there = len(images.classes)
+    if options.num_classes is not None and options.num_classes < there:
+        raise UserError(f"--num-classes: the data has {there}, got {options.num_classes}")
+    return options.num_classes or there
+
+
+def _class_weights(options: argparse.Namespace, images: Images) -> torch.Tensor | None:
+    if options.class_weights is None:
+        return None
+    given = {row["label"]: float(row["weight"]) for row in read_csv(options.class_weights, ["label", "weight"])}
+    return torch.tensor([given.get(name, 1.0) for name in images.classes])
+
+
+def trainer(options: argparse.Namespace, **more: object) -> lightning.Trainer:
+    """Lightning's, for this process and those that torchrun has started beside it."""
+    local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    strategy: object = "auto"
+    if options.distributed == "fsdp":
+        if "RANK" not in os.environ:
+            raise UserError("--distributed fsdp: start it with torchrun, one process will do")
+        strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=False)
+    elif world > 1:
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
+    precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[options.amp_dtype] if options.amp else "32-true"
+    where = {"accelerator": "gpu" if options.device == "cuda" else "cpu", "devices": local, "num_nodes": world // local}
+    how = {"precision": precision, "sync_batchnorm": options.sync_bn, "use_distributed_sampler": False}
+    told = {"enable_model_summary": False, "log_every_n_steps": 1, "enable_progress_bar": sys.stderr.isatty()}
+    return lightning.Trainer(strategy=strategy, num_sanity_val_steps=0, **where, **how, **told, **more)
+
+
+def evaluate(options: argparse.Namespace) -> str:
+    """A table with a row for each file of weights."""
+    _, images = splits(options)
+    classes, weights = class_count(options, images), _class_weights(options, images)
+    rows = []
+    names = options.models * len(options.weights) if len(options.models) == 1 else options.models
+    for name, path in zip(names, options.weights, strict=False):
+        network = network_of(options, name, classes)
+        print(networks.load_weights(network, path, head_may_differ=False), file=sys.stderr)
+        parameters, multiply_adds = networks.cost(network, options.img_size)
+        module = Classifier(network, options, class_weights=weights)
+        trainer(options, logger=False).validate(module, ImageData(options, None, images), verbose=False)
+        row = {"model": name, "weights": path.name, "parameters": f"{parameters:,}"}
+        row["multiply-adds"] = f"{multiply_adds:,}"
+        rows.append(row | shown(module.trainer.callback_metrics))
+    return run.table(rows)
+
+
+def train(options: argparse.Namespace) -> dict[str, float]:
+    """The last evaluation's figures."""
+    train_images, images = splits(options)
+    classes, world = class_count(options, images), int(os.environ.get("WORLD_SIZE", 1))
+    images_per_step = options.batch_size * options.grad_accum_steps * world
+    steps = len(train_images) // images_per_step
+    if not steps:
+        raise UserError(
+            f"--batch-size: {len(train_images)} training images do not fill one step of {images_per_step} (batch size "
+            f"{options.batch_size} x {options.grad_accum_steps} accumulation steps x {world} ranks)"
+        )
+    output = options.output or Path("output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}"
+    newest = run.latest(output)
+    if _rank() == 0 and not options.resume and (newest or (output / "csv").exists()):
+        raise UserError(f"--output: {output} holds a run; give --resume to go on with it, or another folder")
+    network = network_of(options, options.model, classes)
+    title = f"{options.model}, {options.dataset}, {options.recipe}, {world} rank{'s' * (world > 1)}"
+    notes = [f"{title}: {len(train_images)} images, {steps} steps an epoch, into {output}"]
+    for path in options.weights:
+        notes.append(networks.load_weights(network, path, head_may_differ=True))
+    skeleton = copy.deepcopy(network).to("meta")
+    if options.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if options.torchcompile:
+        network.compile(backend=options.torchcompile)
+
+    measure = "val/map100" if options.multi_label else "val/top1"
+    # Whole, as Lightning puts averaged weights into no others.
+    how = {"save_on_train_epoch_end": False, "enable_version_counter": False}
+    best = ModelCheckpoint(output, "best", monitor=measure, mode="max", **how)
+    callbacks = [run.Checkpoints(output / "checkpoints", options.recovery_interval, options.checkpoint_hist), best]
+    if options.model_ema:
+        callbacks.append(averaged(options.model_ema_decay))
+    if sys.stderr.isatty():
+        callbacks.append(RichProgressBar(leave=False))
+    version = len(list(output.glob("csv/version_*")))
+    csv = CSVLogger(output, "csv", version=version, flush_logs_every_n_steps=1)
+    kind = ShardedClassifier if options.distributed == "fsdp" else Classifier
+    module = kind(network, options, steps, images_per_step, _class_weights(options, images))
+    every = {"max_epochs": options.epochs, "accumulate_grad_batches": options.grad_accum_steps}
+    if options.eval_interval:
+        every |= {"val_check_interval": options.eval_interval * options.grad_accum_steps}
+        every |= {"check_val_every_n_epoch": None}
+    loggers = [csv, TensorBoardLogger(output, "tensorboard", version="")]
+    trainer_ = trainer(options, callbacks=callbacks, logger=loggers, **every)
+    resumed = newest if options.resume is True else options.resume
     if resumed:
-        checkpoint.load(resumed, state, identity)
-    position = state.position
-    if position.epoch >= options.epochs:
-        raise UserError(f"--epochs: {resumed} is in epoch {position.epoch + 1} already, got {options.epochs}")
+        notes.append(f"resumed from {resumed}")
+    if _rank() == 0:
+        print(*notes, sep="\n", file=sys.stderr)
+    trainer_.fit(module, ImageData(options, train_images, images), ckpt_path=resumed, weights_only=True)
+    if _rank() == 0:
+        for file, checkpoint in (("model", run.latest(output)), ("model_best", output / "best.ckpt")):
+            networks.export(skeleton, checkpoint, output / f"{file}.safetensors")
+        run.draw({options.model: output}, output / "curves.png", title)
+        print(f"curves: {output / 'curves.png'}", file=sys.stderr)
+    return {name.removeprefix("val/"): float(v) for name, v in trainer_.callback_metrics.items()}
 
-    def save() -> None:
-        checkpoint.save(output, state, identity, ranks, options.checkpoint_hist)
 
-    def after_step() -> None:
-        if options.recovery_interval and position.steps % options.recovery_interval == 0:
-            save()
+def _join_again() -> None:
+    """Joins the other ranks after torchrun has restarted them. It keeps its store then (seen in PyTorch 2.13), and
+    Lightning would find the addresses of those that have died. Several machines do not count restarts alike, so there
+    it is left as it is.
+    """
+    restart, local = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE"))
+    if restart != "0" and local == os.environ["WORLD_SIZE"]:
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=dist.PrefixStore(f"restart {restart}", store), rank=rank, world_size=world)
 
-    title = f"{options.model}, {options.dataset}, {options.recipe}, {ranks.world} rank{'s' * (ranks.world > 1)}"
-    journal = Journal(output, position.steps, position.epoch) if ranks.first else None
-    with closing(journal) if journal else nullcontext(), Interruption().watched() as interruption:
-        if journal:
-            journal.say(f"{title}: {batches.images} images, {batches.steps} steps an epoch, into {output}")
-            for note in (loaded, f"resumed from {resumed}, after {position.steps} steps" if resumed else None):
-                if note:
-                    journal.say(note)
-        for epoch in range(position.epoch, options.epochs):
-            with journal.epoch(epoch, options.epochs, batches.steps, position.step) if journal else nullcontext():
-                try:
-                    train_epoch(
-                        state,
-                        data,
-                        batches,
-                        criterion,
-                        precision,
-                        ranks,
-                        journal,
-                        options.log_interval,
-                        after_step,
-                        interruption,
-                    )
-                except Interrupted:
-                    if position.steps:
-                        save()
-                    if journal:
-                        journal.say(f"stopped after {position.steps} steps, which are saved: --resume goes on")
-                    raise
-            save()  # before the evaluation, which might not succeed
-            result = evaluate(
-                state.evaluated, evaluation, evaluation_criterion, classes, options.multi_label, precision
-            )
-            if journal:
-                journal.evaluation(epoch + 1, position.steps, result)
-            exporter.write(state.evaluated, output / "model.safetensors", ranks)
-            if result.top1 > position.best:
-                position.best = result.top1
-                exporter.write(state.evaluated, output / "model_best.safetensors", ranks)
-            position.epoch, position.step = epoch + 1, 0
-    if ranks.first:
-        print(f"curves: {curves.draw(output, title)}", file=sys.stderr)
-    return result
+
+def leave(status: int) -> None:
+    """A rank ends without Python's own clean-up, which stops gloo's threads wherever they ask for the interpreter: C++
+    aborts if that is inside of its own frames, after a training that had succeeded."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -8,192 +8,157 @@ from typing import Any
 
 import torch
 
-from .recipes import RECIPES
+RECIPES: dict[str, dict[str, Any]] = {
+    # The everyday one.
+    "adamw": {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine", "warmup_epochs": 5, "epochs": 100}
+    | {"smoothing": 0.1, "drop": 0.0, "model_ema": False},
+    # Sections 4.3 to 4.5 of the paper, for one class an image. It gives no number of epochs and no batch size: those
+    # are ours.
+    "imagenet": {"opt": "sgd", "lr": 0.045, "momentum": 0.9, "weight_decay": 1e-5, "sched": "step", "decay_epochs": 2.0}
+    | {"decay_rate": 0.94, "warmup_epochs": 0, "epochs": 100, "smoothing": 0.0, "drop": 0.5, "model_ema": True},
+    # The same sections, for many labels an image.
+    "jft": {"opt": "rmsprop", "lr": 0.001, "momentum": 0.9, "weight_decay": 1e-5, "sched": "step"}
+    | {"decay_images": 3_000_000, "decay_rate": 0.9, "warmup_epochs": 0, "epochs": 10, "smoothing": 0.0, "drop": 0.0}
+    | {"model_ema": True, "multi_label": True},
+}
+INCEPTION_WEIGHT_DECAY = 4e-5
+"""The paper's for Inception V3, in both of its recipes."""
 
 DATASETS: dict[str, dict[str, Any]] = {
     "folder": {},
     # 1437 + 360 images of 8 x 8 pixels, enlarged; a mirrored digit is none.
-    "digits": {
-        "model": "xception_slim",
-        "img_size": 32,
-        "scale": (0.7, 1.0),
-        "hflip": 0.0,
-        "crop_pct": 1.0,
-        "epochs": 15,
-        "warmup_epochs": 3,
-        "log_interval": 10,
-    },
+    "digits": {"model": ["xception_slim"], "img_size": 32, "scale": (0.7, 1.0), "hflip": 0.0, "crop_pct": 1.0}
+    | {"epochs": 15, "warmup_epochs": 3, "log_interval": 10},
     "synthetic": {},
 }
 """Their names, and the values of flags that suit them."""
-
-EXAMPLES = """examples:
-  a first run, minutes on a CPU:
-    python examples/train.py --dataset digits
-  the paper's network and recipe, on all GPUs of a machine:
-    torchrun --nproc-per-node=8 examples/train.py --data-dir imagenet --recipe imagenet --amp --channels-last
-  the same, going on by itself after a lost process, or when the command is given again:
-    torchrun --nproc-per-node=8 --max-restarts=3 examples/train.py ... --output runs/1 --resume
-  Keras's weights on a folder of images:
-    python examples/train.py --evaluate --data-dir imagenet/val --weights xception_weights_tf_dim_ordering_tf_kernels.h5
-"""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options. What is not given comes from the dataset, or from the recipe, or from the flag itself."""
     parser = _parser()
     given = parser.parse_args(argv)
-    parser.set_defaults(**{**RECIPES[given.recipe], **DATASETS[given.dataset]})
+    defaults = {**RECIPES[given.recipe], **DATASETS[given.dataset]}
+    if given.model == ["inception_v3"] and given.recipe != "adamw":
+        defaults["weight_decay"] = INCEPTION_WEIGHT_DECAY
+    if given.epochs is not None and defaults["warmup_epochs"] >= given.epochs:  # a short run is a short warm-up too
+        defaults["warmup_epochs"] = given.epochs // 3
+    parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.model_kwargs = dict(options.model_kwargs)
+    options.model_kwargs, options.models = dict(options.model_kwargs), options.model
+    options.model = options.models[0]
     _check(parser, options)
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Trains an image classifier, on one machine or many; or evaluates one.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    what = (
+        "Trains an image classifier, on one machine or many; or evaluates several. README's section Train has examples."
     )
-    yes_or_no = argparse.BooleanOptionalAction
-
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="DIR/train and DIR/val, with a folder for each class"
-    )
-    data.add_argument("--dataset", choices=DATASETS, default="folder", help="default: folder, which is --data-dir")
-    data.add_argument("--multi-label", action="store_true", help="many labels an image, listed in DIR/*/labels.csv")
-    data.add_argument("--img-size", type=_at_least(1), default=299, metavar="N", help="pixels; default: 299")
-    data.add_argument("-b", "--batch-size", type=_at_least(1), default=64, metavar="N", help="of a rank; default: 64")
-    data.add_argument("-j", "--workers", type=_at_least(0), metavar="N", help="default: 4, or none in memory")
-    data.add_argument("--scale", type=_share, nargs=2, default=(0.08, 1.0), metavar="P", help="area of training crops")
-    data.add_argument("--hflip", type=_probability, default=0.5, metavar="P", help="default: 0.5")
-    data.add_argument("--crop-pct", type=_share, default=0.9, metavar="P", help="of the side, evaluated; default: 0.9")
-    data.add_argument("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), metavar="X", help="default: 0.5 0.5 0.5")
-    data.add_argument("--std", type=_positive, nargs=3, default=(0.5, 0.5, 0.5), metavar="X", help="the same")
-    data.add_argument("--synthetic-images", type=_at_least(1), default=4096, metavar="N", help="default: 4096")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default="xception", metavar="NAME", help="xception, xception_slim, or one of timm's")
-    model.add_argument("--model-kwargs", type=_assignment, nargs="*", default=[], metavar="K=V", help="its arguments")
-    model.add_argument("--num-classes", type=_at_least(1), metavar="N", help="default: as many as the data has")
-    model.add_argument("--drop", type=_probability, metavar="P", help="dropout before the last layer")
-    model.add_argument(
-        "--initial-checkpoint",
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        dest="weights",
-        help="weights to start from, or to evaluate: .safetensors of a run, or Keras's or timm's files of Xception",
-    )
-    model.add_argument("--backend", choices=("auto", "fused", "reference"), default="auto", help="see use_backend")
-    model.add_argument("--channels-last", action="store_true", help="images as NHWC")
-    model.add_argument(
-        "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the network"
-    )
-
-    learning = parser.add_argument_group("recipe")
-    learning.add_argument(
-        "--recipe", choices=RECIPES, default="adamw", help="values for the flags below; default: adamw"
-    )
-    learning.add_argument("--epochs", type=_at_least(1), metavar="N")
-    learning.add_argument("--opt", choices=("adamw", "sgd", "rmsprop"))
-    learning.add_argument("--lr", type=_positive, metavar="X", help="learning rate, for all ranks together")
-    learning.add_argument("--momentum", type=_probability, default=0.9, metavar="X", help="default: 0.9")
-    learning.add_argument("--weight-decay", type=float, metavar="X")
-    learning.add_argument("--sched", choices=("cosine", "step", "none"))
-    learning.add_argument("--decay-rate", type=_share, default=0.94, metavar="X", help="of --sched step")
-    learning.add_argument("--decay-epochs", type=_positive, default=2.0, metavar="N", help="it decays after so many")
-    learning.add_argument("--decay-images", type=_at_least(1), metavar="N", help="or after so many images")
-    learning.add_argument("--warmup-epochs", type=_at_least(0), metavar="N")
-    learning.add_argument("--smoothing", type=_probability, metavar="X", help="of labels")
-    learning.add_argument("--model-ema", action=yes_or_no, help="evaluate averaged weights (Polyak)")
-    learning.add_argument("--model-ema-decay", type=_probability, default=0.9999, metavar="X", help="default: 0.9999")
-
-    engine = parser.add_argument_group("engine")
-    engine.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    engine.add_argument("--amp", action="store_true", help="automatic mixed precision")
-    engine.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
-    engine.add_argument("--distributed", choices=("ddp", "fsdp"), default="ddp", help="under torchrun; fsdp is FSDP2")
-    engine.add_argument("--sync-bn", action="store_true", help="BatchNorm over all ranks' images (GPUs)")
-    engine.add_argument("--grad-accum-steps", type=_at_least(1), default=1, metavar="N", help="batches in a step")
-    engine.add_argument("--seed", type=_at_least(0), default=42, metavar="N", help="default: 42")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, metavar="DIR", help="of the run; default: output/<time>-<model>")
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a name from the newest in --output, if there is one",
-    )
-    run.add_argument("--recovery-interval", type=_at_least(0), default=0, metavar="N", help="steps between checkpoints")
-    run.add_argument(
-        "--checkpoint-hist", type=_at_least(1), default=2, metavar="N", help="checkpoints kept; default: 2"
-    )
-    run.add_argument("--log-interval", type=_at_least(1), default=50, metavar="N", help="steps a row; default: 50")
-    run.add_argument("--evaluate", action="store_true", help="no training: evaluate --weights")
+    parser = argparse.ArgumentParser(description=what, allow_abbrev=False)
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", type=Path, metavar="DIR", help="DIR/train and DIR/val, with a folder for each class")
+    add("--dataset", choices=DATASETS, default="folder", help="default: folder, which is --data-dir")
+    add("--multi-label", action="store_true", help="many labels an image, listed in DIR/*/labels.csv")
+    add("--class-weights", type=Path, metavar="FILE", help="label,weight: what labels count in MAP@100; default: 1")
+    add("--img-size", type=_some, default=299, metavar="N", help="pixels; default: 299")
+    add("-b", "--batch-size", type=_some, default=64, metavar="N", help="of a rank; default: 64")
+    add("-j", "--workers", type=_count, metavar="N", help="default: 4, or none in memory")
+    add("--scale", type=_share, nargs=2, default=(0.08, 1.0), metavar="P", help="area of training crops")
+    add("--hflip", type=_probability, default=0.5, metavar="P", help="default: 0.5")
+    add("--crop-pct", type=_share, default=0.9, metavar="P", help="of the side, evaluated; default: 0.9")
+    add("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), metavar="X", help="default: 0.5 0.5 0.5")
+    add("--std", type=_positive, nargs=3, default=(0.5, 0.5, 0.5), metavar="X", help="the same")
+    add("--synthetic-images", type=_some, default=4096, metavar="N", help="default: 4096")
+    add = parser.add_argument_group("model").add_argument
+    name = "xception, xception_slim, googlenet, or one of timm's; with --evaluate one for each of --weights, or for all"
+    add("--model", nargs="+", default=["xception"], metavar="NAME", help=name)
+    add("--model-kwargs", type=_assignment, nargs="*", action="extend", default=[], metavar="K=V", help="its arguments")
+    add("--num-classes", type=_some, metavar="N", help="default: as many as the data has")
+    add("--drop", type=_probability, metavar="P", help="dropout before the last layer")
+    what = "to start from, or to evaluate: .safetensors or .ckpt of a run, Keras's or timm's files of Xception"
+    add("--weights", "--initial-checkpoint", type=Path, nargs="+", default=[], metavar="FILE", help=what)
+    add("--backend", choices=("auto", "fused", "reference"), default="auto", help="see use_backend")
+    add("--channels-last", action="store_true", help="images as NHWC")
+    add("--torchcompile", "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the network")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--recipe", choices=RECIPES, default="adamw", help="values for the flags below; default: adamw")
+    add("--epochs", type=_some, metavar="N")
+    add("--opt", choices=("adamw", "adam", "sgd", "rmsprop"))
+    add("--lr", type=_positive, metavar="X", help="learning rate, for all ranks together")
+    add("--momentum", type=_probability, default=0.9, metavar="X", help="default: 0.9")
+    add("--weight-decay", type=float, metavar="X")
+    add("--sched", choices=("cosine", "step", "none"))
+    add("--decay-rate", type=_share, default=0.94, metavar="X", help="of --sched step")
+    add("--decay-epochs", type=_positive, default=2.0, metavar="N", help="it decays after so many")
+    add("--decay-images", type=_some, metavar="N", help="or after so many images")
+    add("--warmup-epochs", type=_count, metavar="N")
+    add("--smoothing", type=_probability, metavar="X", help="of labels")
+    add("--model-ema", action=argparse.BooleanOptionalAction, help="evaluate averaged weights (Polyak)")
+    add("--model-ema-decay", type=_probability, default=0.9999, metavar="X", help="default: 0.9999")
+    add = parser.add_argument_group("engine").add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add("--amp", action="store_true", help="automatic mixed precision")
+    add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
+    add("--distributed", choices=("ddp", "fsdp"), default="ddp", help="under torchrun; fsdp is FSDP2")
+    add("--sync-bn", action="store_true", help="BatchNorm over all ranks' images (GPUs)")
+    add("--grad-accum-steps", type=_some, default=1, metavar="N", help="batches in a step")
+    add("--seed", type=_count, default=42, metavar="N", help="default: 42")
+    add = parser.add_argument_group("run").add_argument
+    add("--output", type=Path, metavar="DIR", help="of the run; default: output/<time>-<model>")
+    whence = "go on from a checkpoint; without a name from the newest in --output, if there is one"
+    add("--resume", nargs="?", const=True, metavar="CHECKPOINT", help=whence)
+    add("--recovery-interval", type=_count, default=0, metavar="N", help="steps between checkpoints")
+    add("--checkpoint-hist", type=_some, default=2, metavar="N", help="checkpoints kept; default: 2")
+    add("--log-interval", type=_some, default=50, metavar="N", help="steps a row; default: 50")
+    add("--eval-interval", type=_some, metavar="N", help="steps between evaluations; default: an epoch")
+    add("--evaluate", action="store_true", help="no training: a table of --weights on the evaluation images")
+    add("--summary", action="store_true", help="no training: a table of the network's layers and their costs")
     return parser
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: PyTorch sees no CUDA GPU on this machine")
-    if options.dataset == "folder" and options.data_dir is None:
-        parser.error("argument --data-dir: expected a folder of images, or --dataset digits")
-    if options.dataset != "folder" and options.data_dir is not None:
-        parser.error(f"argument --data-dir: --dataset {options.dataset} has no folder")
-    if options.multi_label and options.dataset != "folder":
-        parser.error(f"argument --multi-label: --dataset {options.dataset} has one label an image")
-    if options.multi_label and options.smoothing:
-        parser.error("argument --smoothing: is for one class an image, not for --multi-label")
-    if options.sync_bn and options.device == "cpu":
-        parser.error("argument --sync-bn: PyTorch's SyncBatchNorm needs GPUs")
-    if options.scale[0] > options.scale[1]:
-        parser.error(f"argument --scale: expected the smaller share first, got {options.scale[0]} {options.scale[1]}")
-    if options.warmup_epochs >= options.epochs:
-        parser.error(
-            f"argument --warmup-epochs: expected fewer than the {options.epochs} epochs, got {options.warmup_epochs}"
-        )
-    if options.evaluate and options.weights is None:
-        parser.error("argument --weights: --evaluate needs a file")
-    if options.resume is True and options.output is None:
-        parser.error("argument --resume: without the name of a checkpoint it needs --output")
+    folder, models, files = options.dataset == "folder", len(options.models), len(options.weights)
+    if options.summary:
+        options.num_classes = options.num_classes or (10 if options.dataset == "digits" else 1000)
+        return
+    for wrong, flag, why in (
+        (options.device == "cuda" and not torch.cuda.is_available(), "--device", "PyTorch sees no CUDA GPU here"),
+        (folder and options.data_dir is None, "--data-dir", "expected a folder of images, or --dataset digits"),
+        (not folder and options.data_dir, "--data-dir", f"--dataset {options.dataset} has no folder"),
+        (not folder and options.multi_label, "--multi-label", f"--dataset {options.dataset} has one label an image"),
+        (options.multi_label and options.smoothing, "--smoothing", "is for one class an image, not for --multi-label"),
+        (options.class_weights and not options.multi_label, "--class-weights", "is for --multi-label"),
+        (options.sync_bn and options.device == "cpu", "--sync-bn", "PyTorch's SyncBatchNorm needs GPUs"),
+        (options.model_ema and options.distributed == "fsdp", "--model-ema", "Lightning averages no sharded weights: "
+         "give --no-model-ema"),
+        (options.scale[0] > options.scale[1], "--scale", f"expected the smaller share first, got {options.scale}"),
+        (options.warmup_epochs >= options.epochs, "--warmup-epochs",
+         f"expected fewer than the {options.epochs} epochs, got {options.warmup_epochs}"),
+        (options.evaluate and not files, "--weights", "--evaluate needs a file"),
+        (not options.evaluate and files > 1, "--weights", f"a training starts from one file, got {files}"),
+        (models > 1 and models != (files if options.evaluate else 1), "--model",
+         f"expected one, or with --evaluate one for each of the {files} --weights, got {models}"),
+        (options.resume is True and options.output is None, "--resume", "a checkpoint's name or --output is needed"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(f"argument {flag}: {why}")
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"expected {minimum} or more, got {value}")
-        return value
+def _number(kind: Callable, good: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        if not good(kind(text)):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return kind(text)
 
-    return integer
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
-    return value
+    return number
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected more than 0 and at most 1, got {text}")
-    return value
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected 0 or more and less than 1, got {text}")
-    return value
+_count, _some = _number(int, lambda n: n >= 0, "0 or more"), _number(int, lambda n: n >= 1, "1 or more")
+_positive = _number(float, lambda x: 0 < x < float("inf"), "more than 0")
+_share = _number(float, lambda x: 0 < x <= 1, "more than 0 and at most 1")
+_probability = _number(float, lambda x: 0 <= x < 1, "0 or more and less than 1")
 
 
 def _assignment(text: str) -> tuple[str, Any]:

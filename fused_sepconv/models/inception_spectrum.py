@@ -11,6 +11,7 @@ are stacked.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,21 +29,60 @@ class InceptionModule(nn.Module):
     Args:
         in_channels: C.
         tower_channels: of each tower's result, and between its convolutions.
+        device, dtype: of the parameters, as in all modules here.
 
     Shape: (N, C, H, W) -> (N, 4 * tower_channels, H, W).
     """
 
-    def __init__(self, in_channels: int, tower_channels: int, **factory: Any) -> None:
+    def __init__(self, in_channels: int, tower_channels: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         channels, width = integer("in_channels", in_channels, 1), integer("tower_channels", tower_channels, 1)
+        conv = partial(_relu_conv, device=device, dtype=dtype)
+        self.tower1 = conv(channels, width, 1)
+        self.tower2 = nn.Sequential(conv(channels, width, 1), conv(width, width, 3))
+        self.tower3 = nn.Sequential(conv(channels, width, 1), conv(width, width, 3), conv(width, width, 3))
+        self.tower4 = nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1), conv(channels, width, 1))
 
-        def conv(fan_in: int, size: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(fan_in, width, size, padding=size // 2, bias=False, **factory), nn.ReLU())
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.tower1(x), self.tower2(x), self.tower3(x), self.tower4(x)], 1)
 
-        self.tower1 = conv(channels, 1)
-        self.tower2 = nn.Sequential(conv(channels, 1), conv(width, 3))
-        self.tower3 = nn.Sequential(conv(channels, 1), conv(width, 3), conv(width, 3))
-        self.tower4 = nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1), conv(channels, 1))
+
+class GoogLeNetModule(nn.Module):
+    """GoogLeNet's module (https://arxiv.org/abs/1409.4842, Figure 2): 1 x 1, 3 x 3, 5 x 5 and a max-pooling.
+
+    They are side by side. Each convolution has a ReLU after it.
+
+    Args:
+        in_channels: C.
+        channels: of the 1 x 1, the 3 x 3 and the 5 x 5 convolution.
+        reductions: None is the naive module, whose pooling keeps all C channels; else the channels of the 1 x 1
+            convolutions before the 3 x 3, before the 5 x 5 and after the pooling.
+
+    Shape: (N, C, H, W) -> (N, sum(channels) + (C or reductions[2]), H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: tuple[int, int, int],
+        reductions: tuple[int, int, int] | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        fan_in = integer("in_channels", in_channels, 1)
+        one, three, five = _three("channels", channels)
+        conv = partial(_relu_conv, device=device, dtype=dtype)
+        pool = nn.MaxPool2d(3, stride=1, padding=1)
+        self.tower1 = conv(fan_in, one, 1)
+        if reductions is None:
+            self.tower2, self.tower3, self.tower4 = conv(fan_in, three, 3), conv(fan_in, five, 5), pool
+        else:
+            before3, before5, after_pool = _three("reductions", reductions)
+            self.tower2 = nn.Sequential(conv(fan_in, before3, 1), conv(before3, three, 3))
+            self.tower3 = nn.Sequential(conv(fan_in, before5, 1), conv(before5, five, 5))
+            self.tower4 = nn.Sequential(pool, conv(fan_in, after_pool, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.tower1(x), self.tower2(x), self.tower3(x), self.tower4(x)], 1)
@@ -67,9 +107,11 @@ class SimplifiedInception(nn.Module):
         segments: int = 3,
         *,
         mid_activation: str | None = None,
-        **factory: Any,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         width = _segment_width(out_channels, segments)
         channels = integer("in_channels", in_channels, 1)
         self.mid_activation = check_activation("mid_activation", mid_activation)
@@ -97,9 +139,17 @@ class SegmentedInception(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, segments: int, *, mid_activation: str | None = None, **factory: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        segments: int,
+        *,
+        mid_activation: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         _segment_width(out_channels, segments)
         self.mid_activation = check_activation("mid_activation", mid_activation)
         self.pointwise = nn.Conv2d(integer("in_channels", in_channels, 1), out_channels, 1, bias=False, **factory)
@@ -128,10 +178,95 @@ class SegmentedInception(nn.Module):
 
 
 class ExtremeInception(SegmentedInception):
-    """Figure 4: a 1 x 1 convolution, then one 3 x 3 convolution for each channel of its result."""
+    """Figure 4: a 1 x 1 convolution, then one 3 x 3 convolution for each channel of its result.
 
-    def __init__(self, in_channels: int, out_channels: int, *, mid_activation: str | None = None, **factory: Any):
+    Args:
+        mid_activation: None, "relu" or another; Inception has a ReLU after each operation, Xception none here.
+        activation: the same, after the spatial convolution.
+        norm: whether a BatchNorm follows each convolution, before its activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        mid_activation: str | None = None,
+        activation: str | None = None,
+        norm: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
         super().__init__(in_channels, out_channels, out_channels, mid_activation=mid_activation, **factory)
+        self.activation = check_activation("activation", activation)
+        self.mid_norm = nn.BatchNorm2d(out_channels, **factory) if norm else nn.Identity()
+        self.norm = nn.BatchNorm2d(out_channels, **factory) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = ACTIVATIONS[self.mid_activation].forward(self.mid_norm(self.pointwise(x)))
+        return ACTIVATIONS[self.activation].forward(self.norm(self.spatial(t)))
+
+
+class SegmentedSeparableConv2d(nn.Module):
+    """`SeparableConv2d` with fewer segments than channels: a spatial convolution in each segment, then a 1 x 1 one.
+
+    One segment is a regular convolution before the 1 x 1; a segment a channel would be `SeparableConv2d`. Where the
+    channels do not divide, the first segments have one channel more.
+
+    Args:
+        segments: 1 to `in_channels`.
+        (others): `SeparableConv2d`'s.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        segments: int,
+        padding: int = 0,
+        dilation: int = 1,
+        bias: bool = True,
+        pre_activation: str | None = None,
+        mid_activation: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        channels, segments = integer("in_channels", in_channels, 1), integer("segments", segments, 1)
+        if segments > channels:
+            raise ValueError(f"segments: expected at most in_channels = {channels}, got {segments}")
+        narrow, more = divmod(channels, segments)
+        # Segments of the same width are the groups of one convolution: there are at most two.
+        parts = [
+            (groups, groups * width) for groups, width in ((more, narrow + 1), (segments - more, narrow)) if groups
+        ]
+        self.widths = [width for _, width in parts]
+        factory = {"device": device, "dtype": dtype}
+        spatial = {"padding": padding, "dilation": dilation, "bias": False, **factory}
+        self.spatial = nn.ModuleList(
+            nn.Conv2d(width, width, kernel_size, groups=groups, **spatial) for groups, width in parts
+        )
+        self.pointwise = nn.Conv2d(channels, integer("out_channels", out_channels, 1), 1, bias=bias, **factory)
+        self.pre_activation = check_activation("pre_activation", pre_activation)
+        self.mid_activation = check_activation("mid_activation", mid_activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = ACTIVATIONS[self.pre_activation].forward(x).split(self.widths, 1)
+        t = torch.cat([conv(piece) for conv, piece in zip(self.spatial, pieces, strict=True)], 1)
+        return self.pointwise(ACTIVATIONS[self.mid_activation].forward(t))
+
+
+def _relu_conv(fan_in: int, features: int, size: int, **factory: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(fan_in, features, size, padding=size // 2, bias=False, **factory), nn.ReLU())
+
+
+def _three(name: str, values: Any) -> list[int]:
+    if not isinstance(values, tuple | list) or len(values) != 3:
+        raise ValueError(f"{name}: expected three numbers of channels, got {values!r}")
+    return [integer(name, value, 1) for value in values]
 
 
 def _segment_width(out_channels: int, segments: int) -> int:

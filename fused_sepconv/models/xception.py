@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_sepconv.models.inception_spectrum import SegmentedSeparableConv2d
 from fused_sepconv.models.max_pool import MaxPool3x3, check_padding
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.arguments import integer
@@ -60,6 +62,7 @@ class SeparableStack(nn.Module):
         stride: of the pooling, and so of the residual connection.
         residual: whether there is a residual connection.
         dilation: of the separable convolutions.
+        segments: None for separable convolutions, else `SegmentedSeparableConv2d`'s.
         norm: eps and momentum of the BatchNorms.
     """
 
@@ -74,6 +77,7 @@ class SeparableStack(nn.Module):
         residual: bool = True,
         dilation: int = 1,
         mid_activation: str | None = None,
+        segments: int | None = None,
         norm: dict[str, Any],
         **factory: Any,
     ) -> None:
@@ -81,7 +85,9 @@ class SeparableStack(nn.Module):
         self.depth = len(widths)
         channels = in_channels
         for number, width in enumerate(widths, 1):
-            sepconv = SeparableConv2d(
+            separable = segments is None or segments >= channels
+            convolution = SeparableConv2d if separable else partial(SegmentedSeparableConv2d, segments=segments)
+            sepconv = convolution(
                 channels,
                 width,
                 3,
@@ -131,6 +137,8 @@ class Xception(nn.Module):
         hidden_units: widths of fully-connected layers with ReLU before the last one (the paper's, on JFT: 4096, 4096).
         residual: False leaves the residual connections out (the paper's Figure 9).
         mid_activation: None, "relu" or "elu", between the depthwise and the pointwise convolution (Figure 10).
+        segments: None, or how many segments of its input's channels each separable convolution has a spatial
+            convolution for (the paper's Figure 3): 1 makes it a regular one, as many as channels leave it as it is.
         middle_blocks: modules in the middle flow.
         width: multiplies the number of channels everywhere (rounded to a multiple of 8, at least 8), `hidden_units`
             excepted: a slim network has the same layers.
@@ -157,6 +165,7 @@ class Xception(nn.Module):
         hidden_units: Sequence[int] = (),
         residual: bool = True,
         mid_activation: str | None = None,
+        segments: int | None = None,
         middle_blocks: int = 8,
         width: float = 1.0,
         output_stride: int = 32,
@@ -187,6 +196,7 @@ class Xception(nn.Module):
         factory = {"device": device, "dtype": dtype}
         options = {"residual": residual, "mid_activation": mid_activation, "norm": {"eps": bn_eps}, **factory}
         options["norm"]["momentum"] = bn_momentum
+        options["segments"] = None if segments is None else integer("segments", segments, 1)
 
         def slim(channels: int) -> int:
             return max(8, round(channels * width / 8) * 8)
@@ -245,9 +255,9 @@ class Xception(nn.Module):
 
     def reset_parameters(self) -> None:
         """He's initialisation of every convolution and hidden layer; the last layer starts near 0."""
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                depthwise = isinstance(module, nn.Conv2d) and module.groups > 1  # its input had its ReLU's gain already
+                depthwise = name.endswith("depthwise") or ".spatial." in name  # its input had its ReLU's gain already
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if depthwise else "relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

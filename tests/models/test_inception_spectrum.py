@@ -1,23 +1,20 @@
 """The paper's Figures 1 to 4 are what it says they are: equivalent forms, and the two ends of a spectrum."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fused_sepconv import SeparableConv2d
+from fused_sepconv.models import xception
 from fused_sepconv.models.inception_spectrum import (
     ExtremeInception,
+    GoogLeNetModule,
     InceptionModule,
     SegmentedInception,
+    SegmentedSeparableConv2d,
     SimplifiedInception,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 X = torch.randn(2, 6, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 F64 = {"dtype": torch.float64}
 
@@ -68,21 +65,81 @@ def test_figure_1_has_four_towers():
     torch.testing.assert_close(y[:, 12:], pooled)
 
 
+def test_figure_4_with_batch_norm_and_relu_after_each_operation():
+    module = ExtremeInception(6, 12, mid_activation="relu", activation="relu", norm=True, **F64)
+    t = F.relu(F.batch_norm(F.conv2d(X, module.pointwise.weight), None, None, training=True))
+    z = F.batch_norm(F.conv2d(t, module.spatial.weight, padding=1, groups=12), None, None, training=True)
+    torch.testing.assert_close(module(X), F.relu(z))
+
+
+@pytest.mark.parametrize("reductions", (None, (2, 3, 5)))
+def test_googlenet_s_module_naive_and_with_reductions(reductions):
+    module = GoogLeNetModule(6, (3, 4, 2), reductions, **F64)
+    weights = [module.get_parameter(name) for name, _ in module.named_parameters()]
+
+    def conv(x, weight):
+        return F.relu(F.conv2d(x, weight, padding=weight.shape[-1] // 2))
+
+    pooled = F.max_pool2d(X, 3, 1, 1)
+    if reductions is None:
+        one, three, five = weights
+        expected = [conv(X, one), conv(X, three), conv(X, five), pooled]
+    else:
+        one, before3, three, before5, five, after = weights
+        expected = [conv(X, one), conv(conv(X, before3), three), conv(conv(X, before5), five), conv(pooled, after)]
+    torch.testing.assert_close(module(X), torch.cat(expected, 1))
+    assert module(X).shape[1] == 3 + 4 + 2 + (6 if reductions is None else 5)
+
+
+@pytest.mark.parametrize("segments", (1, 2, 4, 6))
+def test_a_segmented_separable_convolution_sees_its_segment_alone(segments):
+    """Against one regular convolution whose weights between segments are zeros; 6 channels in 4 are 2, 2, 1 and 1."""
+    module = SegmentedSeparableConv2d(
+        *(6, 5, 3), segments=segments, padding=1, pre_activation="relu", mid_activation="elu", **F64
+    )
+    whole, begin = torch.zeros(6, 6, 3, 3, dtype=torch.float64), 0
+    for conv in module.spatial:
+        for weight in conv.weight.chunk(conv.groups):
+            end = begin + len(weight)
+            whole[begin:end, begin:end] = weight
+            begin = end
+    assert begin == 6 and sum(conv.groups for conv in module.spatial) == segments
+    t = F.elu(F.conv2d(F.relu(X), whole, padding=1))
+    torch.testing.assert_close(module(X), module.pointwise(t))
+
+
+def test_xception_s_segments_go_from_regular_to_separable():
+    """Parameters fall with every segment more; as many segments as channels are the network itself."""
+    size = {"width": 0.02, "middle_blocks": 1, "dtype": torch.float64}
+    counts = []
+    for segments in (1, 2, 3, 7, 40):
+        torch.manual_seed(0)
+        network = xception(3, segments=segments, **size)
+        counts.append(sum(p.numel() for p in network.parameters()))
+    assert counts == sorted(set(counts), reverse=True)
+    torch.manual_seed(0)
+    plain, x = xception(3, **size), torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    torch.testing.assert_close(network(x), plain(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="segments"):
+        xception(segments=0)
+
+
+def test_stray_arguments_are_refused():
+    for make in (
+        InceptionModule,
+        SimplifiedInception,
+        ExtremeInception,
+        lambda *a, **k: SegmentedInception(*a, 2, **k),
+    ):
+        with pytest.raises(TypeError, match="stride"):
+            make(6, 12, stride=2)
+    with pytest.raises(ValueError, match="reductions: expected three"):
+        GoogLeNetModule(6, (3, 4, 2), (1, 2))
+
+
 def test_bad_segments_are_named():
     for make in (SimplifiedInception, SegmentedInception):
         with pytest.raises(ValueError, match="segments: expected a divisor of out_channels = 12, got 5"):
             make(6, 12, 5)
         with pytest.raises(ValueError, match="mid_activation"):
             make(6, 12, 3, mid_activation="tanh")
-
-
-def test_the_example_prints_the_cost_of_every_step():
-    command = [sys.executable, str(ROOT / "examples" / "inception_spectrum.py"), "--channels", "12", "--size", "5"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    rows = {line[:18].strip(): line[18:].split() for line in output.splitlines()[2:-1]}
-    assert [name for name in rows if "segment" in name] == ["1 segment", *(f"{n} segments" for n in (2, 3, 4, 6, 12))]
-    for n in (2, 4, 12):
-        parameters = 12 * 12 + 12 * 12 // n * 9
-        assert rows[f"{n} segments"][:2] == [f"{parameters:,}", f"{parameters * 25:,}"]
-    assert rows["Inception module"][0] == f"{4 * 12 * 3 + 3 * 9 * 3 * 3:,}"

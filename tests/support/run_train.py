@@ -1,4 +1,4 @@
-"""`python tests/run_train.py FLAGS` is `python examples/train.py FLAGS`, beside whichever torchvision is installed."""
+"""`python tests/support/run_train.py FLAGS` is `python examples/train.py FLAGS`, beside whichever torchvision."""
 
 import runpy
 import sys

@@ -1,0 +1,93 @@
+"""The Xception paper's comparisons, one command each: a table, and all curves in one picture.
+
+    python examples/experiments.py activation
+    python examples/experiments.py residual --data-dir imagenet --model xception --recipe imagenet --amp
+
+activation      none, ReLU or ELU between the two convolutions (Figure 10)
+residual        with and without residual connections (Figure 9)
+spectrum        an Xception of regular convolutions, of 2, 3, 4, ... segments, and of one segment a channel (Figure 3)
+architectures   Xception, Inception V3 and GoogLeNet (Figures 6 to 8, Tables 1 and 3)
+backends        the same network with our kernels and with PyTorch's convolutions: images/s
+
+On scikit-learn's digits; every flag of train.py goes to it, for other data. Each run is in its folder of --output.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import train
+from training import networks, run
+from training.arguments import parse
+from training.classifier import shown
+from training.data import splits
+
+ACTIVATIONS = {"none": "None", "ReLU": "relu", "ELU": "elu"}
+SEGMENTS = (1, 2, 3, 4, 8, 16, 32)
+EXPERIMENTS: dict[str, dict[str, list[str]]] = {
+    "activation": {name: ["--model-kwargs", f"mid_activation={value}"] for name, value in ACTIVATIONS.items()},
+    "residual": {name: ["--model-kwargs", f"residual={name == 'with'}"] for name in ("with", "without")},
+    "spectrum": {f"{n} segment{'s' * (n > 1)}": ["--model-kwargs", f"segments={n}"] for n in SEGMENTS}
+    | {"a segment a channel": []},
+    "architectures": {
+        "Xception": ["--model", "xception"],
+        "Inception V3": ["--model", "inception_v3"],
+        "GoogLeNet": ["--model", "googlenet"],
+    },
+    "backends": {name: ["--backend", name] for name in ("auto", "reference")},
+}
+DIGITS = {"architectures": ["--img-size", "75", "--batch-size", "32", "--epochs", "3"]}
+"""On digits alone: Inception V3 takes no smaller images, and these networks are large for a CPU."""
+PAPER = {
+    "Xception": {"parameters": "22,855,952", "steps/s": "28", "top-1": "79.0", "top-5": "94.5"},
+    "Inception V3": {"parameters": "23,626,728", "steps/s": "31", "top-1": "78.2", "top-5": "94.1"},
+}
+"""On ImageNet with 60 GPUs, from its Tables 1 and 3."""
+
+
+def compare(name: str, output: Path, flags: list[str]) -> str:
+    """Runs an experiment; gives its table, and leaves the picture in `output`."""
+    data = [] if "--dataset" in flags or "--data-dir" in flags else ["--dataset", "digits", *DIGITS.get(name, [])]
+    rows, folders = [], {}
+    for variant, own in EXPERIMENTS[name].items():
+        folder = folders[variant] = output / variant.replace(" ", "_")
+        arguments = [*data, *flags, *own, "--output", str(folder)]
+        print(f"=== {variant}: train.py {' '.join(arguments)}", file=sys.stderr)
+        if status := train.main(arguments):
+            raise SystemExit(status)
+        rows.append({name: variant, **_figures(folder, arguments)})
+    if name == "architectures":
+        rows += [{name: f"{variant}, in the paper", **figures} for variant, figures in PAPER.items()]
+    run.draw(folders, output / f"{name}.png", f"{name}: {' '.join((*data, *flags))}")
+    return run.table(rows)
+
+
+def _figures(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    options, log = parse(arguments), run.read(folder)
+    network = train.network_of(options, options.model, train.class_count(options, splits(options)[1]))
+    parameters, multiply_adds = networks.cost(network, options.img_size)
+    speed = statistics.median(row["train/images_per_second"] for row in log if "train/images_per_second" in row)
+    last = next(row for row in reversed(log) if "val/loss" in row)
+    return {
+        "parameters": f"{parameters:,}",
+        "multiply-adds": f"{multiply_adds:,}",
+        "images/s": f"{speed:.1f}",
+        "steps/s": f"{speed / options.batch_size / options.grad_accum_steps:.2f}",
+        **shown({key: value for key, value in last.items() if key.startswith("val/")}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--output", type=Path, help="default: output/NAME")
+    options, flags = parser.parse_known_args()
+    output = options.output or Path("output") / options.name
+    print(compare(options.name, output, flags))
+    print(f"curves: {output / options.name}.png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
