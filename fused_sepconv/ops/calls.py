@@ -33,6 +33,7 @@ MEASURED = ("cuda",)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _deterministic = torch._C._get_deterministic_algorithms
 _cudnn_benchmark, _cudnn_deterministic = torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic
+_cudnn_enabled = torch._C._get_cudnn_enabled
 
 _calls: dict[tuple, Prepared] = {}
 _lock = threading.Lock()
@@ -175,7 +176,14 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 def flags(x: Tensor, backend: str) -> tuple[Any, ...]:
     """What changes a choice besides the call: PyTorch's flags, a family asked for, what was measured since."""
     if x.device.type in MEASURED:
-        found = (launching.wish.family, choice.generation, _deterministic(), _cudnn_benchmark(), _cudnn_deterministic())
+        found = (
+            launching.wish.family,
+            choice.generation,
+            _deterministic(),
+            _cudnn_enabled(),
+            _cudnn_benchmark(),
+            _cudnn_deterministic(),
+        )
     elif backend == "fused":
         found = (launching.wish.family,)
     else:

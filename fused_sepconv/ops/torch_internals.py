@@ -49,14 +49,12 @@ _NAMES = (
 _complete = all(hasattr(_C, name) for name in _NAMES) and hasattr(forward_ad, "_current_level")
 """Where a name is missing, every call goes through the dispatcher: as right, and slower."""
 
-if _complete:
-    tensor_keys = _C._dispatch_keys
-    """A tensor's dispatch keys: wrappers, lazy negation and the like have keys of their own. Read with `raw_repr()`."""
-    included_keys = _C._dispatch_tls_local_include_set
-    excluded_keys = _C._dispatch_tls_local_exclude_set
-    """The keys that this thread adds and leaves out: modes, transforms, tracers and autocast change them."""
-    _function_modes = _C._len_torch_function_stack
-    _profiles = _C._autograd._profiler_enabled
+tensor_keys = getattr(_C, "_dispatch_keys", None)
+"""A tensor's dispatch keys: wrappers, lazy negation and the like have keys of their own. Read with `raw_repr()`."""
+included_keys = getattr(_C, "_dispatch_tls_local_include_set", None)
+excluded_keys = getattr(_C, "_dispatch_tls_local_exclude_set", None)
+"""The keys that this thread adds and leaves out: modes, transforms, tracers and autocast change them."""
+_function_modes = getattr(_C, "_len_torch_function_stack", None)
 
 
 def may_skip_dispatcher() -> bool:
@@ -69,7 +67,7 @@ def may_skip_dispatcher() -> bool:
         and _complete
         and not in_forward_mode()
         and not _function_modes()
-        and not _profiles()
+        and not _C._autograd._profiler_enabled()
     )
 
 

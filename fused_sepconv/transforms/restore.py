@@ -48,7 +48,7 @@ def restore_convs(model: nn.Module) -> ReplacementReport:
         elif isinstance(module, DepthwiseConv):
             _restore_depthwise(module)
         else:  # half of a pair
-            _become(module, vars(module).get("_own_class", nn.Conv2d))
+            _become(module, getattr(module, "conv_class", nn.Conv2d))
         replaced.append(name or "(the model)")
     return ReplacementReport(tuple(replaced), tuple(skipped))
 
