@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import fused_sepconv
+import tests.support.torchvision_operators  # noqa: F401 - xdist imports the modules of warnings here, Lightning among them
 from fused_sepconv.ops import launching
 from tests.accuracy import allowing_tf32
 from tests.support.cases import CASES, FEATURES, Case

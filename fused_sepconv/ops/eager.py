@@ -2,8 +2,6 @@
 
 A call with nothing unusual about it (no compiler, mode, transform, tracer, tensor subclass or forward-mode derivative)
 is a lookup by everything that decides what runs; all others go through the operator. Both end in `calls.Prepared`.
-
-Where PyTorch's own convolutions run, they run as such: PyTorch's autograd differentiates them.
 """
 
 from __future__ import annotations
@@ -88,9 +86,9 @@ def _route(operator: Operator, tensors: tuple, options: tuple, backend: str) -> 
     if torch.is_autocast_enabled(x.device.type):
         return _Autocast(operator, options, backend, x.device.type)
     arguments = operator.normalise(tensors, options)
-    if operators.asks_the_plan(x, backend):
-        return _Kernels(calls.find(operator, tensors, arguments, backend))
-    return operator.composed(arguments, tensors)
+    prepared = calls.find(operator, tensors, arguments, backend)
+    value = prepared.forward if operators.asks_the_plan(x, backend) else operator.composed(arguments, tensors)
+    return _Direct(prepared, value)
 
 
 class _Autocast:
@@ -112,26 +110,26 @@ class _Autocast:
         return y
 
 
-class _Kernels:
-    """What the plan chooses, with a derivative where one can be asked for."""
+class _Direct:
+    """The value of a call, with a derivative where one can be asked for."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared = prepared
+    def __init__(self, prepared: Prepared, value: Route) -> None:
+        self._prepared, self._value = prepared, value
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor is not None and tensor.requires_grad:
-                    return _apply(self._prepared, *tensors)
-        return self._prepared.forward(*tensors)
+                    return _apply(self._prepared, self._value, *tensors)
+        return self._value(*tensors)
 
 
 class _Function(torch.autograd.Function):
     """A prepared call and its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, prepared: Prepared, *tensors: Tensor | None) -> Tensor:
-        y = prepared.forward(*tensors)
+    def forward(ctx: Any, prepared: Prepared, value: Route, *tensors: Tensor | None) -> Tensor:
+        y = value(*tensors)
         ctx.prepared = prepared
         ctx.save_for_backward(*autograd.saved(prepared.operator, tensors, y, prepared.arguments.activation))
         return y
@@ -140,7 +138,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         prepared = ctx.prepared
         operator, arguments, backend = prepared.operator, prepared.arguments, prepared.backend
-        kept, mask = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        kept, mask = ctx.saved_tensors, ctx.needs_input_grad[2:]
 
         def run(tensors: list[Tensor | None], output: Tensor | None, mask: tuple[bool, ...]) -> Any:
             if _differentiates_plainly(grad_output, *tensors):
@@ -152,7 +150,7 @@ class _Function(torch.autograd.Function):
                 return found
             return operator.backward(grad_output, *tensors, output, *arguments, backend, mask)
 
-        return None, *autograd.gradients(operator, grad_output, kept, mask, arguments.activation, run)
+        return None, None, *autograd.gradients(operator, grad_output, kept, mask, arguments.activation, run)
 
 
 # `Function.apply` in Python binds the arguments by their signature and asks for transforms, of which there are none

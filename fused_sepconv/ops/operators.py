@@ -69,7 +69,7 @@ class Operator:
     tuned_gradients: tuple[bool, ...]
     """The gradients for which a backward is measured: those of x and the weights, whichever a call asks for."""
     composed: Callable[[tuple, tuple], Callable[..., Tensor]]
-    """PyTorch's own convolutions for checked arguments and tensors like those given, differentiated by PyTorch."""
+    """PyTorch's own convolutions for checked arguments and tensors like those given."""
     reference: tuple[Callable[..., Tensor], Callable[..., tuple[Tensor | None, ...]]]
     """Forward and backward in PyTorch's own convolutions."""
     residual: int | None = None
@@ -152,8 +152,11 @@ def _implement(operator: Operator) -> None:
                 gradients = call.backward(grad_output, tensors, output, tuple(output_mask))
             else:
                 gradients = reference_backward(grad_output, *tensors, output, *arguments, output_mask)
+            # (Not x.new_empty: a subclass of Tensor may have its own.)
             return tuple(
-                x.new_empty(0) if grad is None else as_gradient(tensor, grad.clone() if grad is grad_output else grad)
+                torch.empty(0, dtype=x.dtype, device=x.device)
+                if grad is None
+                else as_gradient(tensor, grad.clone() if grad is grad_output else grad)
                 for tensor, grad in zip(tensors, gradients, strict=True)
             )
 

@@ -1,4 +1,4 @@
-"""PyTorch's own convolutions, prepared for tensors of one signature and differentiated by PyTorch."""
+"""PyTorch's own convolutions, prepared for tensors of one signature: the least Python round them."""
 
 from __future__ import annotations
 
