@@ -114,13 +114,13 @@ class _Direct:
     """The value of a call, with a derivative where one can be asked for."""
 
     def __init__(self, prepared: Prepared, value: Route) -> None:
-        self._prepared, self._value = prepared, value
+        self._prepared, self._value, self._apply = prepared, value, _APPLY[prepared.operator.name]
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor is not None and tensor.requires_grad:
-                    return _apply(self._prepared, self._value, *tensors)
+                    return self._apply(self._prepared, self._value, *tensors)
         return self._value(*tensors)
 
 
@@ -153,9 +153,20 @@ class _Function(torch.autograd.Function):
         return None, None, *autograd.gradients(operator, grad_output, kept, mask, arguments.activation, run)
 
 
+class PreparedSeparableConv2dFunction(_Function):
+    """The node of `separable_conv2d` in a graph."""
+
+
+class PreparedDepthwiseConv2dFunction(_Function):
+    """The node of `depthwise_conv2d` in a graph."""
+
+
 # `Function.apply` in Python binds the arguments by their signature and asks for transforms, of which there are none
 # here: most of its time. Its base class does the rest.
-_apply: Route = super(torch.autograd.Function, _Function).apply
+_APPLY: dict[str, Route] = {
+    "separable_conv2d": super(torch.autograd.Function, PreparedSeparableConv2dFunction).apply,
+    "depthwise_conv2d": super(torch.autograd.Function, PreparedDepthwiseConv2dFunction).apply,
+}
 
 
 def _differentiates_plainly(grad_output: Tensor, *tensors: Tensor | None) -> bool:
