@@ -117,6 +117,7 @@ def trace(module: nn.Module, training: bool | None = None) -> Trace:
     with random_state_kept():
         before = twin.state()
         graph = tracer.trace(twin.module, _defaults(twin.module) or None)
+        graph._tracer_cls = None  # a module made of the graph is unpickled without this tracer
         has_effects = tracer.mark_what_is_kept() | (twin.state() != before)
     constants = {
         node.target: getattr(twin.module, node.target)
@@ -175,9 +176,7 @@ class Dataflow:
         except Exception as error:  # whatever a forward may raise when it is handed a stand-in for a tensor
             self.failures[module] = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         else:
-            called = {m for m in traced.called if not has_hooks(m)}
-            # A container that is not called, but whose children are, is no second caller of theirs.
-            seen |= called | {m for m in module.modules() if called.intersection(m.children())}
+            seen |= {m for m in traced.called if not has_hooks(m)}
             self.graphs.append((module, traced.graph))
             self.followed_by.update(traced.followed_by)
         for child in module.modules():  # those that were not called

@@ -15,7 +15,14 @@ from fused_sepconv.nn.functional import separable_conv2d
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.arguments import padding_form, padding_sides
 from fused_sepconv.tensors.activations import ACTIVATIONS
-from fused_sepconv.transforms.adopted import class_name, is_depthwise, is_plain, is_pointwise, own_padding
+from fused_sepconv.transforms.adopted import (
+    AdoptedSequential,
+    class_name,
+    is_depthwise,
+    is_plain,
+    is_pointwise,
+    own_padding,
+)
 from fused_sepconv.transforms.dataflow import (
     Dataflow,
     has_defaults,
@@ -123,7 +130,7 @@ def optimize_for_inference(model: nn.Module) -> ReplacementReport:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return is_depthwise(module) or type(module).forward is SeparableConv2d.forward
+    return is_depthwise(module) or type(module).forward in (SeparableConv2d.forward, AdoptedSequential.forward)
 
 
 # What is round a pair -----------------------------------------------------------------------------------------------

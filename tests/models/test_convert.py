@@ -274,7 +274,7 @@ LEFT = {
         "used in 2 places: SEModule block.1",
     ),
     "a forward that decides": (Decides, "the forward of block cannot be traced (TraceError"),
-    "something between in training": (TrainsOtherwise, "in training, relu between it"),
+    "something between in training": (TrainsOtherwise, "is not of the form pointwise(depthwise(x))"),
     "called twice": (Twice, "called in several places"),
     "shared": (shared, "called in several places"),
     "hooks": (lambda: hooked(Pair(), "b"), "it carries hooks"),
