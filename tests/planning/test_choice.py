@@ -110,17 +110,32 @@ def chosen(*tensors: Tensor, direction: str = "forward") -> Candidate:
 
 @contextmanager
 def deciding() -> Iterator[list[tuple[str, bool]]]:
-    """Notes the decisions of calls: (family, settled)."""
+    """Notes the decision of each call: (family, settled). No prepared call remembers one, so that each call asks."""
     found: list[tuple[str, bool]] = []
 
     def noting(*args: Any) -> Decision:
         found.append((decision := decide(*args)) and (decision.candidate.family, decision.settled))
-        return decision
+        return decision._replace(settled=False)
 
     decide = choice.decide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "decide", noting)
+        eager.clear()
         yield found
+    eager.clear()
+
+
+def test_a_settled_decision_is_remembered_by_the_prepared_call_until_the_generation_changes(start, monkeypatch):
+    asked = []
+    decide = choice.decide
+    monkeypatch.setattr(choice, "decide", lambda *args: asked.append(args) or decide(*args))
+    start(Clock("mma"))
+    tensors = inputs()
+    call(*tensors, times=5)
+    assert len(asked) == 3
+    monkeypatch.setattr(choice, "generation", choice.generation + 1)
+    call(*tensors)
+    assert len(asked) == 4
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------
