@@ -24,7 +24,7 @@ from torch import Tensor, nn
 DISTINCT_IMAGES = 4
 """At most so many images are computed in float64."""
 CHECKED_SIZE, CHECKED_BATCH = 96, 2
-"""Of a whole network: 3 x 3 pixels are left behind the last pooling."""
+"""Pixels a side for a whole network: 3 x 3 are left behind the last pooling."""
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """The largest relative error of rounding one number."""
@@ -89,7 +89,7 @@ class Check:
         return solve(function, inputs, self._geometry, results)
 
     def faults(self, function: SeparableConv, layout: str, results: Sequence[str]) -> dict[str, str]:
-        """What is wrong with these of an implementation's results, by their names; empty where all are right.
+        """Names what is wrong with these results of an implementation; empty where all are right.
 
         Results that no pass of this check computes are not looked at.
         """
@@ -111,7 +111,7 @@ class Check:
 
 
 def network_faults(network: Network, dtype: str, device: str) -> dict[str, str]:
-    """What is wrong with a network of ours in inference ("fwd") and in training ("both"); empty where all is right."""
+    """Says what is wrong with our network in inference ("fwd") and training ("both"); empty where all is right."""
     x, target = random_batch(CHECKED_BATCH, CHECKED_SIZE, network.layout, "cpu")
     plain = replace(network, backend="reference", is_compiled=False)
     ours, reference, exact = network.on(device), plain.on(device), plain.on("cpu").double()

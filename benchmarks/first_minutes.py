@@ -123,7 +123,7 @@ class Machine:
         return tensor.contiguous(memory_format=LAYOUTS[layout]) if len(shape) == 4 else tensor
 
 
-# What is measured -----------------------------------------------------------------------------------------------------
+# The measurements -----------------------------------------------------------------------------------------------------
 
 
 def ceilings(machine: Machine) -> Iterator[Figure]:
@@ -300,7 +300,7 @@ def fused_call(
     return _by("mma", call)
 
 
-# What follows from it -------------------------------------------------------------------------------------------------
+# The conclusions ------------------------------------------------------------------------------------------------------
 
 
 def summary(machine: Machine, figures: list[Figure]) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def summary(machine: Machine, figures: list[Figure]) -> dict[str, Any]:
 def fractions(
     figures: list[Figure], by_name: dict[str, Figure], copied: float | None, matrix: dict[str, float | None]
 ) -> Iterator[tuple[str, float | None]]:
-    """What stands in the plan as assumed, by "file: NAME"."""
+    """The constants that the plan assumes, by "file: NAME"."""
 
     def share(names: str, of: Callable[[Figure], float | None]) -> float | None:
         shares = [of(figure) for figure in figures if re.fullmatch(names, figure.name)]

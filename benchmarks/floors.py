@@ -18,7 +18,7 @@ BYTES_PER_ELEMENT = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at best."""
+    """Ceilings of a device: bytes and flops a second."""
 
     device: str
     source: str
@@ -53,7 +53,7 @@ H200 = Ceilings(
 
 
 class Kernel(NamedTuple):
-    """What one kernel moves and computes."""
+    """Bytes that one kernel moves, and flops that it computes."""
 
     bytes: float
     """Device memory, read plus written."""
@@ -128,7 +128,7 @@ def backward_unfused(q: Quantities) -> list[Kernel]:
 
 
 def backward_one_pass(q: Quantities) -> list[Kernel]:
-    """What no backward can beat: x and grad_y are read once, grad_x is written once."""
+    """Floor of a backward: x and grad_y are read once, grad_x is written once."""
     return [Kernel(2 * q.x + q.y + 2 * q.weights, 2 * q.product, 3 * q.taps)]
 
 

@@ -5,7 +5,7 @@
 #   OUT=/some/folder bash benchmarks/gpu_report.sh
 #   bash benchmarks/gpu_report.sh --rehearse   every stage at its smallest, on the emulator: for a machine without a GPU
 #
-# What decides most comes first. Each stage has a budget; what a stage leaves of its own goes to those after it. A stage
+# The most decisive stages come first. Each stage has a budget; what a stage leaves of its own goes to those after it. A stage
 # that runs out of time gets SIGINT, as Ctrl-C sends it, so that it still says what it found; the next runs whatever
 # became of it. Only the architecture at hand is built, into an environment of its own. The last lines are a summary;
 # the exit status is the number of stages that failed.
@@ -67,7 +67,7 @@ environment() {
   needs
 }
 
-# What is missing on this machine, and what that costs: said first, as there is nothing to install from.
+# Names what is missing on this machine and what that costs; said first, as there is nothing to install from.
 needs() {
   $python - <<'PYTHON'
 import importlib.metadata, importlib.util, os, sys

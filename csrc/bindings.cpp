@@ -1,8 +1,8 @@
 // bindings.cpp - what Python sees of the native code; the only file that knows pybind11.
 //
-// A call names its instance, gives the ConvShape that its plan built once, and a tensor as an address, with strides
-// where it is an image. Nothing is checked here: fused_sepconv/execution.py is the only caller and has checked
-// everything.
+// A launch is prepared once for a signature: its instance, its ConvShape and tiling, and the strides of its tensors. A
+// call gives addresses and a stream. Nothing is checked here: the families' launch.py are the only callers, and all is
+// checked before.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
