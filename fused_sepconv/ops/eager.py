@@ -18,6 +18,7 @@ from fused_sepconv.ops.calls import Prepared
 from fused_sepconv.ops.operators import Operator
 from fused_sepconv.ops.torch_internals import (
     excluded_keys,
+    has_storage,
     included_keys,
     is_plain_state,
     may_skip_dispatcher,
@@ -181,11 +182,12 @@ def _differentiates_plainly(grad_output: Tensor, *tensors: Tensor | None) -> boo
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a kernel may read the tensors' memory as it is: no subclass, lazy negation or tensor of zeros without
-    memory."""
+    """Whether a kernel may read the tensors' memory as it is: no subclass, batch of gradients, lazy negation or
+    tensor of zeros without memory."""
     for tensor in tensors:
         if tensor is not None and (
             (tensor.__class__ is not Tensor and tensor.__class__ is not torch.nn.Parameter)
+            or not has_storage(tensor)
             or tensor.is_neg()
             or tensor._is_zerotensor()
         ):

@@ -29,6 +29,7 @@ __all__ = [
     "SingleLevelFunction",
     "are_functorch_transforms_active",
     "below_subclasses",
+    "has_storage",
     "has_tangent",
     "in_forward_mode",
     "is_plain_state",
@@ -42,6 +43,7 @@ _NAMES = (
     "_dispatch_keys",
     "_dispatch_tls_local_exclude_set",
     "_dispatch_tls_local_include_set",
+    "_has_storage",
     "_get_tracing_state",
     "_len_torch_dispatch_stack",
     "_len_torch_function_stack",
@@ -54,6 +56,8 @@ tensor_keys = getattr(_C, "_dispatch_keys", None)
 included_keys = getattr(_C, "_dispatch_tls_local_include_set", None)
 excluded_keys = getattr(_C, "_dispatch_tls_local_exclude_set", None)
 """The keys that this thread adds and leaves out: modes, transforms, tracers and autocast change them."""
+has_storage = getattr(_C, "_has_storage", None)
+"""Whether a tensor has memory of its own: a batch of `torch.autograd.grad(is_grads_batched=True)` has none."""
 _function_modes = getattr(_C, "_len_torch_function_stack", None)
 
 

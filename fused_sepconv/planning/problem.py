@@ -131,7 +131,7 @@ class Problem(_Convolution):
 
     def depthwise(self, direction: str) -> DepthwiseProblem:
         """The depthwise convolution in it, by itself."""
-        shared = {field.name: getattr(self, field.name) for field in fields(DepthwiseProblem)}
+        shared = {field.name: getattr(self, field.name) for field in fields(_Convolution)}
         return DepthwiseProblem(**{**shared, "direction": direction})
 
     def __str__(self) -> str:
@@ -142,6 +142,8 @@ class Problem(_Convolution):
 @dataclass(frozen=True, kw_only=True)
 class DepthwiseProblem(_Convolution):
     """One call of a depthwise convolution by itself, in one direction."""
+
+    normalised: bool = False  # x is scaled and shifted first, a channel (families/depthwise/normalised.py)
 
     @property
     def y_bytes(self) -> int:
