@@ -105,7 +105,8 @@ class Problem:
 
     def depthwise(self, direction: str) -> DepthwiseProblem:
         """The depthwise convolution in it, by itself."""
-        shared = {field.name: getattr(self, field.name) for field in fields(DepthwiseProblem)}
+        names = (field.name for field in fields(DepthwiseProblem))
+        shared = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return DepthwiseProblem(**{**shared, "direction": direction})
 
     def __str__(self) -> str:
