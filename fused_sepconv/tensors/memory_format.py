@@ -1,4 +1,4 @@
-"""Which memory format a result has: x's for the output, its own input's for a gradient.
+"""The memory format of a result: x's for the output, its own input's for a gradient.
 
 The op's fake kernel and its real ones ask here, so that they agree to the last stride.
 """
