@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_sepconv import separable_conv2d, use_backend
-from fused_sepconv.families.pytorch.convolutions import separable_conv2d as reference
 from fused_sepconv.ops import calls, eager, launching
 from fused_sepconv.tensors.memory_format import output_strides
+from tests.support.cases import two_convolutions
 
 
 class Passing(TorchDispatchMode):
@@ -43,7 +43,7 @@ def results(function, inputs, **options):
 def assert_right(*inputs, **options):
     inputs = inputs or tensors()
     ours = results(separable_conv2d, inputs, **options)
-    torch.testing.assert_close(ours, results(reference, inputs, **options))
+    torch.testing.assert_close(ours, results(two_convolutions, inputs, **options))
     assert ours[0].stride() == output_strides(inputs[0], ours[0].shape)
 
 
@@ -117,7 +117,7 @@ def test_strides_alignment_and_dtype_may_change_between_calls():
 def test_a_weight_that_moves_between_forward_and_backward_is_read_where_it_is():
     inputs = tensors()
     y = separable_conv2d(*inputs, padding=1)
-    expected = torch.autograd.grad(reference(*inputs, padding=1).sum(), inputs)
+    expected = torch.autograd.grad(two_convolutions(*inputs, padding=1).sum(), inputs)
     for tensor in inputs:  # other memory and strides, the same numbers
         tensor.data = tensor.data.clone(
             memory_format=torch.channels_last if tensor.dim() == 4 else torch.preserve_format
