@@ -25,8 +25,8 @@ class _DropIn:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.conv_type.__init__(self, *args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if _is_depthwise(self) else self.conv_type.forward(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if _is_depthwise(self) else self.conv_type.forward(self, input)
 
 
 class DropInDepthwiseConv1d(_DropIn, DepthwiseConv1d):

@@ -158,7 +158,8 @@ def _handover(code: CodeType, offset: int) -> Handover | None:
     taker = _called(steps, after[0])
     if taker is not None:
         return Handover(caller, taker)
-    if steps[after[0]].name != "STORE" or getattr(code, "co_exceptiontable", b""):
+    hidden_readers = getattr(code, "co_exceptiontable", b"") or {"locals", "vars", "eval", "exec"} & {*code.co_names}
+    if steps[after[0]].name != "STORE" or hidden_readers:
         return None
     variable = steps[after[0]].value
     call = next((j for j in after if steps[j].name in _CALLS), None)

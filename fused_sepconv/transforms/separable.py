@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import fx, nn
 
 from fused_sepconv.nn.separable import SeparableConv2d
@@ -111,6 +113,8 @@ def _is_nothing_else(module: nn.Module, depthwise: nn.Conv2d, pointwise: nn.Conv
         return False
     if not type(depthwise) is type(pointwise) is nn.Conv2d or _public_names(module):
         return False
+    if not isinstance(module, nn.Sequential) and list(inspect.signature(module.forward).parameters) != ["x"]:
+        return False  # it may be called in a way that a SeparableConv2d may not
     graph, _, _, has_effects, _ = trace(module)
     if has_effects:
         return False
