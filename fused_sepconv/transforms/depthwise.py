@@ -11,7 +11,7 @@ from fused_sepconv.nn.depthwise import DepthwiseConv, DepthwiseConv1d, Depthwise
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.arguments import DTYPES
 from fused_sepconv.transforms.adopted import HalfOfPair
-from fused_sepconv.transforms.report import ReplacementReport
+from fused_sepconv.transforms.report import ReplacementReport, check_model
 
 
 class _DropIn:
@@ -57,8 +57,7 @@ def replace_depthwise_convs(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: a `model` that is no `nn.Module`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     inside = {
         child: f"the SeparableConv2d {name or '(the model)'} runs it"
         for name, module in model.named_modules()

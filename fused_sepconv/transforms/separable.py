@@ -16,9 +16,10 @@ from fused_sepconv.transforms.adopted import (
     is_plain,
     is_pointwise,
 )
-from fused_sepconv.transforms.dataflow import Dataflow, has_hooks, only_user, trace
+from fused_sepconv.transforms.dataflow import Dataflow, only_user, trace
 from fused_sepconv.transforms.isolation import all_or_nothing
-from fused_sepconv.transforms.report import ReplacementReport
+from fused_sepconv.transforms.lookahead import has_hooks
+from fused_sepconv.transforms.report import ReplacementReport, check_model
 
 
 def replace_separable_convs(model: nn.Module) -> ReplacementReport:
@@ -40,8 +41,7 @@ def replace_separable_convs(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: a `model` that is no `nn.Module`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     training_flow, flow = Dataflow.of(model, training=True), Dataflow.of(model, training=False)
     in_training, pairs = dict(_pairs(training_flow)), dict(_pairs(flow))
     replaced, skipped = [], []
