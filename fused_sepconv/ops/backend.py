@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 BACKENDS = ("auto", "fused", "reference")
 
 _default = "auto"
@@ -17,6 +19,13 @@ _default = "auto"
 def default_backend() -> str:
     """The backend of a call made now: "auto", "fused" or "reference"."""
     return _default
+
+
+def asks_the_plan(x: Tensor, backend: str) -> bool:
+    """Whether a kernel could run: when it is asked for, or on a GPU; on the CPU a well-kept library beats our own."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    return backend == "fused" or (backend == "auto" and x.is_cuda)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_sepconv.native import loader
 from fused_sepconv.native.marshalling import on_device
 from fused_sepconv.planning import choice
+from fused_sepconv.planning import plan as plans
 from fused_sepconv.planning.devices import DEVICES, Device, cuda_device
 from fused_sepconv.planning.plan import Plan, plan
 from fused_sepconv.planning.problem import DepthwiseProblem, Kernels, Problem
@@ -56,6 +57,15 @@ def choose(
     if backend == "auto" and trial is not None and planned.device.source:
         return choice.decide(planned, device, trial, arguments, tensors)
     return choice.Decision(planned.choose(backend, wish.family), settled=True)
+
+
+def saving_pays(problem: Problem, device: torch.device, backend: str, forced: bool = False) -> bool:
+    """Whether a call whose forward is `problem` saves the depthwise result: where that is faster by the plan, or with
+    `forced` wherever a forward that can runs."""
+    here = _here(device.type, device.index)
+    if not forced:
+        return plans.saving_pays(problem, *here, backend, wish.family)
+    return plan(replace(problem, saved=True), *here).runs(backend)
 
 
 def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:

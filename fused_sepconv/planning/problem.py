@@ -40,6 +40,7 @@ class Problem:
     residual: bool = False
     tf32: bool = False  # float32 convolutions may use TF32
     aligned: bool = True  # x's address and strides allow accesses of 16 bytes along its fastest dimension
+    saved: bool = False  # the depthwise result: a forward gives it besides y, a backward is given it
 
     @property
     def K(self) -> int:
@@ -85,9 +86,11 @@ class Problem:
 
     @property
     def least_bytes(self) -> int:
-        """What the call must move at the least: each of its tensors once, nothing of the depthwise result."""
+        """What the call must move at the least: each of its tensors once, the depthwise result only where a forward
+        saves it."""
         if self.direction == "forward":
-            return self.x_bytes + self.weight_bytes + self.y_bytes * (2 if self.residual else 1)
+            kept = self.intermediate_bytes if self.saved else 0
+            return self.x_bytes + self.weight_bytes + self.y_bytes * (2 if self.residual else 1) + kept
         return 2 * (self.x_bytes + self.weight_bytes) + self.y_bytes
 
     def floor_seconds(self, device: Device) -> float:
@@ -110,7 +113,8 @@ class Problem:
 
     def __str__(self) -> str:
         """Such as "728->728@19 3x3 forward, N 64, bfloat16 nhwc"."""
-        return f"{self.C}->{self.F}@{_size_and_kernel(self)}"
+        kept = ", the depthwise result saved" if self.saved else ""
+        return f"{self.C}->{self.F}@{_size_and_kernel(self)}{kept}"
 
 
 @dataclass(frozen=True)
@@ -319,4 +323,5 @@ class Candidate:
     # through the mid-activation first, where its own kernel does not.
     steps: tuple[Candidate, ...] = ()
     pointwise: str = ""  # how PyTorch runs the 1x1, where it does
+    recomputes: bool = False  # of a backward: it runs the depthwise forward again, as the result was not saved
     note: str = ""  # what else is worth telling

@@ -111,7 +111,9 @@ class Backward:
             self._product = split.Pointwise(candidate)
             self._depthwise = split.DepthwiseBackward(input_step, problem, tensors, mask)
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
+    def __call__(
+        self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, kept: Tensor | None = None
+    ) -> Gradients:
         _, _, _, want_bias, _, want_residual = self._mask
         grad_z, _ = self._argument(grad_output, tensors, output)
         grad_pointwise = grad_bias = grad_x = grad_depthwise = grad_depthwise_bias = None
@@ -143,7 +145,9 @@ class BackwardOfNchw:
         tensors = (as_nhwc(tensors[0]), *tensors[1:])
         self._backward = Backward(candidate, _in_nhwc(problem), grad_output, tensors, output, mask)
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
+    def __call__(
+        self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, kept: Tensor | None = None
+    ) -> Gradients:
         x = tensors[0]
         output = None if output is None else as_nhwc(output)
         grad_x, *others = self._backward(as_nhwc(grad_output), (as_nhwc(x), *tensors[1:]), output)

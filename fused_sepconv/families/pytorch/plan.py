@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fused_sepconv.planning.devices import Device
 from fused_sepconv.planning.problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Problem, mostly
+from fused_sepconv.tensors.activations import ACTIVATIONS
 
 # cuDNN's NHWC depthwise kernel has been measured 3.5 to 7 times slower than a plain good one (on a B200; see also
 # pytorch/pytorch#18631); PyTorch's native NCHW one is taken to be alike.
@@ -39,8 +40,20 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             elementwise(3 * y)
         if problem.activation:
             elementwise(2 * y)
-    else:  # autograd has kept the results of the forward
+    else:
+        if problem.pre_activation:
+            elementwise(2 * x)  # PyTorch's convolution reads it, and it is not saved
+        if not problem.saved:
+            depthwise(x + t)
+            if problem.mid_activation:
+                elementwise(2 * t)
+        elif ACTIVATIONS[problem.mid_activation].from_output is None:
+            elementwise(2 * t)  # t is saved, and v is wanted too
         if problem.activation:
+            if ACTIVATIONS[problem.activation].from_output is None:  # of z, which is computed again
+                pointwise(t + y + weights)
+                if problem.residual:
+                    elementwise(3 * y)
             elementwise(3 * y)
         pointwise(y + t + weights)  # of the depthwise result
         pointwise(y + t + weights)  # of the pointwise weight
@@ -51,12 +64,14 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
         if problem.pre_activation:
             elementwise(3 * x)
     sweeps = 1 if problem.direction == "forward" else 2
+    again = problem.direction == "backward" and not problem.saved
     candidate = Candidate(
         family="reference",
         name="reference",
         bytes=sum(byte_count for byte_count, _, _ in passes),
-        flops=sweeps * (problem.pointwise_flops + problem.depthwise_flops),
+        flops=sweeps * (problem.pointwise_flops + problem.depthwise_flops) + again * problem.depthwise_flops,
         predicted_seconds=sum(seconds + LAUNCH_SECONDS for _, seconds, _ in passes),
         bound=mostly((what, seconds) for _, seconds, what in passes),
+        recomputes=again,
     )
     return [candidate]

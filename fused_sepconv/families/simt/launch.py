@@ -114,7 +114,9 @@ class Backward:
                 bias if want_bias else None,
             )
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
+    def __call__(
+        self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, kept: Tensor | None = None
+    ) -> Gradients:
         _, _, _, want_bias, _, want_residual = self._mask
         x = tensors[0]
         if self._again is not None:

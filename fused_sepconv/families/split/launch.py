@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_sepconv.families.depthwise import launch as depthwise
+from fused_sepconv.families.split.plan import convolution
 from fused_sepconv.native.marshalling import Tensors
 from fused_sepconv.planning.problem import Candidate, Problem
 from fused_sepconv.tensors.activations import ACTIVATIONS
@@ -28,11 +30,17 @@ _IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 class Forward:
-    """y: the depthwise result through device memory, then the 1x1, residual and activation."""
+    """y: the depthwise result through device memory, then the 1x1, residual and activation.
+
+    Where the problem is to save it, (y, v), or t for v where the mid-activation's derivative needs t.
+    """
 
     def __init__(self, candidate: Candidate, problem: Problem, tensors: Tensors) -> None:
         (step,) = candidate.steps
-        self._intermediate = Intermediate(step, problem, tensors)
+        inner = convolution(problem)
+        self._intermediate = Intermediate(step, inner, tensors)
+        self._saves = problem.saved
+        self._mid = None if inner is problem else ACTIVATIONS[problem.mid_activation].forward
         self._pointwise = Pointwise(candidate)
         self._activation = None if problem.activation is None else _IN_PLACE[problem.activation]
 
@@ -44,16 +52,20 @@ class Forward:
         bias: Tensor | None,
         depthwise_bias: Tensor | None,
         residual: Tensor | None,
-    ) -> Tensor:
-        v = self._intermediate.depthwise(x, depthwise_weight, depthwise_bias)
+    ) -> Any:
+        kept = v = self._intermediate.depthwise(x, depthwise_weight, depthwise_bias)
+        if self._mid is not None:
+            v = self._mid(kept)
         z = self._pointwise(v, pointwise_weight, bias)
         if residual is not None:
             z.add_(residual)
-        return as_output(x, z if self._activation is None else self._activation(z))
+        y = as_output(x, z if self._activation is None else self._activation(z))
+        return (y, kept) if self._saves else y
 
 
 class Backward:
-    """The six gradients, None where not asked for; the depthwise result is computed again at most once."""
+    """The six gradients, None where not asked for; the depthwise result is read where it was saved, else computed again
+    at most once."""
 
     def __init__(
         self,
@@ -64,16 +76,21 @@ class Backward:
         output: Tensor | None,
         mask: tuple[bool, ...],
     ) -> None:
-        again, one_pass = candidate.steps
+        *again, one_pass = candidate.steps
         self._mask = mask
-        self._intermediate = Intermediate(again, problem, tensors)
+        inner = convolution(problem)
+        self._intermediate = Intermediate(again[0], problem, tensors) if again else None
+        self._mid = ACTIVATIONS[problem.mid_activation] if inner is not problem else None
         self._argument = ArgumentGradient(candidate, problem, self._intermediate, output)
         self._pointwise = Pointwise(candidate)
-        self._depthwise = DepthwiseBackward(one_pass, problem, tensors, mask)
+        self._depthwise = DepthwiseBackward(one_pass, inner, tensors, mask)
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
+    def __call__(
+        self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, kept: Tensor | None = None
+    ) -> Gradients:
         want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = self._mask
-        grad_z, v = self._argument(grad_output, tensors, output)
+        smooth = self._mid is not None and self._mid.from_output is None
+        grad_z, v = self._argument(grad_output, tensors, output, self._mid.forward(kept) if smooth else kept)
         if want_pointwise and v is None:
             v = self._intermediate(tensors)
         want_v = want_x or want_depthwise or want_depthwise_bias
@@ -81,6 +98,8 @@ class Backward:
             grad_z, v, tensors[2], (want_v, want_pointwise, want_bias), tensors[0]
         )
         grad_x = grad_depthwise = grad_depthwise_bias = None
+        if want_v and self._mid is not None:
+            grad_v = (self._mid.backward if smooth else self._mid.from_output)(grad_v, kept)
         if want_v:
             grad_x, grad_depthwise, grad_depthwise_bias = self._depthwise(grad_v, tensors)
         grad_residual = grad_z if want_residual else None
@@ -100,23 +119,25 @@ class Intermediate:
 
 
 class ArgumentGradient:
-    """The gradient of the last activation's argument z, and v where z was computed again for it, else None."""
+    """The gradient of the last activation's argument z, and v where it is known: given, or computed again for z."""
 
     def __init__(
-        self, candidate: Candidate, problem: Problem, intermediate: Intermediate, output: Tensor | None
+        self, candidate: Candidate, problem: Problem, intermediate: Intermediate | None, output: Tensor | None
     ) -> None:
         self._identity = problem.activation is None
         self._activation = ACTIVATIONS[problem.activation]
         self._from_output = self._activation.from_output if output is not None else None
         self._intermediate, self._pointwise = intermediate, Pointwise(candidate)
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, v: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if self._identity:
-            return grad_output, None
+            return grad_output, v
         if self._from_output is not None:
-            return self._from_output(grad_output, output), None
+            return self._from_output(grad_output, output), v
         _, _, pointwise_weight, bias, _, residual = tensors
-        v = self._intermediate(tensors)
+        v = self._intermediate(tensors) if v is None else v
         z = self._pointwise(v, pointwise_weight, bias)
         return self._activation.backward(grad_output, z if residual is None else z.add_(residual)), v
 

@@ -1,18 +1,20 @@
 """The split family: our depthwise kernel, and PyTorch's own 1x1 beside it.
 
 Near the floor of two kernels, and the answer wherever fusing does not pay. The depthwise result goes through device
-memory; the backward computes it again, once, for the gradient of the pointwise weight.
+memory. Where the forward saves it, the backward reads it for the gradient of the pointwise weight; else it computes it
+again, once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fused_sepconv.families.depthwise import plan as depthwise
 from fused_sepconv.families.pytorch.plan import LIBRARY_MATRIX
 from fused_sepconv.planning.devices import Device
 from fused_sepconv.planning.problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Problem, mostly
+from fused_sepconv.tensors.activations import ACTIVATIONS
 
 INPUT_PASS = "of the depthwise result"
 WEIGHT_PASS = "of the pointwise weight"
@@ -33,13 +35,16 @@ class Pass:
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
     """The fastest depthwise kernels that can run the problem, with the 1x1 as PyTorch runs it fastest."""
-    directions = ("forward",) if problem.direction == "forward" else ("forward", "backward")
-    steps = [depthwise.best(problem.depthwise(direction), device, kernels) for direction in directions]
+    again = problem.direction == "backward" and not problem.saved
+    inner = convolution(problem)
+    directions = ("forward", "backward") if again else (problem.direction,)
+    steps = [depthwise.best(inner.depthwise(direction), device, kernels) for direction in directions]
     name = f"split: {steps[-1].name}"
     for step in steps:
         if step.refusal:
             return [Candidate("split", name, refusal=step.refusal)]
     how, passes = pointwise(problem)
+    passes = [*_mid_activation(problem, inner), *passes]
     return [
         Candidate(
             family="split",
@@ -54,9 +59,31 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
             bound=bound(steps, passes, problem, device),
             steps=tuple(steps),
             pointwise=how,
+            recomputes=again,
             note=f"1x1 by {how}",
         )
     ]
+
+
+def convolution(problem: Problem) -> Problem:
+    """The problem whose depthwise half our kernels run.
+
+    Where the result is saved they have a mid-activation only in a forward that saves v: whatever derives from what was
+    saved needs no kernel that computes it again.
+    """
+    writes_v = problem.direction == "forward" and ACTIVATIONS[problem.mid_activation].from_output is not None
+    if not problem.saved or problem.mid_activation is None or writes_v:
+        return problem
+    return replace(problem, mid_activation=None)
+
+
+def _mid_activation(problem: Problem, inner: Problem) -> list[Pass]:
+    """What PyTorch has to do for the mid-activation, where our kernels do not."""
+    if inner.mid_activation == problem.mid_activation:
+        return []
+    t, smooth = problem.intermediate_bytes, ACTIVATIONS[problem.mid_activation].from_output is None
+    passes = [Pass("mid-activation", 2 * t)] if smooth else []  # v of t
+    return passes if problem.direction == "forward" else [*passes, Pass("mid-activation", 3 * t)]
 
 
 def bound(steps: Sequence[Candidate], passes: Sequence[Pass], problem: Problem, device: Device) -> str:
