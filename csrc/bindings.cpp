@@ -203,6 +203,18 @@ void run_depthwise_forward(const DepthwiseForwardLaunch& launch, Address x, Addr
   run(launch.made, params, stream);
 }
 
+// A prepared launch of a normalised instance.
+void run_normalised_forward(const DepthwiseForwardLaunch& launch, Address x, Address scale, Address shift,
+                            Address depthwise_weight, Address depthwise_bias, Address y, Stream stream) {
+  DepthwiseForwardParams params = launch.params;
+  params.x.data = pointer(x);
+  params.affine = {static_cast<float*>(pointer(scale)), static_cast<float*>(pointer(shift))};
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.depthwise_bias = pointer(depthwise_bias);
+  params.y.data = pointer(y);
+  run(launch.made, params, stream);
+}
+
 using DepthwiseBackwardLaunch = Launch<DepthwiseBackwardInstance, DepthwiseBackwardParams>;
 
 DepthwiseBackwardLaunch depthwise_backward_launch(const std::string& instance, const ConvShape& shape,
@@ -229,6 +241,23 @@ void run_depthwise_backward(const DepthwiseBackwardLaunch& launch, Address x, Ad
   params.grad_x.data = pointer(grad_x);
   params.partial_weight = static_cast<float*>(pointer(partial_weight));
   params.partial_bias = static_cast<float*>(pointer(partial_bias));
+  run(launch.made, params, stream);
+}
+
+// A prepared launch of a normalised instance.
+void run_normalised_backward(const DepthwiseBackwardLaunch& launch, Address x, Address scale, Address shift,
+                             Address mean, Address depthwise_weight, Address grad_t, Address dz, Address partial_weight,
+                             Address partial_bias, Address partial_affine, Stream stream) {
+  DepthwiseBackwardParams params = launch.params;
+  params.x.data = pointer(x);
+  params.affine = {static_cast<float*>(pointer(scale)), static_cast<float*>(pointer(shift))};
+  params.mean = static_cast<float*>(pointer(mean));
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.grad_output.data = pointer(grad_t);
+  params.grad_x.data = pointer(dz);
+  params.partial_weight = static_cast<float*>(pointer(partial_weight));
+  params.partial_bias = static_cast<float*>(pointer(partial_bias));
+  params.partial_affine = static_cast<float*>(pointer(partial_affine));
   run(launch.made, params, stream);
 }
 
@@ -456,11 +485,13 @@ PYBIND11_MODULE(_native, m) {
   py::class_<DepthwiseForwardLaunch>(m, "DepthwiseForwardLaunch", py::module_local())
       .def(py::init(&depthwise_forward_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"),
            py::arg("planes"), py::arg("x"), py::arg("grad_output"), py::arg("y"))
-      .def("__call__", &run_depthwise_forward, without_gil);
+      .def("__call__", &run_depthwise_forward, without_gil)
+      .def("normalised", &run_normalised_forward, without_gil);
   py::class_<DepthwiseBackwardLaunch>(m, "DepthwiseBackwardLaunch", py::module_local())
       .def(py::init(&depthwise_backward_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"),
            py::arg("planes"), py::arg("x"), py::arg("grad_output"), py::arg("grad_x"))
-      .def("__call__", &run_depthwise_backward, without_gil);
+      .def("__call__", &run_depthwise_backward, without_gil)
+      .def("normalised", &run_normalised_backward, without_gil);
   py::class_<MmaInputLaunch>(m, "MmaInputLaunch", py::module_local())
       .def(py::init(&mma_input_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"), py::arg("x"),
            py::arg("grad_z"))

@@ -171,6 +171,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Modules are made in float64, where alike means alike."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
 def native(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     with _emulated(request, request.param) as module:

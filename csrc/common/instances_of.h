@@ -94,6 +94,17 @@ std::vector<Made> for_every_kernel(const std::string& family) {
   });
 }
 
+// The same of the kernels that normalise their input: "<family>_<kernel>x<kernel>_s<stride>_<dtype>", up to 5x5.
+template <class Made, class Family>
+std::vector<Made> for_every_normalised_kernel(const std::string& family) {
+  return all_of<Made>({
+      in_every_narrow_dtype<Family, 3, 1>(family + "_3x3_s1"),
+      in_every_narrow_dtype<Family, 3, 2>(family + "_3x3_s2"),
+      in_every_narrow_dtype<Family, 5, 1>(family + "_5x5_s1"),
+      in_every_narrow_dtype<Family, 5, 2>(family + "_5x5_s2"),
+  });
+}
+
 // The same of kernels that take a dilation: "<family>_<kernel>x<kernel>_dilated_<dtype>".
 template <class Made, class Family>
 std::vector<Made> for_every_dilated_kernel(const std::string& family) {

@@ -85,6 +85,8 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     return reinterpret_cast<unsigned char*>(own_stage + (row * kColumns + column) * kWarpSize);
   };
 
+  const Prologue<Traits> prologue(params.affine, shape.pre_activation, first_channel, channels,
+                                  shared + ring.size + warps * kRows * kColumns * Traits::kPixelBytes);
   DepthwiseGroup current(tiling, begin), coming = current;
   RowCopies<Traits> copies(params.x, params.x_steps, input_rows(shape, coming), input_columns(shape, coming),
                            first_input, inputs);
@@ -109,8 +111,12 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   async_copy_commit();
   for (int32_t left = static_cast<int32_t>(end - begin); left > 0; --left) {
     async_copy_wait<0>();
-    if (shape.pre_activation != Activation::none) {
-      const int arrived = whole ? Window::kRows : Window::kNewRows;
+    const int arrived = whole ? Window::kRows : Window::kNewRows;
+    if (Traits::kNormalised) {
+      prologue.apply(ring, ring.after(top, Window::kRows - arrived), arrived, input_rows(shape, current),
+                     input_columns(shape, current), current.group * Window::kNewRows + Window::kRows - arrived,
+                     current.tile * tiling.tile_columns * kStride, 0);
+    } else if (shape.pre_activation != Activation::none) {
       ring.for_each_own_piece(ring.after(top, Window::kRows - arrived), arrived, [&](unsigned char* piece) {
         activate_piece<Traits>(shape.pre_activation, piece, piece);
       });
@@ -143,7 +149,7 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     }
     add_taps<kKernel, kStride>(sums, weights, [&](int a, float (&window)[Window::kColumns][kChannels]) {
       const unsigned char* pixels = ring.pixel(ring.after(top, a), warp * kColumns * kStride);
-      if (shape.multiplier == 1) {
+      if (Traits::kNormalised || shape.multiplier == 1) {
         FSC_UNROLL
         for (int b = 0; b < Window::kColumns; ++b)
           Lane::unpack(reinterpret_cast<const Word*>(pixels + b * Traits::kPixelBytes)[lane], window[b]);
@@ -158,7 +164,8 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
       }
     });
 
-    const bool relu = shape.mid_activation == Activation::relu && params.grad_output.data == nullptr;
+    const bool mid = !Traits::kNormalised && shape.mid_activation != Activation::none;
+    const bool relu = mid && shape.mid_activation == Activation::relu && params.grad_output.data == nullptr;
     FSC_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FSC_UNROLL
@@ -169,7 +176,7 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
         own_stage[(r * kColumns + c) * kWarpSize + lane] = Lane::pack(sums[r][c]);
       }
     }
-    if (shape.mid_activation != Activation::none && !relu) {
+    if (mid && !relu) {
       const int first_row = current.group * kRows;
       const int first_column = current.tile * tiling.tile_columns + warp * kColumns;
       const int tile_end = (current.tile + 1) * tiling.tile_columns;

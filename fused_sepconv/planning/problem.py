@@ -138,6 +138,7 @@ class DepthwiseProblem:
     pre_activation: str | None = None
     mid_activation: str | None = None  # `depthwise_conv2d`'s activation
     aligned: bool = True
+    normalised: bool = False  # x is scaled and shifted first, a channel (families/depthwise/normalised.py)
 
     @property
     def K(self) -> int:

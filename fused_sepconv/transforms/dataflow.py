@@ -176,7 +176,9 @@ class Dataflow:
         except Exception as error:  # whatever a forward may raise when it is handed a stand-in for a tensor
             self.failures[module] = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         else:
-            seen |= {m for m in traced.called if not has_hooks(m)}
+            called = {m for m in traced.called if not has_hooks(m)}
+            # A container that is not called, but whose children are, is no second caller of theirs.
+            seen |= called | {m for m in module.modules() if called.intersection(m.children())}
             self.graphs.append((module, traced.graph))
             self.followed_by.update(traced.followed_by)
         for child in module.modules():  # those that were not called

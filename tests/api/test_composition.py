@@ -1,4 +1,4 @@
-"""The rest of PyTorch: opcheck, compile, export, autocast, vmap, torch.func, forward mode, double backward."""
+"""The rest of PyTorch: opcheck, compile, make_fx, autocast, vmap, torch.func, forward mode, double backward."""
 
 import contextlib
 import copy
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_sepconv
 from fused_sepconv import SeparableConv2d, depthwise_conv2d, separable_conv2d
@@ -23,23 +22,20 @@ from tests.support.calls import (
     forward_arguments,
     forward_op,
     function_of,
+    recording,
 )
 from tests.support.cases import ACTIVATIONS, Case, DepthwiseCase, both, named, two_convolutions
 from tests.support.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
 
 CHOSEN = named(
-    "plain",
-    "all six tensors",
-    "relu thrice",
-    "gelu thrice",
-    "depth multiplier 2",
-    "same, stride 2, even size",
-    "four different sides",
-    "everything",
-)
+    "plain", "all six tensors", "relu thrice", "gelu thrice", "depth multiplier 2", "same, stride 2, even size",
+    "four different sides", "everything",
+)  # fmt: skip
 
-# What each kind of tracing, which takes seconds, goes through by default.
-TRACED = both(named("batch 0", "same, stride 2, even size", "everything"))
+# What each kind of tracing, which takes seconds, goes through by default, and all that it can.
+EVERYTHING = both(named("everything"))
+TRACED = both(named("batch 0", "everything"))
+ALL_TRACED = both((*CHOSEN, *named("unbatched, everything", "1x1 image", "silu after")))
 
 
 def leaves(case, dtype=torch.float64, requires_grad=True, seed=0, device="cpu"):
@@ -47,34 +43,47 @@ def leaves(case, dtype=torch.float64, requires_grad=True, seed=0, device="cpu"):
 
 
 def close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    """Tensors, or as many of them."""
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        return
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def in_order(function, case, options=None):
+    """The call as a function of the case's tensors alone, in their order."""
+    names = list(case.tensors())
+    options = case.options if options is None else options
+    return lambda *values: function(**dict(zip(names, values, strict=True)), **options)
+
+
+def all_of(values):
+    return tuple(range(len(values)))
+
+
+def value_and_gradients(function, tensors, options):
+    y = function(**tensors, **options)
+    return [y, *torch.autograd.grad(y.square().sum(), [t for t in tensors.values() if t.requires_grad])]
 
 
 # opcheck
 
 
 @pytest.mark.dtypes(torch.float32)
-@pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
-@pytest.mark.cases(TRACED, full=both((*CHOSEN, *named("batch 0", "1x1 image", "silu after"))))
-def test_opcheck_finds_nothing_in_the_forward(target, case, requires_grad):
-    if requires_grad and torch.float32 not in target.gradient_dtypes:
-        requires_grad = False
-    tensors = leaves(case, torch.float32, requires_grad, device=target.device)
-    torch.library.opcheck(forward_op(case), forward_arguments(case, tensors, target.backend))
-
-
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc"))
-@pytest.mark.cases(both(named("everything")), full=both(CHOSEN))
-def test_opcheck_finds_nothing_in_the_forward_of_either_layout(case, layout):
-    tensors = leaves(case, torch.float32)
-    tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
-    torch.library.opcheck(forward_op(case), forward_arguments(case, tensors))
+@pytest.mark.cases(EVERYTHING, full=ALL_TRACED)
+def test_opcheck_finds_nothing_in_the_forward(target, case, layout):
+    tensors = leaves(case, torch.float32, device=target.device)
+    if case.N is not None:
+        tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
+    torch.library.opcheck(forward_op(case), forward_arguments(case, tensors, target.backend))
 
 
 @pytest.mark.gradients
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
-@pytest.mark.cases(TRACED, full=both((*CHOSEN, *named("batch 0", "1x1 image", "silu after"))))
+@pytest.mark.cases(TRACED, full=ALL_TRACED)
 def test_opcheck_finds_nothing_in_the_backward(target, case, requires_grad):
     tensors = leaves(case, torch.float32, requires_grad, device=target.device)
     arguments = backward_arguments(case, tensors, requires_grad, target.backend)
@@ -84,27 +93,20 @@ def test_opcheck_finds_nothing_in_the_backward(target, case, requires_grad):
     torch.library.opcheck(backward_op(case), arguments, test_utils=tests)
 
 
-@pytest.mark.cases(both(named("everything")))
-def test_the_op_called_directly_is_differentiable(case):
+@pytest.mark.cases(EVERYTHING)
+def test_the_ops_called_directly_are_differentiable(case):
     tensors = leaves(case)
-    y = forward_op(case)(*forward_arguments(case, tensors))
-    found = torch.autograd.grad(y.square().sum(), list(tensors.values()))
-    y = case.definition(**tensors, **case.options)
-    for ours, eager in zip(found, torch.autograd.grad(y.square().sum(), list(tensors.values())), strict=True):
-        close(ours, eager)
+    values = list(tensors.values())
+    y, expected = forward_op(case)(*forward_arguments(case, tensors)), case.definition(**tensors, **case.options)
+    close(torch.autograd.grad(y.square().sum(), values), torch.autograd.grad(expected.square().sum(), values))
 
-
-@pytest.mark.cases(both(named("everything")))
-def test_the_backward_op_called_directly_is_differentiable(case):
-    tensors = leaves(case)
     arguments = backward_arguments(case, tensors, requires_grad=True)
-    asking = [arguments[0], *tensors.values()]
-    ours = torch.autograd.grad(sum(g.square().sum() for g in backward_op(case)(*arguments)), asking)
-    y = case.definition(**tensors, **case.options)
-    first = torch.autograd.grad(y, list(tensors.values()), arguments[0], create_graph=True)
-    eager = torch.autograd.grad(sum(g.square().sum() for g in first), asking)
-    for a, b in zip(ours, eager, strict=True):
-        close(a, b)
+    first = torch.autograd.grad(case.definition(**tensors, **case.options), values, arguments[0], create_graph=True)
+    ours, theirs = (
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), [arguments[0], *values])
+        for gradients in (backward_op(case)(*arguments), first)
+    )
+    close(ours, theirs)
 
 
 # torch.compile
@@ -120,82 +122,66 @@ def fresh_compiler():
         torch._C._exit_dual_level(level=0)
 
 
-def value_and_gradients(function, tensors, options):
-    y = function(**tensors, **options)
-    return [y, *torch.autograd.grad(y.square().sum(), [t for t in tensors.values() if t.requires_grad])]
+fresh = pytest.mark.usefixtures("fresh_compiler")
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-@pytest.mark.cases(TRACED, full=both((*CHOSEN, *named("unbatched, everything", "batch 0", "silu after"))))
+@fresh
+@pytest.mark.parametrize("dynamic", (False, pytest.param(True, marks=pytest.mark.full)), ids=("static", "dynamic"))
+@pytest.mark.cases(TRACED, full=ALL_TRACED)
 def test_it_compiles_into_one_graph_forward_and_backward(case, dynamic):
     compiled = torch.compile(function_of(case), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     tensors = leaves(case)
     expected = value_and_gradients(case.definition, tensors, case.options)
-    for ours, eager in zip(value_and_gradients(compiled, tensors, case.options), expected, strict=True):
-        close(ours, eager)
+    close(value_and_gradients(compiled, tensors, case.options), expected)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_it_compiles_with_inductor_in_both_layouts():
+@fresh
+@pytest.mark.parametrize(
+    "layout", (pytest.param(torch.contiguous_format, marks=pytest.mark.full), torch.channels_last), ids=str
+)
+def test_it_compiles_with_inductor(layout):
     network = nn.Sequential(
         SeparableConv2d(3, 8, 3, padding="same", stride=2, activation="relu"),
         nn.BatchNorm2d(8),
         SeparableConv2d(8, 4, 3, padding=1, pre_activation="relu"),
     )
-    compiled = torch.compile(network, fullgraph=True)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, 3, 11, 9).contiguous(memory_format=layout)
-        results = []
-        for module in (network, compiled):
-            leaf = x.clone().requires_grad_()
-            y = module(leaf)
-            assert y.is_contiguous(memory_format=layout)
-            results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *network.parameters()])))
-        for ours, eager in zip(*results, strict=True):
-            close(ours, eager, 2e-4)
+    x = torch.randn(2, 3, 11, 9).contiguous(memory_format=layout)
+    results = []
+    for module in (network, torch.compile(network, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        assert y.is_contiguous(memory_format=layout)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *network.parameters()])))
+    close(*results, 2e-4)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_one_dynamic_graph_serves_every_size():
+@fresh
+@pytest.mark.quick
+def test_one_dynamic_graph_with_one_node_serves_every_size():
     graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    module = SeparableConv2d(3, 5, 3, padding="same", stride=2, dtype=torch.float64)
-    compiled = torch.compile(module, backend=count, fullgraph=True, dynamic=True)
+    module = SeparableConv2d(
+        3, 5, 3, padding="same", stride=2, pre_activation="relu", activation="gelu", dtype=torch.float64
+    )
+    compiled = torch.compile(
+        module, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=True
+    )
     for n, h, w in ((2, 9, 8), (3, 12, 11), (5, 20, 7), (4, 6, 30)):
         x = torch.randn(n, 3, h, w, dtype=torch.float64)
         close(compiled(x), module(x))
-    assert len(graphs) == 1
+    (graph,) = graphs
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("fused_sepconv" in name for name in names) == 1
+    assert not any(("conv2d" in name and "fused_sepconv" not in name) or "gelu" in name for name in names)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.quick
-def test_the_op_is_one_node_of_the_graph():
-    seen = []
-
-    def look(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    module = SeparableConv2d(3, 5, 3, padding=1, pre_activation="relu", activation="gelu")
-    torch.compile(module, backend=look, fullgraph=True)(torch.randn(1, 3, 6, 6))
-    assert sum("fused_sepconv" in name for name in seen) == 1
-    assert not any(("conv2d" in name and "fused_sepconv" not in name) or "gelu" in name for name in seen)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
+@fresh
 @pytest.mark.cases(both(named("plain")))
 def test_use_backend_is_heard_inside_and_outside_of_what_is_compiled(case):
     heard = []
 
     def look(graph, inputs):
-        for node in graph.graph.nodes:
-            if "fused_sepconv" in str(node.target):
-                heard.append((*node.args, *node.kwargs.values())[-1])
+        calls = (node for node in graph.graph.nodes if "fused_sepconv" in str(node.target))
+        heard.extend((*node.args, *node.kwargs.values())[-1] for node in calls)
         return graph
 
     def inside(**tensors):
@@ -210,12 +196,11 @@ def test_use_backend_is_heard_inside_and_outside_of_what_is_compiled(case):
         close(compiled(**tensors, padding=1), expected)
     close(compiled(**tensors, padding=1), expected)
     assert heard == ["auto", "reference"]
-    heard.clear()
     close(torch.compile(inside, backend=look, fullgraph=True)(**tensors), expected)
-    assert heard == ["reference"]
+    assert heard == ["auto", "reference", "reference"]
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@fresh
 def test_a_module_with_a_hook_compiles_too():
     module = SeparableConv2d(3, 5, 3, padding=1, dtype=torch.float64)
     module.depthwise.register_forward_hook(lambda child, args, output: output * 2)
@@ -223,7 +208,7 @@ def test_a_module_with_a_hook_compiles_too():
     close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@fresh
 @pytest.mark.cases(both(named("biases")))
 def test_a_bad_call_is_named_under_compile_too(case):
     compiled = torch.compile(function_of(case), backend="eager")
@@ -231,64 +216,25 @@ def test_a_bad_call_is_named_under_compile_too(case):
         compiled(**{**case.tensors(), "bias": torch.randn(7, dtype=torch.float64)})
 
 
-# export and make_fx
-
-
-@pytest.mark.parametrize("strict", (False, True), ids=("not strict", "strict"))
-@pytest.mark.parametrize(
-    "options",
-    (
-        {"padding": 1},
-        {"padding": "same", "stride": 2, "activation": "relu"},
-        {"padding": ((1, 0), (2, 1)), "pre_activation": "silu", "depth_multiplier": 2},
-        {"padding": 1, "padding_mode": "reflect"},
-    ),
-    ids=str,
-)
-def test_it_exports_with_dynamic_sizes(options, strict):
-    module = SeparableConv2d(3, 5, 3, dtype=torch.float64, **options).eval()
-    # The four sizes follow from what the layer strides over, so that every one of them is allowed.
-    n, h, w = (torch.export.Dim(name, min=2, max=64) for name in ("n", "h", "w"))
-    x = torch.randn(2, 3, 16, 12, dtype=torch.float64)
-    program = torch.export.export(module, (x,), dynamic_shapes=({0: n, 2: 4 * h, 3: 4 * w},), strict=strict)
-    assert any("fused_sepconv.separable_conv2d" in str(node.target) for node in program.graph.nodes)
-    for shape in ((2, 3, 16, 12), (5, 3, 32, 8), (3, 3, 8, 64)):
-        x = torch.randn(shape, dtype=torch.float64)
-        close(program.module()(x), module(x))
-
-
-def test_an_exported_program_is_saved_and_loaded(tmp_path):
-    module = SeparableConv2d(3, 5, 3, padding="same", stride=2, activation="relu").eval()
-    x = torch.randn(2, 3, 9, 9)
-    torch.export.save(torch.export.export(module, (x,)), tmp_path / "program.pt2")
-    loaded = torch.export.load(tmp_path / "program.pt2").module()
-    close(loaded(x), module(x), 1e-6)
-
-
-@pytest.mark.parametrize("tracing_mode", ("real", "fake", "symbolic"))
-@pytest.mark.cases(both(named("everything", "relu thrice", "same, stride 2, even size")))
+@pytest.mark.parametrize("tracing_mode", ("real", pytest.param("fake", marks=pytest.mark.full), "symbolic"))
+@pytest.mark.cases(EVERYTHING, full=both(named("relu thrice", "same, stride 2, even size")))
 def test_make_fx_traces_forward_and_backward(case, tracing_mode):
-    tensors = leaves(case)
-    names = list(tensors)
-
     def step(*values):
-        return value_and_gradients(function_of(case), dict(zip(names, values, strict=True)), case.options)
+        tensors = dict(zip(case.tensors(), values, strict=True))
+        return value_and_gradients(function_of(case), tensors, case.options)
 
-    graph = make_fx(step, tracing_mode=tracing_mode)(*tensors.values())
+    graph = make_fx(step, tracing_mode=tracing_mode)(*leaves(case).values())
     targets = [str(node.target) for node in graph.graph.nodes]
     assert any(name.startswith(f"fused_sepconv.{case.operator}.") for name in targets)
     assert any(name.startswith(f"fused_sepconv.{case.operator}_backward") for name in targets)
     other = leaves(case, seed=7)
-    expected = value_and_gradients(case.definition, other, case.options)
-    for ours, eager in zip(graph(*other.values()), expected, strict=True):
-        close(ours, eager)
+    close(graph(*other.values()), value_and_gradients(case.definition, other, case.options))
 
 
 # autocast
 
 
-LOW = (torch.float16, torch.bfloat16)
-lows = pytest.mark.parametrize("low", LOW, ids=str)
+lows = pytest.mark.parametrize("low", (torch.float16, torch.bfloat16), ids=str)
 
 
 def under_autocast(function, tensors, options, device, low, grad_output):
@@ -301,8 +247,8 @@ def under_autocast(function, tensors, options, device, low, grad_output):
 @pytest.mark.dtypes(torch.float32)
 @lows
 @pytest.mark.cases(both(
-    named("plain", "biases", "relu thrice", "728->728@19 reduced", "every dimension: one over", "same, stride 3",
-          "four different sides", "depth multiplier 2", "silu between")
+    named("biases", "728->728@19 reduced", "same, stride 3", "four different sides", "depth multiplier 2",
+          "silu between")
 ))  # fmt: skip
 def test_autocast_does_what_it_does_to_the_pair(target, dtype, case, low):
     if low not in target.gradient_dtypes:
@@ -347,60 +293,52 @@ def test_autocast_takes_a_residual_in_float32(low):
     close(tensors["residual"].grad, torch.ones_like(tensors["residual"]))
 
 
-@lows
-@pytest.mark.cases(both(named("everything")))
-def test_autocast_leaves_float64_as_it_is(low, case):
-    tensors = leaves(case)
-    with torch.autocast("cpu", dtype=low):
+@pytest.mark.cases(EVERYTHING)
+def test_autocast_leaves_alone_what_it_is_not_for(case):
+    tensors, single = leaves(case), leaves(case, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         found = value_and_gradients(function_of(case), tensors, case.options)
-    for ours, eager in zip(found, value_and_gradients(case.definition, tensors, case.options), strict=True):
-        assert ours.dtype == torch.float64
-        close(ours, eager)
-
-
-@pytest.mark.cases(both(named("plain")))
-def test_autocast_switched_off_inside_is_off(case):
-    tensors = leaves(case, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
-        assert function_of(case)(**tensors).dtype == torch.float32
-
-
-@pytest.mark.cases(both(named("plain")))
-def test_autocast_of_another_device_does_nothing(case):
-    tensors = leaves(case, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            assert function_of(case)(**single, **case.options).dtype == torch.float32
+    close(found, value_and_gradients(case.definition, tensors, case.options))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            assert function_of(case)(**tensors).dtype == torch.float32
+            assert function_of(case)(**single, **case.options).dtype == torch.float32
 
 
 @lows
-@pytest.mark.parametrize("inside", (False, True), ids=("a backward outside of it", "a backward inside of it"))
-def test_a_backward_is_the_same_inside_and_outside_of_autocast(low, inside):
+def test_a_backward_is_the_same_inside_and_outside_of_autocast(low):
     module = SeparableConv2d(4, 5, 3, padding=1, activation="silu")
-    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    leaf = torch.randn(2, 4, 6, 6, requires_grad=True)
     with torch.autocast("cpu", dtype=low):
-        loss = module(x).float().square().sum()
-        expected = [g.clone() for g in torch.autograd.grad(loss, [x, *module.parameters()], retain_graph=True)]
-        if inside:
-            found = torch.autograd.grad(loss, [x, *module.parameters()])
-    if not inside:
-        found = torch.autograd.grad(loss, [x, *module.parameters()])
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == torch.float32
-        assert torch.equal(a, b)
+        loss = module(leaf).float().square().sum()
+        inside = torch.autograd.grad(loss, [leaf, *module.parameters()], retain_graph=True)
+    outside = torch.autograd.grad(loss, [leaf, *module.parameters()])
+    for a, b in zip(inside, outside, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 @lows
-def test_the_module_trains_under_autocast(low):
-    module = SeparableConv2d(4, 5, 3, padding=1, activation="relu")
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda: SeparableConv2d(4, 4, 3, padding=1, activation="relu"),
+        lambda: fused_sepconv.DepthwiseConv2d(4, 3, padding=1),
+    ),
+    ids=("separable", "depthwise"),
+)
+def test_a_module_trains_under_autocast(low, make):
+    module = make()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
-    x, wanted = torch.randn(4, 4, 8, 8), torch.rand(4, 5, 8, 8)
+    x, wanted = torch.randn(4, 4, 8, 8), torch.rand(4, 4, 8, 8)
     losses = []
     for _ in range(10):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=low):
-            loss = (module(x).float() - wanted).square().mean()
+            y = module(x)
+        assert y.dtype == low
+        loss = (y.float() - wanted).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -408,106 +346,59 @@ def test_the_module_trains_under_autocast(low):
     assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-@lows
+@fresh
 @pytest.mark.cases(both(named("biases")))
-def test_autocast_is_heard_under_compile(low, case):
+def test_autocast_is_heard_under_compile(case):
     tensors = leaves(case, torch.float32)
     compiled = torch.compile(function_of(case), backend="aot_eager", fullgraph=True)
     grad_output = torch.randn(case.output_shape)
-    ours = under_autocast(compiled, tensors, case.options, "cpu", low, grad_output)
-    eager = under_autocast(function_of(case), tensors, case.options, "cpu", low, grad_output)
-    for a, b in zip(ours, eager, strict=True):
-        assert a.dtype == b.dtype
-        close(a, b, 2e-2)
+    ours, eager = (
+        under_autocast(function, tensors, case.options, "cpu", torch.bfloat16, grad_output)
+        for function in (compiled, function_of(case))
+    )
+    assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in eager]
+    close(ours, eager, 2e-2)
 
 
 # vmap
 
 
-VMAPPED = named(
-    "plain", "all six tensors", "relu thrice", "same, stride 2, even size", "depth multiplier 2", "everything"
-)
-
-
-def stacked(case, mapped, in_dim=0, count=3, requires_grad=False):
-    """The case's tensors, ``count`` different ones stacked at ``in_dim`` for those that are mapped."""
-    several = [case.tensors(seed) for seed in range(count)]
-    tensors = {
-        name: torch.stack([one[name] for one in several], in_dim) if name in mapped else several[0][name]
-        for name in several[0]
-    }
-    return {name: tensor.requires_grad_(requires_grad) for name, tensor in tensors.items()}
-
-
-def one_by_one(case, tensors, mapped, in_dim=0, count=3):
-    return torch.stack(
-        [
-            case.definition(
-                **{name: t.select(in_dim, i) if name in mapped else t for name, t in tensors.items()}, **case.options
-            )
-            for i in range(count)
-        ]
-    )
-
-
+VMAPPED = named("all six tensors", "everything")
 MAPS = {
     "separable_conv2d": (
-        ("x",),
-        ("depthwise_weight",),
-        ("pointwise_weight",),
-        ("depthwise_weight", "pointwise_weight"),
-        ("x", "depthwise_weight", "pointwise_weight"),
-        ("bias", "depthwise_bias"),
-        ("residual",),
-        ("x", "residual"),
+        ("x",), ("depthwise_weight",), ("pointwise_weight",), ("depthwise_weight", "pointwise_weight"),
+        ("x", "depthwise_weight", "pointwise_weight"), ("bias", "depthwise_bias"), ("residual",), ("x", "residual"),
         Case.inputs,
     ),
     "depthwise_conv2d": (("x",), ("weight",), ("x", "weight"), ("bias",), DepthwiseCase.inputs),
-}
+}  # fmt: skip
+MAPPINGS = [
+    pytest.param((case, mapped), id=f"{case}: {', '.join(mapped)}")
+    for case in both(VMAPPED)
+    for mapped in MAPS[case.operator]
+]
 
 
-def maps(cases):
-    """(case, what of its tensors is mapped), each once."""
-    return [
-        pytest.param((case, mapped), id=f"{case}: {', '.join(mapped)}")
-        for case in both(cases)
-        for mapped in MAPS[case.operator]
-        if set(mapped) <= case.tensors().keys()
-    ]
-
-
-@pytest.mark.parametrize("mapping", maps(VMAPPED))
-def test_vmap_is_a_loop(mapping):
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_vmap_is_a_loop_and_a_gradient_goes_back_through_it(mapping):
     case, mapped = mapping
-    names = list(case.tensors())
-
-    def call(*values):
-        return function_of(case)(**dict(zip(names, values, strict=True)), **case.options)
-
+    several = [case.tensors(seed) for seed in range(3)]
     for in_dim in (0, 1, -1):
-        tensors = stacked(case, mapped, in_dim)
-        in_dims = tuple(in_dim if name in mapped else None for name in names)
-        expected = one_by_one(case, tensors, mapped, in_dim)
-        close(torch.vmap(call, in_dims=in_dims)(*tensors.values()), expected)
-        close(torch.vmap(call, in_dims=in_dims, out_dims=2)(*tensors.values()), expected.movedim(0, 2))
-
-
-@pytest.mark.parametrize("mapping", maps(named("everything")))
-def test_a_gradient_goes_back_through_vmap(mapping):
-    case, mapped = mapping
-    tensors = stacked(case, mapped, requires_grad=True)
-    names = list(tensors)
-    in_dims = tuple(0 if name in mapped else None for name in names)
-
-    def call(*values):
-        return function_of(case)(**dict(zip(names, values, strict=True)), **case.options)
-
-    y = torch.vmap(call, in_dims=in_dims)(*tensors.values())
-    found = torch.autograd.grad(y.square().sum(), list(tensors.values()))
-    y = one_by_one(case, tensors, mapped)
-    for ours, eager in zip(found, torch.autograd.grad(y.square().sum(), list(tensors.values())), strict=True):
-        close(ours, eager)
+        tensors = {
+            name: torch.stack([one[name] for one in several], in_dim) if name in mapped else several[0][name]
+            for name in several[0]
+        }
+        leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+        in_dims = tuple(in_dim if name in mapped else None for name in tensors)
+        call = in_order(function_of(case), case)
+        ours = torch.vmap(call, in_dims=in_dims, out_dims=2)(*leaves).movedim(2, 0)
+        one_by_one = (
+            {name: t.select(in_dim, i) if name in mapped else t for name, t in tensors.items()} for i in range(3)
+        )
+        expected = torch.stack([case.definition(**one, **case.options) for one in one_by_one])
+        close(ours, expected)
+        if in_dim == 0:
+            close(*(torch.autograd.grad(y.square().sum(), leaves) for y in (ours, expected)))
 
 
 @pytest.mark.cases(both((Case("unbatched under vmap", None, 3, 6, 5, 4, padding=1, bias=True),)))
@@ -532,7 +423,7 @@ def test_vmap_in_vmap_is_a_loop_in_a_loop(case):
         close(found[i, j], case.definition(x[i, j], weights[i], *others, padding=1))
 
 
-@pytest.mark.cases(both(named("everything")))
+@pytest.mark.cases(EVERYTHING)
 def test_vmap_over_a_batch_of_none_or_one(case):
     tensors = case.tensors()
     images = {name: t for name, t in tensors.items() if name in ("x", "residual")}
@@ -545,6 +436,13 @@ def test_vmap_over_a_batch_of_none_or_one(case):
     close(found[0], case.definition(**tensors, **case.options))
     empty = torch.vmap(call)({name: t[None, :0] for name, t in images.items()})
     assert empty.shape == (1, 0, *case.output_shape[1:])
+
+
+def test_vmap_over_an_empty_batch_of_images_keeps_their_number():
+    weights = torch.randn(3, 1, 1, 1), torch.randn(4, 3, 1, 1)
+    images = torch.randn(0, 2, 3, 4, 5)
+    assert torch.vmap(lambda x: separable_conv2d(x, *weights))(images).shape == (0, 2, 4, 4, 5)
+    assert torch.vmap(lambda x: depthwise_conv2d(x, weights[0]))(images).shape == (0, 2, 3, 4, 5)
 
 
 @pytest.mark.quick
@@ -564,43 +462,30 @@ def test_many_models_at_once():
 # torch.func
 
 
-@pytest.mark.cases(both((*CHOSEN, *named("unbatched, everything", "silu after"))))
+@pytest.mark.cases(both(named("gelu thrice", "four different sides", "unbatched, everything", "everything")))
 def test_func_grad_is_the_gradient(case):
-    tensors = leaves(case, requires_grad=False)
-    names = list(tensors)
+    values = tuple(case.tensors().values())
 
-    def loss(function):
-        return lambda *values: function(**dict(zip(names, values, strict=True)), **case.options).square().sum()
+    def gradient(function):
+        call = in_order(function, case)
+        return torch.func.grad(lambda *values: call(*values).square().sum(), argnums=all_of(values))(*values)
 
-    every = tuple(range(len(names)))
-    found = torch.func.grad(loss(function_of(case)), argnums=every)(*tensors.values())
-    expected = torch.func.grad(loss(case.definition), argnums=every)(*tensors.values())
-    for ours, eager in zip(found, expected, strict=True):
-        close(ours, eager)
+    close(gradient(function_of(case)), gradient(case.definition))
 
 
 @pytest.mark.cases(both(VMAPPED))
 def test_per_sample_gradients_are_those_of_each_sample_alone(case):
-    tensors = leaves(case, requires_grad=False)
-    per_sample = {name for name in tensors if name in ("x", "residual")}
-    weights = [name for name in tensors if name not in per_sample]
-    count = case.N
+    tensors = case.tensors()
+    samples = {name: tensor for name, tensor in tensors.items() if name in ("x", "residual")}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in samples}
 
-    def loss(function):
-        def of(weight_values, sample_values):
-            values = {**dict(zip(weights, weight_values, strict=True)), **sample_values}
-            return function(**values, **case.options).square().sum()
+    def gradient(function):
+        return torch.func.grad(lambda weights, sample: function(**weights, **sample, **case.options).square().sum())
 
-        return of
-
-    samples = {name: tensors[name] for name in per_sample}
-    weight_values = tuple(tensors[name] for name in weights)
-    found = torch.vmap(torch.func.grad(loss(function_of(case))), in_dims=(None, 0))(weight_values, samples)
-    for i in range(count):
-        one = {name: value[i] for name, value in samples.items()}
-        expected = torch.func.grad(loss(case.definition))(weight_values, one)
-        for ours, eager in zip(found, expected, strict=True):
-            close(ours[i], eager)
+    found = torch.vmap(gradient(function_of(case)), in_dims=(None, 0))(weights, samples)
+    for i in range(case.N):
+        expected = gradient(case.definition)(weights, {name: value[i] for name, value in samples.items()})
+        close([found[name][i] for name in weights], [expected[name] for name in weights])
 
 
 @pytest.mark.quick
@@ -625,48 +510,29 @@ def test_per_sample_gradients_of_a_module():
             close(found[name][i], parameter.grad)
 
 
-def small_functions(function, case):
-    tensors = leaves(case, requires_grad=False)
-    names = list(tensors)
-    return (lambda *values: function(**dict(zip(names, values, strict=True)), **case.options)), tuple(tensors.values())
+@pytest.mark.cases(both(named("1x1 image and kernel", "relu thrice", "gelu thrice", "unbatched", "everything")))
+def test_jacobians_are_right_in_reverse_and_by_batched_gradients(case):
+    """torch.func.jacrev, and torch.autograd.grad with is_grads_batched, which vectorize=True comes to."""
+    ours, theirs = in_order(function_of(case), case), in_order(case.definition, case)
+    values = tuple(case.tensors().values())
+    expected = torch.func.jacrev(theirs, all_of(values))(*values)
+    close(torch.func.jacrev(ours, all_of(values))(*values), expected)
+    close(torch.autograd.functional.jacobian(ours, values, vectorize=True), expected)
 
 
-JACOBIANS = named("1x1 image and kernel", "plain", "relu thrice", "gelu thrice", "unbatched", "everything")
-
-
-@pytest.mark.cases(both(JACOBIANS))
-def test_jacrev_is_the_jacobian(case):
-    ours, values = small_functions(function_of(case), case)
-    theirs, _ = small_functions(case.definition, case)
-    every = tuple(range(len(values)))
-    for a, b in zip(torch.func.jacrev(ours, every)(*values), torch.func.jacrev(theirs, every)(*values), strict=True):
-        close(a, b)
-
-
-@pytest.mark.cases(both(JACOBIANS))
-def test_a_jacobian_by_batched_gradients_is_the_jacobian(case):
-    """torch.autograd.grad with is_grads_batched, and functional.jacobian(vectorize=True) over it."""
-    ours, values = small_functions(function_of(case), case)
-    theirs, _ = small_functions(case.definition, case)
-    found = torch.autograd.functional.jacobian(ours, values, vectorize=True)
-    for a, b in zip(found, torch.autograd.functional.jacobian(theirs, values), strict=True):
-        close(a, b)
-
-
-@pytest.mark.cases(both(named("everything")))
+@pytest.mark.cases(EVERYTHING)
 def test_vjp_is_the_product(case):
-    ours, values = small_functions(function_of(case), case)
-    theirs, _ = small_functions(case.definition, case)
-    (y, ours_back), (expected, theirs_back) = torch.func.vjp(ours, *values), torch.func.vjp(theirs, *values)
+    values = tuple(case.tensors().values())
+    (y, ours), (expected, theirs) = (
+        torch.func.vjp(in_order(function, case), *values) for function in (function_of(case), case.definition)
+    )
     close(y, expected)
     cotangent = torch.randn_like(y)
-    for a, b in zip(ours_back(cotangent), theirs_back(cotangent), strict=True):
-        close(a, b)
+    close(ours(cotangent), theirs(cotangent))
 
 
 def test_functional_call_uses_the_parameters_that_it_is_given():
-    module = SeparableConv2d(3, 4, 3, padding=1, dtype=torch.float64)
-    other = SeparableConv2d(3, 4, 3, padding=1, dtype=torch.float64)
+    module, other = (SeparableConv2d(3, 4, 3, padding=1, dtype=torch.float64) for _ in range(2))
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     close(torch.func.functional_call(module, dict(other.named_parameters()), (x,)), other(x))
     zero = {"pointwise.weight": torch.zeros(4, 3, 1, 1, dtype=torch.float64)}
@@ -676,38 +542,21 @@ def test_functional_call_uses_the_parameters_that_it_is_given():
 
 @pytest.mark.cases(both(named("1x1 image and kernel", "gelu thrice", "relu thrice", "everything")))
 def test_a_gradient_of_a_gradient_is_eagers(case):
+    values = tuple(case.tensors().values())
+
     def twice(function):
-        call, values = small_functions(function, case)
+        call = in_order(function, case)
 
         def penalty(*values):
-            gradients = torch.func.grad(lambda *v: call(*v).square().sum(), tuple(range(len(values))))(*values)
+            gradients = torch.func.grad(lambda *v: call(*v).square().sum(), all_of(values))(*values)
             return sum(gradient.square().sum() for gradient in gradients)
 
-        return torch.func.grad(penalty, tuple(range(len(values))))(*values)
+        return torch.func.grad(penalty, all_of(values))(*values)
 
-    for ours, eager in zip(twice(function_of(case)), twice(case.definition), strict=True):
-        close(ours, eager, 1e-9)
+    close(twice(function_of(case)), twice(case.definition), 1e-9)
 
 
 # Forward mode: PyTorch's own operators carry the tangents, so it is right, and never silently zero
-
-
-def right(ours, theirs, tolerance=1e-10):
-    expected = theirs()
-    assert all(tensor.abs().max() > 0 for tensor in expected if tensor.numel()), "zero would prove nothing"
-    for a, b in zip(ours(), expected, strict=True):
-        close(a, b, tolerance)
-
-
-def right_or_refused(ours, theirs):
-    """Where tracing and forward mode meet PyTorch itself refuses much; a wrong number is never right."""
-    expected = theirs()
-    try:
-        found = ours()
-    except Exception:
-        return
-    for a, b in zip(found, expected, strict=True):
-        close(a, b)
 
 
 def tangents(values, seed=100):
@@ -715,176 +564,168 @@ def tangents(values, seed=100):
     return tuple(torch.randn(value.shape, generator=generator, dtype=value.dtype) for value in values)
 
 
-FORWARD_MODE = (
-    *CHOSEN,
-    *named("elu thrice", "silu after", "relu6 thrice", "hardswish thrice", "unbatched, everything"),
-)
+def right(case, product, tolerance=1e-10):
+    """product(call, values) is the same for ours and for the definition, and not zero, which would prove nothing."""
+    values = tuple(case.tensors().values())
+    ours, expected = (
+        product(in_order(function, case), values) for function in (function_of(case), case.definition)
+    )  # fmt: skip
+    assert all(tensor.abs().max() > 0 for tensor in expected if tensor.numel())
+    close(ours, expected, tolerance)
+
+
+FORWARD_MODE = named(
+    "plain", "gelu thrice", "elu thrice", "silu after", "relu6 thrice", "hardswish thrice", "same, stride 2, even size",
+    "depth multiplier 2", "four different sides", "unbatched, everything", "everything",
+)  # fmt: skip
 
 
 @pytest.mark.cases(both(FORWARD_MODE))
 def test_jvp_is_right(case):
-    def product(function):
-        call, values = small_functions(function, case)
-        return torch.func.jvp(call, values, tangents(values))
-
-    right(lambda: product(function_of(case)), lambda: product(case.definition))
+    right(case, lambda call, values: torch.func.jvp(call, values, tangents(values)))
 
 
-@pytest.mark.parametrize("input_of", each_input(both(named("everything"))))
+@pytest.mark.parametrize("input_of", each_input(EVERYTHING))
 def test_jvp_along_one_input_is_right(input_of):
     case, alone = input_of
+    i = list(case.tensors()).index(alone)
 
-    def product(function):
-        call, values = small_functions(function, case)
-        position = list(case.tensors()).index(alone)
+    def product(call, values):
+        return torch.func.jvp(
+            lambda v: call(*values[:i], v, *values[i + 1 :]), (values[i],), tangents(values[i : i + 1])
+        )
 
-        def of_one(value):
-            return call(*values[:position], value, *values[position + 1 :])
+    right(case, product)
 
-        return torch.func.jvp(of_one, (values[position],), tangents((values[position],)))
 
-    right(lambda: product(function_of(case)), lambda: product(case.definition))
+def by_dual_numbers(call, values):
+    with forward_ad.dual_level():
+        primal, tangent = forward_ad.unpack_dual(call(*map(forward_ad.make_dual, values, tangents(values))))
+        assert tangent is not None, "the tangent was lost"
+        return [primal.detach(), tangent.detach()]
 
 
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("constant", "differentiable"))
 @pytest.mark.cases(both(named("everything", "relu thrice", "plain")))
 def test_dual_numbers_are_right(case, requires_grad):
-    def product(function):
-        tensors = leaves(case, requires_grad=requires_grad)
-        with forward_ad.dual_level():
-            along = tangents(list(tensors.values()))
-            duals = {n: forward_ad.make_dual(t, v) for (n, t), v in zip(tensors.items(), along, strict=True)}
-            primal, tangent = forward_ad.unpack_dual(function(**duals, **case.options))
-            assert tangent is not None, "the tangent was lost"
-            return [primal.detach(), tangent.detach()]
-
-    right(lambda: product(function_of(case)), lambda: product(case.definition))
+    right(case, lambda call, values: by_dual_numbers(call, [v.requires_grad_(requires_grad) for v in values]))
 
 
-@pytest.mark.cases(both(named("everything")))
+@pytest.mark.cases(EVERYTHING)
 def test_dual_numbers_through_the_op_itself_are_right(case):
-    tensors = leaves(case, requires_grad=False)
+    def op(*values):
+        return forward_op(case)(*forward_arguments(case, dict(zip(case.tensors(), values, strict=True))))
 
-    def product(call):
-        with forward_ad.dual_level():
-            along = tangents(list(tensors.values()))
-            duals = {n: forward_ad.make_dual(t, v) for (n, t), v in zip(tensors.items(), along, strict=True)}
-            primal, tangent = forward_ad.unpack_dual(call(duals))
-            assert tangent is not None, "the tangent was lost"
-            return [primal, tangent]
-
-    right(
-        lambda: product(lambda duals: forward_op(case)(*forward_arguments(case, duals))),
-        lambda: product(lambda duals: case.definition(**duals, **case.options)),
-    )
+    values = tuple(case.tensors().values())
+    close(by_dual_numbers(op, values), by_dual_numbers(in_order(case.definition, case), values))
 
 
-@pytest.mark.cases(both(named("plain", "relu thrice", "gelu thrice")))
-def test_forward_over_reverse_is_right(case):
+def forward_over_reverse(call, values):
     """A Hessian-vector product, the usual way."""
-
-    def product(function):
-        call, values = small_functions(function, case)
-        gradient = torch.func.grad(lambda *v: call(*v).square().sum(), tuple(range(len(values))))
-        _, found = torch.func.jvp(gradient, values, tangents(values))
-        return found
-
-    right(lambda: product(function_of(case)), lambda: product(case.definition), 1e-9)
+    gradient = torch.func.grad(lambda *v: call(*v).square().sum(), all_of(values))
+    return torch.func.jvp(gradient, values, tangents(values))[1]
 
 
-@pytest.mark.cases(both(named("plain", "relu thrice", "gelu thrice")))
-def test_reverse_over_forward_is_right(case):
-    def product(function):
-        call, values = small_functions(function, case)
+def reverse_over_forward(call, values):
+    def slope(*v):
+        return torch.func.jvp(call, v, tangents(values))[1].square().sum()
 
-        def slope(*v):
-            return torch.func.jvp(call, v, tangents(values))[1].square().sum()
-
-        return torch.func.grad(slope, tuple(range(len(values))))(*values)
-
-    right(lambda: product(function_of(case)), lambda: product(case.definition), 1e-9)
+    return torch.func.grad(slope, all_of(values))(*values)
 
 
-@pytest.mark.cases(both(named("1x1 image and kernel", "gelu thrice", "unbatched")))
-def test_jacfwd_and_the_hessian_are_right(case):
-    def jacobian(function):
-        call, values = small_functions(function, case)
-        return [torch.func.jacfwd(call)(*values)]
+def jacfwd_and_hessian(call, values):
+    hessian = torch.func.hessian(lambda x: call(x, *values[1:]).pow(3).sum())(values[0])
+    return [torch.func.jacfwd(call)(*values), hessian]
 
-    def hessian(function):
-        call, values = small_functions(function, case)
-        return [torch.func.hessian(lambda x: call(x, *values[1:]).pow(3).sum())(values[0])]
 
-    right(lambda: jacobian(function_of(case)), lambda: jacobian(case.definition))
-    right(lambda: hessian(function_of(case)), lambda: hessian(case.definition), 1e-9)
+@pytest.mark.parametrize("product", (forward_over_reverse, reverse_over_forward, jacfwd_and_hessian))
+@pytest.mark.cases(both(named("relu thrice", "gelu thrice")))
+def test_second_derivatives_that_go_forward_are_right(case, product):
+    right(case, product, 1e-9)
 
 
 @pytest.mark.cases(both(named("1x1 image and kernel", "gelu thrice", "everything")))
 def test_forward_mode_passes_gradcheck(case):
-    tensors = leaves(case)
-
-    def call(*values):
-        return function_of(case)(**dict(zip(tensors, values, strict=True)), **case.options)
-
-    assert torch.autograd.gradcheck(call, tuple(tensors.values()), check_forward_ad=True, check_backward_ad=False)
+    call, values = in_order(function_of(case), case), tuple(leaves(case).values())
+    assert torch.autograd.gradcheck(call, values, check_forward_ad=True, check_backward_ad=False)
 
 
-def with_a_way_past(function, case):
-    """The call, plus the sum of its inputs: a tangent lost on the way leaves a result that is wrong, not missing."""
-    call, values = small_functions(function, case)
-    return (lambda *values: call(*values).sum() + sum(value.sum() for value in values)), values
+def right_or_refused(ours, expected):
+    """Where tracing and forward mode meet PyTorch itself refuses much; a wrong number is never right."""
+    try:
+        found = ours()
+    except Exception:
+        return
+    close(found, expected)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+full = pytest.mark.full
+
+
+@fresh
 @pytest.mark.parametrize("how", ("jvp", "dual numbers"))
-@pytest.mark.parametrize("build", (small_functions, with_a_way_past), ids=("alone", "with a way past"))
-@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+@pytest.mark.parametrize("past", (pytest.param(False, marks=full), True), ids=("alone", "with a way past"))
+@pytest.mark.parametrize("backend", (pytest.param("eager", marks=full), "aot_eager"))
 @pytest.mark.cases(both(named("relu thrice")))
-def test_forward_mode_under_compile_is_right_or_refused(case, backend, build, how):
+def test_forward_mode_under_compile_is_right_or_refused(case, backend, past, how):
+    """With a way past, the sum of the inputs: a tangent lost leaves a result that is wrong, not missing."""
+    values = tuple(case.tensors().values())
 
     def product(function):
-        call, values = build(function, case)
+        call = in_order(function, case)
 
-        def jvp(values, along):
-            return torch.func.jvp(call, values, along)
+        def summed(*values):
+            return call(*values).sum() + sum(value.sum() for value in values)
+
+        used = summed if past else call
+        if how == "jvp":
+            return lambda values, along: torch.func.jvp(used, values, along)
 
         def dual(values, along):
             with forward_ad.dual_level():
-                return forward_ad.unpack_dual(call(*map(forward_ad.make_dual, values, along)))
+                return forward_ad.unpack_dual(used(*map(forward_ad.make_dual, values, along)))
 
-        return (jvp if how == "jvp" else dual), (values, tangents(values))
+        return dual
 
-    ours, values = product(function_of(case))
-    theirs, _ = product(case.definition)
-    right_or_refused(lambda: torch.compile(ours, backend=backend)(*values), lambda: theirs(*values))
+    compiled = torch.compile(product(function_of(case)), backend=backend)
+    expected = product(case.definition)(values, tangents(values))
+    right_or_refused(lambda: compiled(values, tangents(values)), expected)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@fresh
 @pytest.mark.cases(both(named("relu thrice")))
 def test_what_is_compiled_and_then_differentiated_forward_is_right_or_refused(case):
     compiled = torch.compile(function_of(case), backend="aot_eager")
-
-    def product(function):
-        call, values = small_functions(function, case)
-        return torch.func.jvp(call, values, tangents(values))
-
-    right_or_refused(lambda: product(compiled), lambda: product(case.definition))
+    values = tuple(case.tensors().values())
+    expected = torch.func.jvp(in_order(case.definition, case), values, tangents(values))
+    right_or_refused(lambda: torch.func.jvp(in_order(compiled, case), values, tangents(values)), expected)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@fresh
 @pytest.mark.cases(both(named("plain")))
 def test_func_grad_and_vmap_compile(case):
-    tensors = leaves(case, requires_grad=False)
-    _, *weights = tensors.values()
+    x, *weights = case.tensors().values()
 
-    def loss(function):
-        return lambda weights, x: function(x, *weights, padding=1, activation="relu").square().sum()
+    def per_sample(function):
+        def loss(weights, x):
+            return function(x, *weights, padding=1, activation="relu").square().sum()
 
-    per_sample = torch.vmap(torch.func.grad(loss(function_of(case))), in_dims=(None, 0))
-    expected = torch.vmap(torch.func.grad(loss(case.definition)), in_dims=(None, 0))(weights, tensors["x"])
-    found = torch.compile(per_sample, backend="aot_eager")(weights, tensors["x"])
-    for ours, eager in zip(found, expected, strict=True):
-        close(ours, eager)
+        return torch.vmap(torch.func.grad(loss), in_dims=(None, 0))
+
+    found = torch.compile(per_sample(function_of(case)), backend="aot_eager")(weights, x)
+    close(found, per_sample(case.definition)(weights, x))
+
+
+@pytest.mark.parametrize("transform", (torch.func.jacfwd, torch.func.hessian), ids=lambda t: t.__name__)
+@pytest.mark.cases(both((Case("per sample", 1, 3, 3, 4, 2, padding=1, pre_activation="silu", mid_activation="silu"),)))
+def test_per_sample_forward_mode_in_channels_last(case, transform):
+    x, *weights = case.tensors().values()
+    batch = torch.stack([sample.contiguous(memory_format=torch.channels_last) for sample in torch.stack([x, 2 * x])])
+
+    def sample(function):
+        return torch.vmap(transform(lambda x: function(x, *weights, **case.options).square().sum()))
+
+    torch.testing.assert_close(sample(function_of(case))(batch), sample(case.definition)(batch))
 
 
 # Other ways to run a graph
@@ -906,9 +747,8 @@ def test_checkpointing_recomputes_the_same():
 def test_threads_may_share_a_module():
     module = SeparableConv2d(4, 6, 3, padding=1, activation="relu", dtype=torch.float64)
     images = [torch.randn(n % 3 + 1, 4, 6 + n % 2, 6, dtype=torch.float64) for n in range(16)]
-    expected = [two_convolutions(
-        x, module.depthwise.weight, module.pointwise.weight, module.pointwise.bias, padding=1, activation="relu"
-    ) for x in images]  # fmt: skip
+    weights = module.depthwise.weight, module.pointwise.weight, module.pointwise.bias
+    expected = [two_convolutions(x, *weights, padding=1, activation="relu").detach() for x in images]
     found = [None] * len(images)
 
     def work(n):
@@ -923,30 +763,19 @@ def test_threads_may_share_a_module():
         thread.start()
     for thread in threads:
         thread.join(60)
-    for result, y in zip(found, expected, strict=True):
-        close(result[0], y.detach())
-        assert result[1].abs().max() > 0
+    close([result[0] for result in found], expected)
+    assert all(result[1].abs().max() > 0 for result in found)
 
 
 @pytest.mark.parametrize("elsewhere", (False, True), ids=("this thread", "another thread"))
 @pytest.mark.cases(both(named("relu thrice")))
 def test_a_backward_runs_on_the_backend_of_its_forward(case, elsewhere):
     backends = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in (forward_op(case).default, backward_op(case).default):
-                names = [argument.name for argument in func._schema.arguments]
-                given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-                backends.append((func._schema.name.split("::")[1], given["backend"]))
-            return func(*args, **(kwargs or {}))
-
-    tensors = leaves(case)
-    with Record(), fused_sepconv.use_backend("reference"):
-        y = function_of(case)(**tensors, padding=1)
+    with recording(case, backends), fused_sepconv.use_backend("reference"):
+        y = function_of(case)(**leaves(case), padding=1)
 
     def backward():
-        with Record():
+        with recording(case, backends):
             y.sum().backward()
 
     if elsewhere:
@@ -963,7 +792,7 @@ def test_a_tensor_subclass_of_the_users_passes_through(case):
     class Tagged(torch.Tensor):
         pass
 
-    tensors = leaves(case, requires_grad=False)
+    tensors = case.tensors()
     y = function_of(case)(**{**tensors, "x": tensors["x"].as_subclass(Tagged)})
     assert isinstance(y, Tagged)
     close(y.as_subclass(torch.Tensor), case.definition(**tensors))
@@ -980,35 +809,13 @@ def test_averaged_models_follow_the_weights():
             for parameter in module.parameters():
                 parameter.add_(1.0)
     reference = copy.deepcopy(module)
-    with torch.no_grad():
-        for parameter, average in zip(reference.parameters(), averaged.module.parameters(), strict=True):
-            parameter.copy_(average)
+    reference.load_state_dict(averaged.module.state_dict())
     assert torch.equal(averaged(x), reference(x))
 
 
 def test_every_activation_of_the_definition_is_one_of_the_packages():
     """The tests' own table and the package's name the same seven."""
     assert set(ACTIVATIONS) == set(fused_sepconv.tensors.activations.ACTIVATIONS)
-
-
-@pytest.mark.parametrize("transform", (torch.func.jacfwd, torch.func.hessian), ids=lambda t: t.__name__)
-@pytest.mark.cases(both((Case("per sample", 1, 3, 3, 4, 2, padding=1, pre_activation="silu", mid_activation="silu"),)))
-def test_per_sample_forward_mode_in_channels_last(case, transform):
-    x, *weights = case.tensors().values()
-    batch = torch.stack([sample.contiguous(memory_format=torch.channels_last) for sample in torch.stack([x, 2 * x])])
-
-    def sample(function):
-        return torch.vmap(transform(lambda x: function(x, *weights, **case.options).square().sum()))
-
-    ours, right = sample(function_of(case))(batch), sample(case.definition)(batch)
-    torch.testing.assert_close(ours, right)
-
-
-def test_vmap_over_an_empty_batch_of_images_keeps_their_number():
-    weights = torch.randn(3, 1, 1, 1), torch.randn(4, 3, 1, 1)
-    images = torch.randn(0, 2, 3, 4, 5)
-    assert torch.vmap(lambda x: separable_conv2d(x, *weights))(images).shape == (0, 2, 4, 4, 5)
-    assert torch.vmap(lambda x: depthwise_conv2d(x, weights[0]))(images).shape == (0, 2, 3, 4, 5)
 
 
 def test_the_flag_for_tf32_is_read_in_each_of_its_forms():

@@ -65,31 +65,21 @@ esac
     return root
 
 
-class TestSourcesDigest:
-    @pytest.fixture
-    def csrc(self, tmp_path: Path) -> Path:
-        for name in ("params.h", "launch/one.cu", "kernels/one.cuh", "bindings.cpp"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(name)
-        return tmp_path
-
-    def test_changes_with_contents_names_and_new_files(self, csrc: Path) -> None:
-        seen = [sources.digest(csrc)]
-        (csrc / "params.h").write_text("other")
-        seen.append(sources.digest(csrc))
-        (csrc / "params.h").rename(csrc / "renamed.h")
-        seen.append(sources.digest(csrc))
-        (csrc / "kernels" / "two.cuh").touch()
-        seen.append(sources.digest(csrc))
-        assert len(set(seen)) == 4
-
-    def test_ignores_what_is_not_compiled(self, csrc: Path) -> None:
-        before = sources.digest(csrc)
-        (csrc / "README.md").write_text("prose")
-        assert sources.digest(csrc) == before
-
-    def test_setup_and_package_agree(self, csrc: Path) -> None:
-        assert compile.sources_digest(csrc) == sources.digest(csrc)
+def test_the_sources_digest_changes_with_contents_names_and_new_files_of_what_is_compiled(tmp_path: Path) -> None:
+    for name in ("params.h", "launch/one.cu", "kernels/one.cuh", "bindings.cpp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    seen = [sources.digest(tmp_path)]
+    for change in (
+        lambda: (tmp_path / "params.h").write_text("other"),
+        lambda: (tmp_path / "params.h").rename(tmp_path / "renamed.h"),
+        lambda: (tmp_path / "kernels" / "two.cuh").touch(),
+    ):
+        change()
+        seen.append(sources.digest(tmp_path))
+    assert len(set(seen)) == 4
+    (tmp_path / "README.md").write_text("prose")
+    assert sources.digest(tmp_path) == seen[-1] == compile.sources_digest(tmp_path)  # setup and package agree
 
 
 class TestArchitectures:
@@ -133,21 +123,23 @@ class TestArchitectures:
             toolkit.choose_architectures({"TORCH_CUDA_ARCH_LIST": text}, {80, 90})
 
     def test_ptx_is_of_the_plain_architecture(self) -> None:
-        assert Architecture("90a", ptx=True).flags() == [
-            "-gencode=arch=compute_90a,code=sm_90a",
-            "-gencode=arch=compute_90,code=compute_90",
-        ]
+        flags = ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"]
+        assert Architecture("90a", ptx=True).flags() == flags
 
-    @pytest.mark.parametrize("text", ["native", "all", "sm_80", "80+SASS", "8"])
-    def test_refuses_what_is_no_number(self, text: str) -> None:
-        with pytest.raises(BuildError, match=r"FUSED_SEPCONV_ARCHS.*is no architecture.*never asks for a GPU"):
-            toolkit.choose_architectures({"FUSED_SEPCONV_ARCHS": text}, {80})
-
-    def test_refuses_what_nvcc_does_not_know(self) -> None:
-        with pytest.raises(BuildError, match=r"does not know 120; it knows 80, 90"):
-            toolkit.choose_architectures({"FUSED_SEPCONV_ARCHS": "80;120"}, {80, 90})
-        with pytest.raises(BuildError, match=r"knows none of 80, 90, 100, 120"):
-            toolkit.choose_architectures({}, {70})
+    @pytest.mark.parametrize(
+        "text, known, message",
+        [
+            *(
+                (text, {80}, r"is no architecture.*never asks for a GPU")
+                for text in ("native", "sm_80", "80+SASS", "8")
+            ),
+            ("80;120", {80, 90}, r"does not know 120; it knows 80, 90"),
+            ("", {70}, r"knows none of 80, 90, 100, 120"),
+        ],
+    )
+    def test_what_is_refused(self, text: str, known: set[int], message: str) -> None:
+        with pytest.raises(BuildError, match=message):
+            toolkit.choose_architectures({"FUSED_SEPCONV_ARCHS": text} if text else {}, known)
 
 
 class TestToolkitSearch:
@@ -181,58 +173,45 @@ class TestToolkitSearch:
         root = make_toolkit(tmp_path, include="targets/sbsa-linux/include", library="targets/sbsa-linux/lib")
         found = toolkit.Toolkit.at(root)
         assert (found.include, found.library) == (root / "targets/sbsa-linux/include", root / "targets/sbsa-linux/lib")
+        assert found.version() == "12.8" and found.known_architectures() == {80, 90, 100}  # as its nvcc says
 
-    def test_nvcc_on_path_may_be_a_link(self, tmp_path: Path) -> None:
-        real = make_toolkit(tmp_path / "real")
-        (tmp_path / "bin").mkdir()
-        (tmp_path / "bin" / "nvcc").symlink_to(real / "bin" / "nvcc")
-        found = toolkit.find_toolkit({"PATH": str(tmp_path / "bin")}, tmp_path / "absent")
-        assert found.nvcc == real / "bin" / "nvcc"
-
-    def test_nvcc_on_path_may_be_a_script(self, tmp_path: Path) -> None:
-        real = make_toolkit(tmp_path / "real")
-        executable(tmp_path / "bin" / "nvcc", f'#!/bin/sh\nexec {real}/bin/nvcc "$@"\n')
-        environ = {"PATH": os.pathsep.join([str(tmp_path / "bin"), os.defpath])}
-        assert toolkit.find_toolkit(environ, tmp_path / "absent").nvcc == real / "bin" / "nvcc"
+    @pytest.mark.parametrize("kind", ["link", "script"])
+    def test_nvcc_on_path_may_be_a_link_or_a_script(self, tmp_path: Path, kind: str) -> None:
+        nvcc, other = make_toolkit(tmp_path / "real") / "bin" / "nvcc", tmp_path / "bin" / "nvcc"
+        if kind == "link":
+            other.parent.mkdir()
+            other.symlink_to(nvcc)
+        else:
+            executable(other, f'#!/bin/sh\nexec {nvcc} "$@"\n')
+        environ = {"PATH": os.pathsep.join([str(other.parent), os.defpath])}
+        assert toolkit.find_toolkit(environ, tmp_path / "absent").nvcc == nvcc
 
     def test_a_script_to_nowhere_is_no_toolkit(self, tmp_path: Path) -> None:
         executable(tmp_path / "bin" / "nvcc", '#!/bin/sh\nexec /nowhere/bin/nvcc "$@"\n')
         with pytest.raises(LookupError, match=r"no CUDA toolkit found \(CUDA_HOME: none; .*where nvcc on PATH leads"):
             toolkit.find_toolkit({"PATH": str(tmp_path / "bin")}, tmp_path / "absent")
 
-    def test_asks_nvcc(self, tmp_path: Path) -> None:
-        found = toolkit.Toolkit.at(make_toolkit(tmp_path))
-        assert found.version() == "12.8"
-        assert found.known_architectures() == {80, 90, 100}
-
 
 class TestSwitch:
     """FUSED_SEPCONV_CUDA, with and without a toolkit."""
 
-    def test_unset_takes_what_is_there(self, tmp_path: Path) -> None:
+    def test_unset_takes_what_is_there_and_0_leaves_the_kernels_out(self, tmp_path: Path) -> None:
         found, reason = toolkit.choose_toolkit({"PATH": ""}, tmp_path)
-        assert found is None
-        assert reason.startswith("no CUDA toolkit found (") and "\n" not in reason
+        assert found is None and reason.startswith("no CUDA toolkit found (") and "\n" not in reason
         found, reason = toolkit.choose_toolkit({"PATH": ""}, make_toolkit(tmp_path))
-        assert found is not None
-        assert reason == ""
-
-    def test_0_leaves_the_kernels_out(self, tmp_path: Path) -> None:
+        assert found is not None and reason == ""
         environ = {"FUSED_SEPCONV_CUDA": "0", "PATH": ""}
-        assert toolkit.choose_toolkit(environ, make_toolkit(tmp_path)) == (None, "FUSED_SEPCONV_CUDA=0")
+        assert toolkit.choose_toolkit(environ, tmp_path) == (None, "FUSED_SEPCONV_CUDA=0")
 
-    def test_a_toolkit_that_is_too_old_is_like_none(self, tmp_path: Path) -> None:
-        old = make_toolkit(tmp_path, release="12.0")
+    def test_1_insists_and_lists_the_remedies_and_other_values_are_refused(self, tmp_path: Path) -> None:
+        insisting = {"FUSED_SEPCONV_CUDA": "1", "PATH": ""}
+        with pytest.raises(BuildError, match=r"(?s)no CUDA toolkit found.*Remedies: set CUDA_HOME.*install one.*unset"):
+            toolkit.choose_toolkit(insisting, tmp_path)
+        old = make_toolkit(tmp_path, release="12.0")  # is like none
         found, reason = toolkit.choose_toolkit({"PATH": ""}, old)
         assert found is None and "nvcc 12.0, older than 12.1" in reason
         with pytest.raises(BuildError, match=r"FUSED_SEPCONV_CUDA=1, but .*nvcc 12\.0, older than 12\.1.*Remedies"):
-            toolkit.choose_toolkit({"FUSED_SEPCONV_CUDA": "1", "PATH": ""}, old)
-
-    def test_1_insists_and_lists_the_remedies(self, tmp_path: Path) -> None:
-        with pytest.raises(BuildError, match=r"(?s)no CUDA toolkit found.*Remedies: set CUDA_HOME.*install one.*unset"):
-            toolkit.choose_toolkit({"FUSED_SEPCONV_CUDA": "1", "PATH": ""}, tmp_path)
-
-    def test_other_values_are_refused(self) -> None:
+            toolkit.choose_toolkit(insisting, old)
         with pytest.raises(BuildError, match="FUSED_SEPCONV_CUDA must be 0 or 1 or unset, not 'yes'"):
             toolkit.choose_toolkit({"FUSED_SEPCONV_CUDA": "yes"})
 
@@ -268,34 +247,16 @@ class TestNinjaFile:
         assert flag in text and "lineinfo" not in text
 
 
-class TestResourceReport:
-    def test_reads_what_ptxas_prints(self) -> None:
-        none = {"spill_stores": 0, "spill_loads": 0, "stack": 0}
-        assert resources.parse_ptxas(PTXAS_OUTPUT) == {
-            "sm_80": {
-                "_Z4axpyIfEvPT_": {
-                    "name": "_Z4axpyIfEvPT_",
-                    "registers": 12,
-                    "static_shared": 512,
-                    "constant": 600,
-                    **none,
-                }
-            },
-            "sm_90a": {
-                "_Z4axpyIfEvPT_": {
-                    "name": "_Z4axpyIfEvPT_",
-                    "registers": 255,
-                    "static_shared": 0,
-                    "stack": 16,
-                    "spill_stores": 8,
-                    "spill_loads": 4,
-                }
-            },
-        }
-
-    def test_merges_sources(self) -> None:
-        merged = resources.merge([{"sm_80": {"a": {"registers": 1}}}, {"sm_80": {"b": {"registers": 2}}}])
-        assert merged == {"sm_80": {"a": {"registers": 1}, "b": {"registers": 2}}}
+def test_the_resource_report_reads_what_ptxas_prints_and_merges_sources() -> None:
+    name = "_Z4axpyIfEvPT_"
+    none = {"name": name, "spill_stores": 0, "spill_loads": 0, "stack": 0}
+    spilling = {"name": name, "registers": 255, "static_shared": 0, "stack": 16, "spill_stores": 8, "spill_loads": 4}
+    assert resources.parse_ptxas(PTXAS_OUTPUT) == {
+        "sm_80": {name: {"registers": 12, "static_shared": 512, "constant": 600, **none}},
+        "sm_90a": {name: spilling},
+    }
+    merged = resources.merge([{"sm_80": {"a": {"registers": 1}}}, {"sm_80": {"b": {"registers": 2}}}])
+    assert merged == {"sm_80": {"a": {"registers": 1}, "b": {"registers": 2}}}
 
 
 class TestDamagedFiles:
@@ -314,14 +275,9 @@ class TestDamagedFiles:
         return package
 
     def run(self, package: Path, code: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if key != "FUSED_SEPCONV_NATIVE"}
-        return subprocess.run(
-            [sys.executable, "-c", f"from fused_sepconv.native import loader as native; {code}"],
-            cwd=package.parent,
-            env={**clean, **environ},
-            capture_output=True,
-            text=True,
-        )
+        environ |= {key: value for key, value in os.environ.items() if key != "FUSED_SEPCONV_NATIVE"}
+        command = [sys.executable, "-c", f"from fused_sepconv.native import loader as native; {code}"]
+        return subprocess.run(command, cwd=package.parent, env=environ, capture_output=True, text=True)
 
     def test_the_one_that_the_environment_names_is_an_error(self, package: Path) -> None:
         file = package / "native" / "lib" / "_native.so"
@@ -329,13 +285,11 @@ class TestDamagedFiles:
         assert run.returncode != 0
         assert f"ImportError: FUSED_SEPCONV_NATIVE names {file}, which can't be loaded: " in run.stderr
 
-    def test_the_one_beside_the_package_is_a_reason(self, package: Path) -> None:
+    def test_the_one_beside_the_package_or_another_pythons_is_a_reason(self, package: Path) -> None:
         code = "assert native.load() is native.path() is native.build_info() is None; assert native.resources() == {}"
         run = self.run(package, f"{code}; print(native.why_missing())")
         assert run.returncode == 0, run.stderr
         assert "_native.so can't be loaded: " in run.stdout
-
-    def test_another_pythons_is_a_reason(self, package: Path) -> None:
         (package / "native" / "lib" / "_native.so").rename(package / "native" / "lib" / "_native.cpython-27-none.so")
         run = self.run(package, "assert native.load() is None; print(native.why_missing())")
         assert "built for another Python: _native.cpython-27-none.so" in run.stdout

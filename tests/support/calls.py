@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_sepconv
-from tests.support.cases import Case, four_sides, pair
+from tests.support.cases import Case, NormalisedCase, four_sides, pair
+from tests.support.normalised import normalised_depthwise
 
 
 def function_of(case: Case) -> Callable[..., Tensor]:
-    """The package's function, which takes the case's tensors and options."""
-    return getattr(fused_sepconv, case.operator)
+    """The function that takes the case's tensors and options: the package's, if it has one."""
+    return normalised_depthwise if isinstance(case, NormalisedCase) else getattr(fused_sepconv, case.operator)
 
 
 def forward_op(case: Case) -> Any:
@@ -52,6 +55,40 @@ def backward_arguments(
     mask = [name in tensors for name in case.inputs]
     inputs = (tensors.get(name) for name in case.inputs)
     return (grad_output, *inputs, saved_output(case, y), *op_arguments(case, backend), mask)
+
+
+def leaves(
+    case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu", frozen: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The case's tensors, all of which but the frozen ones ask for a gradient."""
+    made = {name: tensor.to(device, dtype).clone() for name, tensor in case.tensors().items()}
+    return {name: tensor.requires_grad_(name not in frozen) for name, tensor in made.items()}
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor], options: dict[str, Any], grad_output: Tensor
+) -> dict[str, Tensor]:
+    """The output "y", and the gradient of each tensor that asks for one, by name."""
+    asking = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    y = function(**tensors, **options)
+    found = torch.autograd.grad(y, list(asking.values()), grad_output.to(y.device, y.dtype))
+    return {"y": y.detach(), **dict(zip(asking, found, strict=True))}
+
+
+@contextlib.contextmanager
+def recording(case: Case, backends: list[tuple[str, str]]) -> Iterator[None]:
+    """Within the context, (operator, backend) of each call that reaches one of the case's two ops."""
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func in (forward_op(case).default, backward_op(case).default):
+                names = [argument.name for argument in func._schema.arguments]
+                given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+                backends.append((func._schema.name.split("::")[1], given["backend"]))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        yield
 
 
 def each_input(cases: tuple[Case, ...]) -> list[Any]:

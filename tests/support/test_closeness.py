@@ -8,119 +8,76 @@ from tests.support.closeness import assert_as_close_as_eager, assert_gradient_as
 
 pytestmark = pytest.mark.quick
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CHECKS = (assert_as_close_as_eager, assert_gradient_as_close_as_eager)
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 checks = pytest.mark.parametrize("check", CHECKS, ids=("result", "gradient"))
+dtypes = pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16, torch.bfloat16), ids=str)
 
 
-def truth_and_eager(dtype: torch.dtype, count: int = 4000, seed: int = 0) -> tuple[Tensor, Tensor]:
+def noise(shape, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def truth_and_eager(dtype: torch.dtype, count: int = 4000) -> tuple[Tensor, Tensor]:
     """A float64 truth, and a result whose errors are of the size of a few roundings in ``dtype``."""
-    generator = torch.Generator().manual_seed(seed)
-    truth = torch.randn(count // 10, 10, generator=generator, dtype=torch.float64)
-    errors = torch.randn(truth.shape, generator=generator, dtype=torch.float64) * torch.finfo(dtype).eps
-    return truth, (truth * (1 + errors)).to(dtype)
+    truth = noise((count // 10, 10), 0)
+    return truth, (truth * (1 + noise(truth.shape, 1) * torch.finfo(dtype).eps)).to(dtype)
+
+
+def unit(dtype: torch.dtype) -> float:
+    return max(torch.finfo(dtype).eps, 1e-12)
+
+
+def changed(tensor: Tensor, value: float) -> Tensor:
+    tensor = tensor.clone()
+    tensor[123, 4] = value
+    return tensor
+
+
+# From the truth and eager's result: ours, and what eager has in its stead.
+PASSES = {
+    "eager itself": lambda truth, eager: (eager, eager),
+    "the truth rounded": lambda truth, eager: (truth.to(eager.dtype), eager),
+    "the truth rounded, as eager": lambda truth, eager: (truth.to(eager.dtype), truth.to(eager.dtype)),
+    "other errors of the same size": lambda truth, eager: (
+        (truth * (1 + noise(truth.shape, 9) * torch.finfo(eager.dtype).eps)).to(eager.dtype),
+        eager,
+    ),
+}
+FAILS = {
+    "errors four times as large": (
+        lambda truth, eager: tuple(
+            (truth + noise(truth.shape, 3) * unit(eager.dtype) * n).to(eager.dtype) for n in (8, 2)
+        ),
+        "error",
+    ),
+    "a shift": (lambda truth, eager: ((truth + 100 * unit(eager.dtype)).to(eager.dtype), eager), None),
+    "a scale": (lambda truth, eager: ((truth * (1 + 100 * unit(eager.dtype))).to(eager.dtype), eager), None),
+    "one wrong element": (lambda truth, eager: (changed(eager, float(eager[123, 4]) + 0.25), eager), "error"),
+    "one element left out": (lambda truth, eager: (changed(eager, 0.0), eager), "error"),
+    "elements exchanged": (lambda truth, eager: (eager.flip(0), eager), "error"),
+    "NaN": (lambda truth, eager: (changed(eager, float("nan")), eager), "NaN"),
+    "inf": (lambda truth, eager: (changed(eager, float("inf")), eager), "inf"),
+    "-inf": (lambda truth, eager: (changed(eager, float("-inf")), eager), "-inf"),
+    "zeros": (lambda truth, eager: (torch.zeros_like(eager), eager), None),
+    "transposed": (lambda truth, eager: (eager.t(), eager), "shape"),
+    "too few": (lambda truth, eager: (eager[:-1], eager), "shape"),
+    "one dimension more": (lambda truth, eager: (eager[None], eager), "shape"),
+    "broadcast": (lambda truth, eager: (eager[:1], eager), "shape"),
+    "on another device": (lambda truth, eager: (eager.to("meta"), eager), "meta"),
+    "missing": (lambda truth, eager: (None, eager), "NoneType"),
+}
 
 
 @checks
 @dtypes
-def test_eager_itself_passes(check, dtype):
+def test_honest_results_pass_and_no_others(check, dtype):
     truth, eager = truth_and_eager(dtype)
-    check(eager, eager, truth)
-
-
-@checks
-@dtypes
-def test_the_truth_rounded_passes(check, dtype):
-    truth, eager = truth_and_eager(dtype)
-    check(truth.to(dtype), eager, truth)
-
-
-@checks
-@dtypes
-def test_the_truth_rounded_passes_when_eager_is_just_that(check, dtype):
-    truth, _ = truth_and_eager(dtype)
-    check(truth.to(dtype), truth.to(dtype), truth)
-
-
-@checks
-@dtypes
-def test_other_errors_of_the_same_size_pass(check, dtype):
-    truth, eager = truth_and_eager(dtype)
-    errors = torch.randn(truth.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    check((truth * (1 + errors * torch.finfo(dtype).eps)).to(dtype), eager, truth)
-
-
-@checks
-@dtypes
-def test_errors_four_times_as_large_fail(check, dtype):
-    generator = torch.Generator().manual_seed(3)
-    truth = torch.randn(400, 10, generator=generator, dtype=torch.float64)
-    unit = max(torch.finfo(dtype).eps, 1e-12)
-    errors = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
-    eager, ours = (truth + errors * unit * n for n in (2, 8))
-    with pytest.raises(AssertionError, match="error"):
-        check(ours.to(dtype), eager.to(dtype), truth)
-
-
-@checks
-@dtypes
-def test_a_shift_fails(check, dtype):
-    truth, eager = truth_and_eager(dtype)
-    shift = 100 * max(torch.finfo(dtype).eps, 1e-12)
-    with pytest.raises(AssertionError):
-        check((truth + shift).to(dtype), eager, truth)
-
-
-@checks
-@dtypes
-def test_a_scale_fails(check, dtype):
-    truth, eager = truth_and_eager(dtype)
-    scale = 1 + 100 * max(torch.finfo(dtype).eps, 1e-12)
-    with pytest.raises(AssertionError):
-        check((truth * scale).to(dtype), eager, truth)
-
-
-@checks
-@dtypes
-def test_one_wrong_element_fails(check, dtype):
-    truth, eager = truth_and_eager(dtype)
-    ours = eager.clone()
-    ours[123, 4] += 0.25
-    with pytest.raises(AssertionError, match="error"):
-        check(ours, eager, truth)
-
-
-@checks
-@dtypes
-def test_one_element_left_out_fails(check, dtype):
-    truth, eager = truth_and_eager(dtype)
-    truth[123, 4] = 1.0
-    eager[123, 4] = 1.0
-    ours = eager.clone()
-    ours[123, 4] = 0.0
-    with pytest.raises(AssertionError, match="error"):
-        check(ours, eager, truth)
-
-
-@checks
-@dtypes
-def test_two_elements_exchanged_fail(check, dtype):
-    truth, eager = truth_and_eager(dtype)
-    with pytest.raises(AssertionError, match="error"):
-        check(eager.flip(0), eager, truth)
-
-
-@checks
-@dtypes
-@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
-def test_one_element_that_is_not_finite_fails(check, dtype, value):
-    truth, eager = truth_and_eager(dtype)
-    ours = eager.clone()
-    ours[0, 0] = value
-    with pytest.raises(AssertionError, match=str(value).removeprefix("-").replace("nan", "NaN")):
-        check(ours, eager, truth)
+    for make in PASSES.values():
+        check(*make(truth, eager), truth)
+    for name, (make, message) in FAILS.items():
+        ours, theirs = make(truth, changed(eager, 1.0) if name == "one element left out" else eager)
+        with pytest.raises(AssertionError, match=message):
+            check(ours, theirs, changed(truth, 1.0) if name == "one element left out" else truth)
 
 
 @checks
@@ -137,62 +94,19 @@ def test_what_the_truth_has_of_nan_and_inf_must_be_there(check):
 
 
 @checks
-def test_zeros_fail(check):
-    truth, eager = truth_and_eager(torch.float32)
-    with pytest.raises(AssertionError):
-        check(torch.zeros_like(eager), eager, truth)
-
-
-@checks
-def test_anything_but_zero_fails_where_the_truth_is_zero(check):
-    truth = torch.zeros(10, 10, dtype=torch.float64)
-    check(truth.float(), truth.float(), truth)
-    with pytest.raises(AssertionError):
-        check(truth.float() + 1e-6, truth.float(), truth)
-
-
-@checks
-def test_a_wrong_shape_fails(check):
-    truth, eager = truth_and_eager(torch.float32)
-    for ours in (eager.t(), eager[:-1], eager[None], eager[:1]):
-        with pytest.raises(AssertionError, match="shape"):
-            check(ours, eager, truth)
-
-
-@checks
-def test_a_wrong_dtype_fails(check):
-    truth, eager = truth_and_eager(torch.bfloat16)
-    with pytest.raises(AssertionError, match="dtype"):
-        check(truth.float(), eager, truth)
-
-
-@checks
-def test_a_wrong_device_fails(check):
-    truth, eager = truth_and_eager(torch.float32)
-    with pytest.raises(AssertionError, match="meta"):
-        check(eager.to("meta"), eager, truth)
-
-
-@checks
-def test_a_missing_result_fails(check):
-    truth, eager = truth_and_eager(torch.float32)
-    with pytest.raises(AssertionError, match="NoneType"):
-        check(None, eager, truth)
-
-
-@checks
-def test_an_oracle_that_is_no_better_than_the_result_is_refused(check):
-    truth, eager = truth_and_eager(torch.float32)
-    with pytest.raises(AssertionError, match="float64"):
-        check(eager, eager, truth.float())
-
-
-@checks
-def test_nothing_at_all_passes_where_nothing_is_expected(check):
-    nothing = torch.empty(0, 3)
+def test_a_truth_of_zeros_or_of_nothing_and_one_that_is_no_better(check):
+    zeros, nothing = torch.zeros(10, 10, dtype=torch.float64), torch.empty(0, 3)
+    check(zeros.float(), zeros.float(), zeros)
     check(nothing, nothing, nothing.double())
-    with pytest.raises(AssertionError, match="shape"):
-        check(torch.empty(3, 0), nothing, nothing.double())
+    truth, eager = truth_and_eager(torch.bfloat16)
+    for ours, theirs, oracle, message in (
+        (zeros.float() + 1e-6, zeros.float(), zeros, None),
+        (torch.empty(3, 0), nothing, nothing.double(), "shape"),
+        (truth.float(), eager, truth, "dtype"),
+        (eager, eager, truth.float(), "float64"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            check(ours, theirs, oracle)
 
 
 def cut_off(truth: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,18 +116,13 @@ def cut_off(truth: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(too_far, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-def test_a_gradient_cut_off_instead_of_rounded_fails_though_its_errors_are_small(dtype):
-    truth, _ = truth_and_eager(dtype, count=40_000)
-    generator = torch.Generator().manual_seed(4)
-    noise = torch.randn(truth.shape, generator=generator, dtype=torch.float64) * torch.finfo(dtype).eps / 2
-    eager, ours = (truth * (1 + noise)).to(dtype), cut_off(truth, dtype)
-    assert_as_close_as_eager(ours, eager, truth)
-    with pytest.raises(AssertionError, match="gain"):
-        assert_gradient_as_close_as_eager(ours, eager, truth)
-
-
-def test_a_gradient_with_a_small_offset_everywhere_fails_though_its_errors_are_small():
+def test_a_gradient_that_is_one_sided_fails_though_its_errors_are_small():
+    for dtype in (torch.float16, torch.bfloat16):
+        truth, _ = truth_and_eager(dtype, count=40_000)
+        eager = (truth * (1 + noise(truth.shape, 4) * torch.finfo(dtype).eps / 2)).to(dtype)
+        assert_as_close_as_eager(cut_off(truth, dtype), eager, truth)
+        with pytest.raises(AssertionError, match="gain"):
+            assert_gradient_as_close_as_eager(cut_off(truth, dtype), eager, truth)
     truth, eager = truth_and_eager(torch.float32, count=40_000)
     ours = (truth + 0.9 * torch.finfo(torch.float32).eps).float()
     assert_as_close_as_eager(ours, eager, truth)
