@@ -108,7 +108,8 @@ class Problem:
 
     def depthwise(self, direction: str) -> DepthwiseProblem:
         """The depthwise convolution in it, by itself."""
-        shared = {field.name: getattr(self, field.name) for field in fields(DepthwiseProblem)}
+        own = {field.name for field in fields(self)}
+        shared = {field.name: getattr(self, field.name) for field in fields(DepthwiseProblem) if field.name in own}
         return DepthwiseProblem(**{**shared, "direction": direction})
 
     def __str__(self) -> str:
