@@ -46,6 +46,16 @@ def clear() -> None:
         _calls.clear()
 
 
+def look_up(key: tuple) -> Any:
+    """What `remember` was given under a key."""
+    return _calls.get(key)
+
+
+def remember(key: tuple, value: Any) -> Any:
+    """Keeps a value beside the prepared calls; returns it."""
+    return keep(_calls, key, value)
+
+
 def keep(cache: dict[tuple, Any], key: tuple, value: Any) -> Any:
     """Puts a value into a bounded cache; returns it."""
     with _lock:
@@ -110,7 +120,7 @@ class Prepared:
         kept: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         """A gradient for each tensor, None where the mask does not ask; `kept` is what `forward_saving` gave."""
-        key = (*_signature(grad_output), *(() if output is None else _signature(output)), mask, kept is None)
+        key = (*signature(grad_output), *(() if output is None else signature(output)), mask, kept is None)
         saved = kept is not None
         run = self._backwards.get(key) or self._prepare_backward(key, grad_output, tensors, output, mask, saved)
         given = (grad_output, tensors, output, kept) if saved else (grad_output, tensors, output)
@@ -207,7 +217,7 @@ def find(
     """The prepared call of checked tensors and arguments; ValueError or TypeError where they are not right."""
     key: list[Any] = [operator.name, arguments, backend, save, *flags(tensors[0], backend)]
     for tensor in tensors:
-        key += (None,) if tensor is None else _signature(tensor)
+        key += (None,) if tensor is None else signature(tensor)
     found = _calls.get(key := tuple(key))
     if found is None:
         operator.check(tensors, arguments)
@@ -215,7 +225,7 @@ def find(
     return found
 
 
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
+def signature(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
 
 

@@ -77,8 +77,12 @@ def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:
         return choice.recall(planned, device)
 
 
-def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
+def device_and_kernels(device: torch.device) -> tuple[Device, Kernels]:
     """A device's ceilings, and the kernels that can run on its tensors."""
+    return _here(device.type, device.index)
+
+
+def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
     if device_type == "cuda" and torch.version.hip is None:
         index = torch.cuda.current_device() if index is None else index
         return cuda_device(index), _cuda_kernels(index)

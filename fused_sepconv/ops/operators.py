@@ -119,14 +119,16 @@ class Operator:
         )
 
 
+TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    # The output's memory format is x's, so a compiler must not change x's on the way.
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
+
+
 def _define(operator: Operator) -> None:
-    tags = (
-        torch.Tag.pt2_compliant_tag,
-        # The output's memory format is x's, so a compiler must not change x's on the way.
-        getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
-    )
     for schema in operator.schemas:
-        LIBRARY.define(schema, tags=tags)
+        LIBRARY.define(schema, tags=TAGS)
     _implement(operator)
     _register_fakes(operator)
     _register_vmap(operator)

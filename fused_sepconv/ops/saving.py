@@ -37,7 +37,7 @@ def saves(
         return False
     if not asks_the_plan(tensors[0], backend):
         return True  # PyTorch's own two convolutions would run the first one again
-    described, sizes = _as_meta(tensors), [_expected(argument) for argument in arguments[:3]]
+    described, sizes = as_meta(tensors), [expected(argument) for argument in arguments[:3]]
     if described is None or None in sizes:  # sizes that only a run will know
         return save is True
     problem = operator.problem_of("forward", described, type(arguments)(*sizes, *arguments[3:]))
@@ -52,7 +52,7 @@ def _is_read(arguments: Any, mask: tuple[bool, ...]) -> bool:
     return want_pointwise or computes_z or through_mid
 
 
-def _as_meta(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+def as_meta(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """Tensors to plan for: those of a call, or, where a compiler traces it, others like them, with the sizes that it
     expects; None where it expects none."""
     if all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
@@ -63,14 +63,14 @@ def _as_meta(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | 
             if tensor is None:
                 found.append(None)
                 continue
-            sizes, strides = _expected(tensor.shape), _expected(tensor.stride())
+            sizes, strides = expected(tensor.shape), expected(tensor.stride())
             if sizes is None or strides is None:
                 return None
             found.append(torch.empty_strided(sizes, strides, dtype=tensor.dtype, device="meta"))
     return tuple(found)
 
 
-def _expected(sizes: tuple[int | torch.SymInt, ...]) -> tuple[int, ...] | None:
+def expected(sizes: tuple[int | torch.SymInt, ...]) -> tuple[int, ...] | None:
     """What a compiler expects of sizes; None where it expects nothing of one of them."""
     expected = tuple(expected_size(size) for size in sizes)
     return None if None in expected else expected
