@@ -16,8 +16,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 PASSES = {"fwd": "forward", "bwd": "backward", "both": "forward and backward"}
 
-GRADIENTS = ("x", "depthwise_weight", "pointwise_weight")
-"""The tensors whose gradients a backward computes."""
+GRADIENTS = ("x", "depthwise_weight", "pointwise_weight")  # the tensors whose gradients a backward computes
 
 
 class Inputs(NamedTuple):

@@ -190,7 +190,7 @@ def pytorch_architectures(text: str) -> list[Architecture]:
 
 
 def choose_architectures(environ: Mapping[str, str], known: set[int]) -> list[Architecture]:
-    """What FUSED_SEPCONV_ARCHS names, or TORCH_CUDA_ARCH_LIST, or the default list as far as nvcc knows it."""
+    """Architectures by FUSED_SEPCONV_ARCHS, TORCH_CUDA_ARCH_LIST, or the default list as far as nvcc knows it."""
     listed = ", ".join(map(str, sorted(known)))
     variable = "FUSED_SEPCONV_ARCHS"
     chosen = parse_architectures(environ.get(variable, ""))

@@ -19,9 +19,11 @@ has its tier by a marker, or a part of its cases has: ``cases(..., quick=..., fu
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -135,6 +137,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         name = "-".join(str(value).removeprefix("torch.") for value in value_row)
         values.append(pytest.param(*value_row, id=name, marks=marks(*row)))
     metafunc.parametrize(wanted, values, indirect=["target"] if "target" in wanted else False)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under `-m quick`, a file without such a test: to import other people's networks takes half of the tier's time."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return not re.search(r"mark\.quick|quick=", collection_path.read_text()) or None
+    return None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers

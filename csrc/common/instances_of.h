@@ -33,7 +33,7 @@ std::string spelling_of() {
   return begin == std::string::npos || end == std::string::npos ? "" : type.substr(begin + 2, end - begin - 2);
 }
 
-// What a kernel's launch needs besides its params. `Made` is one of the Instance structs.
+// Everything that a kernel's launch needs besides its params. `Made` is one of the Instance structs.
 template <class Made, class Scalar, class Compute, auto kernel>
 Made make_instance(const std::string& name, int threads, int shared_bytes) {
   Made made;
@@ -44,6 +44,16 @@ Made make_instance(const std::string& name, int threads, int shared_bytes) {
   made.threads = threads;
   made.shared_bytes = shared_bytes;
   made.kernel = reinterpret_cast<const void*>(kernel);
+  return made;
+}
+
+// An instance that is launched with the params of the call, its own threads and shared memory, and `blocks(params)`.
+template <class Made, class Scalar, class Compute, auto kernel, auto blocks>
+Made make_plain_instance(const std::string& name, int threads, int shared_bytes) {
+  Made made = make_instance<Made, Scalar, Compute, kernel>(name, threads, shared_bytes);
+  made.run = [](const Instance& instance, const auto& params, Stream stream) {
+    launch(instance.name.c_str(), kernel, {blocks(params), instance.threads, instance.shared_bytes}, stream, params);
+  };
   return made;
 }
 

@@ -13,6 +13,8 @@
 // nhwc_backward.cuh in the layout of nchw_forward.cuh: who owns what, and why each pair of x and
 // grad_t is counted once, stands there. A band is of rows of x, counted from the first row of padding on.
 //
+// Normalised: as in nhwc_backward.cuh.
+//
 // Floor. Device bytes: x + grad_output + grad_x, each once, and the bands' overlap in grad_output; with a
 // mid-activation, of whose argument the rows around a band's own are made, in x too.
 #pragma once
@@ -266,8 +268,8 @@ depthwise_nchw_backward(const FSC_CONST_PARAM NchwBackwardParams<Traits> planes)
         FSC_UNROLL
         for (int c = 0; c < kColumns; ++c) {
           if (relu) grad_x[r][c] = differentiate(Activation::relu, grad_x[r][c], values[r][c]);
-          if (Traits::kNormalised && relu && inside(r, c))
-            add_affine_sums(grad_x[r][c], convert<float>(raw_pixels[own(r, c)]));
+          if (Traits::kNormalised && relu)  // nothing outside the image, where the value is 0
+            add_affine_sums(grad_x[r][c], inside(r, c) ? convert<float>(raw_pixels[own(r, c)]) : 0.0f);
           if (inside(r, c)) pixels[own(r, c)] = convert<Scalar>(grad_x[r][c]);
         }
       }

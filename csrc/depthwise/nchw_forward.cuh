@@ -13,6 +13,8 @@
 // Why it is legal. Channels do not mix, and a band needs (k - 1) * dilation + 1 - stride rows of its neighbours, which
 // it reads again.
 //
+// Normalised: act(scale * x + shift) takes the pre-activation's place; around the image windows read zeros as ever.
+//
 // Floor. Device bytes: x + y, each once, and the bands' overlap. Arithmetic: for 3x3 in 16 bits about 35 instructions a
 // thread and output, as every element of a window is a load of its own, and some 10 for the pieces that come and go:
 // more than the memory takes.

@@ -319,6 +319,16 @@ FSC_DEVICE void activate_words(Activation activation, const typename Traits::Wor
   }
 }
 
+// relu of a lane's channels as they are packed.
+template <class Traits>
+FSC_DEVICE typename Traits::Word relu_word(typename Traits::Word word) {
+  if constexpr (Traits::kChannels == 2) {
+    return relu_packed<typename Traits::Scalar>(word);
+  } else {
+    return activate(Activation::relu, convert<float>(word)) == 0.0f ? convert<typename Traits::Word>(0.0f) : word;
+  }
+}
+
 // Applies an activation to a piece; relu to packed values, in an instruction a word.
 template <class Traits>
 FSC_DEVICE void activate_piece(Activation activation, const unsigned char* from, unsigned char* to) {

@@ -22,6 +22,10 @@
 // Where there is a mid-activation, grad_t = grad_output * mid_act'(t) is made of each row of grad_output as it arrives,
 // with t = depthwise(pre_act(x)) + bias computed again: the ring of x then has all rows under the window of grad_t.
 //
+// Normalised: z = scale * x + shift, and the ring beside x's has act(z), from which grad_weight is summed, 0 outside the
+// image. What goes out is dz = grad of act(z) * act'(z), and its sums, of dz and of dz * (x - mean), are a thread's like
+// those of the taps: the same partial sums in the same order. x - mean is taken first: x may lie far from zero.
+//
 // Floor. Device bytes: x + grad_output + grad_x, each once, and the windows' overlap where parts and tiles meet.
 // Arithmetic: two multiply-adds a tap: for 3x3 in bfloat16 about 36 instructions of a lane an element (18 of them
 // multiply-adds), 40 with relu before it, where an H200's SMs can issue 41 in the time of the bytes.
@@ -334,18 +338,20 @@ depthwise_nhwc_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if ((r + kReach) / kStride != a) continue;  // the last output row that has it
-        FSC_UNROLL
-        for (int c = 0; c < kColumns; ++c) {
+        if (relu) {
           FSC_UNROLL
-          for (int v = 0; v < kChannels; ++v)
-            if (relu) grad_x[r][c][v] = differentiate(Activation::relu, grad_x[r][c][v], x[r][c][v]);
-          if (Traits::kNormalised && relu) {  // which is 0 outside the image, as its derivative is
+          for (int c = 0; c < kColumns; ++c) {
+            FSC_UNROLL
+            for (int v = 0; v < kChannels; ++v)
+              grad_x[r][c][v] = differentiate(Activation::relu, grad_x[r][c][v], x[r][c][v]);
+            if (!Traits::kNormalised) continue;
             float at[kChannels];
             Lane::unpack(own_words(raw, r, c)[lane], at);
-            add_affine_sums(affine_sums, grad_x[r][c], at, mean);
+            add_affine_sums(affine_sums, grad_x[r][c], at, mean);  // nothing outside the image, where x[r][c] is 0
           }
-          own_words(active, r, c)[lane] = Lane::pack(grad_x[r][c]);
         }
+        FSC_UNROLL
+        for (int c = 0; c < kColumns; ++c) own_words(active, r, c)[lane] = Lane::pack(grad_x[r][c]);
       }
       const int owner_row = a * kStride - kReach / 2;  // of the group, by which output row a is counted
       if (owner_row < 0 || owner_row >= kRows) continue;

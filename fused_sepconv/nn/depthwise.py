@@ -19,10 +19,9 @@ torch.fx.wrap("pad_image")
 
 
 class DepthwiseConv(nn.Module):
-    """What the two modules share. Everything is read at every call, from the attributes that PyTorch's modules have."""
+    """The base of both modules. Everything is read at every call, from the attributes that PyTorch's modules have."""
 
-    conv_type: ClassVar[type[nn.Conv1d | nn.Conv2d]]
-    """PyTorch's, whose attributes these are."""
+    conv_type: ClassVar[type[nn.Conv1d | nn.Conv2d]]  # PyTorch's, whose attributes these are
     pre_activation: str | None
     activation: str | None
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as sync_batch_norm
 
 from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
+from fused_sepconv.ops import backend as backend_setting
 from fused_sepconv.ops import norm_units
 from fused_sepconv.ops.arguments import Pair, normalise_depthwise
-from fused_sepconv.ops.backend import asks_the_plan, default_backend
+from fused_sepconv.ops.backend import asks_the_plan
 from fused_sepconv.ops.operators import without_autocast
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import memory_format_of
@@ -128,7 +129,7 @@ def _depthwise_of_norm(
     group: Any,
 ) -> Tensor | None:
     """The depthwise result where the operator runs it; None where PyTorch's BatchNorm and a convolution do."""
-    backend = default_backend()
+    backend = backend_setting.default
     running_mean, running_var, norm_weight, norm_bias, training, momentum, eps = norm
     shared = training and group is not None
     # PyTorch's own BatchNorm over several processes knows GPUs alone.

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_sepconv import SeparableConv2d
-from fused_sepconv.ops.backend import default_backend
+from fused_sepconv.ops import backend
 
 CHECKOUT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, dict]]
@@ -119,11 +119,11 @@ def test_a_layer_computes_the_sizes_that_its_floor_counts(layer: Layer) -> None:
     inputs = problem.meta_inputs()
     y = eager(*inputs[:3], problem.geometry)
     assert y.shape == inputs.grad_output.shape
-    counted = floors.quantities(layer, 2, "bfloat16")
-    assert (counted.x, counted.y) == (inputs.x.nbytes, y.nbytes)
+    counted = floors.problem_of(layer, 2, "bfloat16", "forward")
+    assert (counted.x_bytes, counted.y_bytes) == (inputs.x.nbytes, y.nbytes)
     with FlopCounterMode(display=False) as flops:
         eager(*inputs[:3], problem.geometry)
-    assert counted.product + counted.taps == flops.get_total_flops()
+    assert counted.pointwise_flops + counted.depthwise_flops == flops.get_total_flops()
 
 
 def test_ceilings_are_a_copy_and_products(monkeypatch: Patch) -> None:
@@ -264,7 +264,7 @@ class WrongInTraining(Small):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return 2 * y - y.detach() if default_backend() == "auto" else y
+        return 2 * y - y.detach() if backend.default == "auto" else y
 
 
 def broken() -> nn.Module:
@@ -363,40 +363,6 @@ def test_a_null_build_that_fails_is_a_row_with_its_error(monkeypatch: Patch, tmp
 
 def test_a_timing_is_median_and_interquartile_range() -> None:
     assert timing.summarize([5.0, 1.0, 2.0, 4.0, 3.0]) == timing.Timing(median_ms=3000.0, iqr_ms=2000.0, samples=5)
-
-
-class FakeCuda:
-    """A GPU with 50 MB of L2 whose work is a list; every sweep of the flush takes 50 us there."""
-
-    def __init__(self, monkeypatch: Patch) -> None:
-        self.work: list[str] = []
-        properties = SimpleNamespace(L2_cache_size=50_000_000)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(
-            torch.cuda,
-            "Event",
-            lambda **_: SimpleNamespace(record=lambda: self.work.append("event"), elapsed_time=lambda end: 10 * 0.05),
-        )
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *size, device, **more: empty(*size, **more))
-        monkeypatch.setattr(Tensor, "zero_", lambda x: self.work.append(f"write {x.nbytes}"))
-        monkeypatch.setattr(torch, "sum", lambda x, dim, out: self.work.append(f"read {x.nbytes}"))
-
-
-def test_a_cold_call_finds_no_dirty_lines_and_a_queue(monkeypatch: Patch) -> None:
-    """Twice L2 is written, then read, for 0.3 ms at least, and for longer than the host needs for a call."""
-    gpu = FakeCuda(monkeypatch)
-    flush = timing.Flush()
-    assert flush.sweep_seconds == pytest.approx(50e-6)
-    gpu.work.clear()
-    sampler = timing.CudaSampler("cold", seconds=0.01)
-    gpu.work.clear()
-    sampler._run(lambda: gpu.work.append("call"), 2)
-    assert gpu.work == [*["write 100000000", "read 100000000"] * 6, "event", "call", "event"] * 2
-    sampler(lambda: time.sleep(0.002))
-    assert sampler._queued >= 0.003
 
 
 # Runs

@@ -15,10 +15,11 @@ from torch import Tensor
 import fused_sepconv
 from fused_sepconv.families.mma import forward as mma_forward
 from fused_sepconv.ops import launching
+from fused_sepconv.planning.problem import Candidate
 from tests.planning.test_plan import MIDDLE, problem
 from tests.support.cases import CASES, SMALL, XCEPTION, Case, two_convolutions
 from tests.support.closeness import assert_as_close_as_eager
-from tests.support.emulation import SCHEDULES, emulated_kernels, planned_for
+from tests.support.emulation import emulated_kernels, in_every_schedule, planned_for
 from tests.support.tf32 import pointwise_in_tf32
 
 FAMILY = "mma"
@@ -76,14 +77,21 @@ def inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
+def planned(case: Case, stored: torch.dtype) -> Candidate:
+    """What the plan, as it is in force, has for the family."""
+    call = dataclasses.replace(problem(case, "forward", stored), layout="nhwc", aligned=True, tf32=True)
+    return launching.plan_for(call, torch.device("cpu")).choose("fused", "mma")
+
+
 def assert_right(native: ModuleType, case: Case, stored: torch.dtype, tile: mma_forward.Shape) -> None:
+    """The result is, and the kernel and its shared memory are those of the plan."""
     tensors = inputs(case, stored)
     native.reset_counters()
     with planned_for(3, tile=tile):  # several blocks, and several tiles for each
+        candidate = planned(case, stored)
         y = fused_sepconv.separable_conv2d(**tensors, **case.options)
-    (name,) = native.executed()
-    assert name.startswith("mma_forward")
-    assert str(tile) in name
+    assert candidate.name.startswith("mma_forward") and str(tile) in candidate.name
+    assert native.counters()["shared_bytes"] == {candidate.name: candidate.shared_bytes}
     pointwise = pointwise_in_tf32 if stored == torch.float32 else F.conv2d
     eager = two_convolutions(**tensors, **case.options, pointwise=pointwise)
     assert_as_close_as_eager(y, eager, two_convolutions(**case.tensors(), **case.options), name=case.name)
@@ -111,35 +119,20 @@ def test_larger_cases_too(case):
     assert_as_close_as_eager(y, eager, oracle, name=case.name)
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bfloat16", "tf32"])
-@in_every_tile(tuple(case for case in OWN if case in LIGHT))
-def test_a_block_takes_the_shared_memory_that_the_plan_says(plain, served, stored, tile):
-    tensors = inputs(served, stored)
-    call = dataclasses.replace(problem(served, "forward", stored), layout="nhwc", aligned=True, tf32=True)
-    with planned_for(3, tile=tile):
-        candidate = launching.plan_for(call, torch.device("cpu")).choose("fused", "mma")
-        plain.reset_counters()
-        fused_sepconv.separable_conv2d(**tensors, **served.options)
-    assert plain.counters()["shared_bytes"] == {candidate.name: candidate.shared_bytes}
-
-
 @pytest.mark.checked_on([case for case in OWN if case in LIGHT])
 @in_every_tile(OWN)
 def test_every_schedule_gives_the_same_bits(native, served, tile):
     tensors = inputs(served, torch.bfloat16)
-    results = []
-    for order, seed in SCHEDULES:
-        native.set_schedule(order, seed)
-        with planned_for(2, tile=tile):
-            results.append(fused_sepconv.separable_conv2d(**tensors, **served.options))
-    assert all(torch.equal(results[0], result) for result in results[1:])
+    with planned_for(2, tile=tile):
+        in_every_schedule(native, lambda: [fused_sepconv.separable_conv2d(**tensors, **served.options)])
 
 
 @pytest.mark.checked_on(())
 def test_every_instance_is_executed_and_its_matrices_are_loaded_without_bank_conflicts(native):
     native.reset_counters()
     dtypes, tiles = (torch.bfloat16, torch.float16, torch.float32), (mma_forward.WIDE, mma_forward.NARROW)
-    for case, dtype, tile in itertools.product((case for case in OWN if case in LIGHT), dtypes, tiles):
+    cases = {mma_forward.kind_of(problem(case, "forward", torch.bfloat16)): case for case in OWN if case in LIGHT}
+    for case, dtype, tile in itertools.product(cases.values(), dtypes, tiles):
         with planned_for(3, tile=tile):
             fused_sepconv.separable_conv2d(**inputs(case, dtype), **case.options)
     assert set(native.executed()) == set(mma_forward.INSTANCES)
@@ -170,12 +163,11 @@ def test_what_is_not_aligned_is_copied(native, which):
 LAYERS = tuple(dataclasses.replace(case, N=1) for case in XCEPTION)
 
 
-@pytest.mark.cases(sorted(LAYERS, key=lambda case: case.multiplications)[:3], full=LAYERS)
+@pytest.mark.cases(LAYERS[-2:-1], full=LAYERS)
 def test_a_layer_reads_what_the_plan_says_and_writes_the_output_alone(checked, case):
     tensors = inputs(case, torch.bfloat16)
-    call = dataclasses.replace(problem(case, "forward", torch.bfloat16), layout="nhwc", aligned=True)
     with planned_for(2):  # as many tiles a block as at a batch of 64 on a whole device
-        candidate = launching.plan_for(call, torch.device("cpu")).choose("fused", "mma")
+        candidate = planned(case, torch.bfloat16)
         checked.reset_counters()
         y = fused_sepconv.separable_conv2d(**tensors, **case.options)
     counters = checked.counters()

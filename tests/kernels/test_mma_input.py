@@ -23,7 +23,7 @@ from fused_sepconv.planning.problem import Candidate, MmaInputTiling, Problem
 from tests.planning.test_plan import problem
 from tests.support.cases import CASES, XCEPTION, Case, depthwise_convolution
 from tests.support.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
-from tests.support.emulation import SCHEDULES, planned_for
+from tests.support.emulation import in_every_schedule, planned_for
 
 SMALL_DEVICE = dataclasses.replace(DEVICES["H200"], name="3 SMs", sms=3)  # so that a block has several tiles
 EVERYTHING = (True, True, True)
@@ -142,12 +142,7 @@ def test_and_in_float16(plain, case):
 @pytest.mark.cases(OWN)
 def test_every_schedule_gives_the_same_bits(native, case):
     for candidate in itertools.islice(cuts(case, torch.bfloat16), 2):
-        results = []
-        for order, seed in SCHEDULES:
-            native.set_schedule(order, seed)
-            results.append(ours(case, torch.bfloat16, candidate))
-        for other in results[1:]:
-            assert all(a is b or torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        in_every_schedule(native, lambda candidate=candidate: ours(case, torch.bfloat16, candidate))
 
 
 @pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True)], ids=str)

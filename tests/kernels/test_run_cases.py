@@ -11,12 +11,7 @@ from fused_sepconv.planning.plan import INSTANCES
 from tests import run_cases
 
 ONLY = "mma_backward_input"
-
-
-def run(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
-    """The exit status and the lines of a short run: two instances."""
-    status = run_cases.main(["--smallest", "--only", ONLY])
-    return status, capsys.readouterr().out.splitlines()
+LAST = f"{ONLY}_3x3_float16"
 
 
 @pytest.mark.parametrize("smallest", [False, True])
@@ -36,77 +31,62 @@ def test_every_backward_runs_with_and_without_bias_and_mid_activation() -> None:
         assert None in places and (not takes_mid or len(places) > 1), name
 
 
-def test_a_run_says_in_its_last_line_that_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    status, lines = run(capsys)
-    assert status == 0
-    # y and the gradients of x, two weights and two biases, in both dtypes
-    assert lines[-1] == "instances: 2 of 2 run, 12 results compared, 0 wrong"
+def nothing_planted(patch: pytest.MonkeyPatch) -> None:
+    pass
 
 
-def test_an_instance_without_its_case_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, lost = run_cases.runs_of, f"{ONLY}_3x3_float16"
-    monkeypatch.setattr(run_cases, "runs_of", lambda name, *rest: [] if name == lost else whole(name, *rest))
-    status, lines = run(capsys)
-    assert status == 1
-    assert f"missed: {lost} (no case)" in lines
-    assert lines[-1] == "instances: 1 of 2 run, 6 results compared, 0 wrong"
-
-
-def test_a_new_kernel_without_a_case_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(INSTANCES, f"{ONLY}_9x9_int8", None)
-    status, lines = run(capsys)
-    assert status == 1
-    assert f"missed: {ONLY}_9x9_int8 (no case)" in lines
-    assert lines[-1].startswith("instances: 2 of 3 run, ")
-
-
-def test_a_case_that_launches_another_kernel_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def case_lost(patch: pytest.MonkeyPatch) -> None:
     whole = run_cases.runs_of
-    other = {f"{ONLY}_3x3_float16": "simt_forward_float16_nhwc"}
-    monkeypatch.setattr(run_cases, "runs_of", lambda name, *rest: whole(other.get(name, name), *rest))
-    status, lines = run(capsys)
-    assert status == 1
-    assert any(line.startswith(f"{ONLY}_3x3_float16: not launched by ") for line in lines)
-    assert f"missed: {ONLY}_3x3_float16" in lines
+    patch.setattr(run_cases, "runs_of", lambda name, *rest: [] if name == LAST else whole(name, *rest))
 
 
-def test_a_wrong_gradient_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    ours: Callable = run_cases.ours
+def kernel_added(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(INSTANCES, f"{ONLY}_9x9_int8", None)
 
-    def planted(run: run_cases.Run, *arguments: object) -> dict:
+
+def another_kernel_launched(patch: pytest.MonkeyPatch) -> None:
+    whole, other = run_cases.runs_of, {LAST: "simt_forward_float16_nhwc"}
+    patch.setattr(run_cases, "runs_of", lambda name, *rest: whole(other.get(name, name), *rest))
+
+
+def wrong_gradient(patch: pytest.MonkeyPatch) -> None:
+    def planted(run: run_cases.Run, *arguments: object, ours: Callable = run_cases.ours) -> dict:
         found = ours(run, *arguments)
         if run.dtype == "float16":
             found["gradient of depthwise_weight"][3, 0, 1, 1] += 0.5
         return found
 
-    monkeypatch.setattr(run_cases, "ours", planted)
-    status, lines = run(capsys)
-    assert status == 1
-    assert any(re.search(r"float16 nhwc.*gradient of depthwise_weight: ", line) for line in lines)
-    assert lines[-1] == "instances: 2 of 2 run, 12 results compared, 1 wrong"
+    patch.setattr(run_cases, "ours", planted)
 
 
-def test_an_interrupted_run_says_what_it_found(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours: Callable = run_cases.ours
-
-    def out_of_time(run: run_cases.Run, *arguments: object) -> dict:
+def out_of_time(patch: pytest.MonkeyPatch) -> None:
+    def interrupted(run: run_cases.Run, *arguments: object, ours: Callable = run_cases.ours) -> dict:
         if run.dtype == "float16":
             raise KeyboardInterrupt
         return ours(run, *arguments)
 
-    monkeypatch.setattr(run_cases, "ours", out_of_time)
-    status, lines = run(capsys)
-    assert status == 1
-    assert f"missed: {ONLY}_3x3_float16" in lines
-    assert lines[-1] == "instances: 1 of 2 run, 6 results compared, 0 wrong"
+    patch.setattr(run_cases, "ours", interrupted)
+
+
+# What is planted, the exit status, what a line must match, and the end of the last line. Of two instances, y and the
+# gradients of x, two weights and two biases are compared.
+PLANTED = (
+    (nothing_planted, 0, "right ", "2 of 2 run, 12 results compared, 0 wrong"),
+    (case_lost, 1, rf"missed: {LAST} \(no case\)", "1 of 2 run, 6 results compared, 0 wrong"),
+    (kernel_added, 1, rf"missed: {ONLY}_9x9_int8 \(no case\)", "2 of 3 run, 12 results compared, 0 wrong"),
+    (another_kernel_launched, 1, f"{LAST}: not launched by ", "1 of 2 run, 13 results compared, 0 wrong"),
+    (wrong_gradient, 1, "float16 nhwc.*gradient of depthwise_weight: ", "2 of 2 run, 12 results compared, 1 wrong"),
+    (out_of_time, 1, f"missed: {LAST}", "1 of 2 run, 6 results compared, 0 wrong"),
+)
+
+
+@pytest.mark.parametrize(("plant", "status", "line", "end"), PLANTED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_run_says_what_is_right_wrong_and_missing(plant, status, line, end, capsys, monkeypatch) -> None:
+    plant(monkeypatch)
+    assert run_cases.main(["--smallest", "--only", ONLY]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.search(line, found) for found in lines), lines
+    assert lines[-1] == f"instances: {end}"
 
 
 def test_launches_are_counted_by_instance(plain) -> None:

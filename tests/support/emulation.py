@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor
 
 import fused_sepconv
 from fused_sepconv.families.depthwise import plan as depthwise
@@ -49,6 +51,18 @@ def emulated_kernels(checked: bool) -> Iterator[ModuleType]:
         finally:
             patch.undo()
             _forget()
+
+
+def in_every_schedule(native: ModuleType, run: Callable[[], Iterable[Tensor | None]]) -> list[Tensor]:
+    """run()'s tensors, whose bits must be the same in every order; where accesses are checked a race shows in any."""
+    results = []
+    for order, seed in SCHEDULES[:2] if native.is_checked() else SCHEDULES:
+        native.set_schedule(order, seed)
+        results.append([tensor for tensor in run() if tensor is not None])
+    native.set_schedule("forward", 0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    return results[0]
 
 
 @contextmanager

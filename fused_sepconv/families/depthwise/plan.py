@@ -107,8 +107,8 @@ def _reference(problem: DepthwiseProblem, device: Device) -> Candidate:
     launches += (problem.pre_activation is not None) + (problem.mid_activation is not None)
     seconds = depthwise / LIBRARY_DEPTHWISE_BANDWIDTH + plain / LIBRARY_BANDWIDTH
     return Candidate(
-        family="reference",
-        name="reference",
+        family="pytorch",
+        name="pytorch",
         bytes=depthwise + plain,
         flops=flops,
         predicted_seconds=seconds / device.bandwidth + launches * LAUNCH_SECONDS,
