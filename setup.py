@@ -28,7 +28,7 @@ except BuildError as error:
 
 
 def missing_requirements() -> list[str]:
-    """What a build without isolation (`pip install --no-build-isolation`) lacks: pip leaves that to the build."""
+    """Requirements that a build without isolation (`pip install --no-build-isolation`) lacks: pip leaves that to it."""
     missing = []
     if int(setuptools.__version__.split(".")[0]) < 65:
         missing.append(f"setuptools>=65 (found {setuptools.__version__})")
@@ -48,7 +48,7 @@ class BuildPython(build_py):
     """Says why there are no kernels, where there are none: every kind of installation passes here once."""
 
     def run(self) -> None:
-        # What an earlier build left there would be shipped too, deleted modules included.
+        # Files that an earlier build left there would be shipped too, deleted modules included.
         shutil.rmtree(Path(self.build_lib) / "fused_sepconv", ignore_errors=True)
         super().run()
         if toolkit is None:

@@ -1,4 +1,4 @@
-"""What do you gain, and where? Times the fused separable convolution against PyTorch's own.
+"""Shows what you gain, and where. Times the fused separable convolution against PyTorch's own.
 
     python benchmarks/bench.py --quick                  measure: tables, a JSON file, pictures
     python benchmarks/bench.py --suite host             the host's time of a call, with launches stubbed
@@ -41,8 +41,7 @@ from tables import compare, console, result_tables
 from timing import MODES
 
 SUITES = ("layers", "model", "memory", "host")
-SECONDS = {"cpu": 1.0, "cuda": 0.1}
-"""Spent on the samples of each row."""
+SECONDS = {"cpu": 1.0, "cuda": 0.1}  # spent on the samples of each row
 QUICK_SECONDS = {"cpu": 0.1, "cuda": 0.03}
 HOST_SECONDS, QUICK_HOST_SECONDS = 3.0, 0.5
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -74,15 +73,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
     option("--dtype", metavar="D,D", help=f"of {','.join(DTYPES)};\ndefault: float32 on the CPU, bfloat16 on a GPU")
     option("--layout", metavar="L,L", help="nchw, nhwc; default: both on the CPU, nhwc on a GPU")
     option("--passes", metavar="P,P", help=f"default: {','.join(PASSES)}")
-    option(
-        "--networks",
-        metavar="N,N",
-        help=f"whose layers, of {','.join(NETWORKS)};\ndefault: all on a GPU, else xception",
-    )
+    option("--networks", metavar="N,N", help=f"of {','.join(NETWORKS)};\ndefault: all on a GPU, else xception")
     option("--peers", metavar="P,P", help=f"of {','.join(PEERS)}; default: what the machine has")
-    option(
-        "--ceilings", type=Path, metavar="PATH", help="a JSON file with what the device can do, instead of measuring"
-    )
+    option("--ceilings", type=Path, metavar="PATH", help="a file of first_minutes.py, instead of measuring")
     option("--json", type=Path, default=Path("bench.json"), metavar="PATH", help="default: %(default)s")
     given = parser.parse_args(argv)
 

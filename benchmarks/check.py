@@ -21,8 +21,7 @@ from peers import eager
 from problem import GRADIENTS, LAYOUTS, Geometry, Inputs, Problem, SeparableConv, convolution_flags, prepare
 from torch import Tensor, nn
 
-DISTINCT_IMAGES = 4
-"""At most so many images are computed in float64."""
+DISTINCT_IMAGES = 4  # at most so many images are computed in float64
 CHECKED_SIZE, CHECKED_BATCH = 96, 2
 """Pixels a side for a whole network: 3 x 3 are left behind the last pooling."""
 
@@ -36,10 +35,8 @@ RESULTS = {"fwd": ("y",), "bwd": GRADIENTS, "both": ("y", *GRADIENTS)}
 class Distance(NamedTuple):
     """How far a result is from the oracle's."""
 
-    l2: float
-    """L2 norm of the difference over that of the oracle's result."""
-    largest: float
-    """Largest absolute difference over the oracle's largest absolute value."""
+    l2: float  # L2 norm of the difference over that of the oracle's result
+    largest: float  # largest absolute difference over the oracle's largest absolute value
 
 
 def distance(result: Tensor, oracle: Tensor) -> Distance:

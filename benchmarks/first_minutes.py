@@ -23,10 +23,12 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the checkout's package, however this is started
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the checkout's package, however this is started
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from machine import product  # noqa: E402
+from problem import DTYPES, LAYOUTS  # noqa: E402
 
 import fused_sepconv  # noqa: E402
 from fused_sepconv.ops import launching  # noqa: E402
@@ -37,8 +39,6 @@ from fused_sepconv.planning.plan import plan  # noqa: E402
 from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Problem  # noqa: E402
 from tests.support.emulation import planned_for  # noqa: E402
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
-LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 BATCH = 64
 LAUNCHES = 200  # in the graph that shows what one costs
 
@@ -78,10 +78,8 @@ class Machine:
         self.gpu = torch.cuda.is_available()
         self.rehearse = rehearse and not self.gpu
         self.where = "cuda" if self.gpu else "cpu"
-        if self.gpu:
-            self.device, self.kernels = launching._here("cuda", torch.cuda.current_device())
-        else:
-            self.device, self.kernels = DEVICES["H200"], ALL_KERNELS
+        here = launching._here("cuda", torch.cuda.current_device()) if self.gpu else (DEVICES["H200"], ALL_KERNELS)
+        self.device, self.kernels = here
         self.name = torch.cuda.get_device_name() if self.gpu else "no GPU"
 
     def measure(self, figure: Figure, make: Callable[[], Call]) -> Figure:
@@ -113,14 +111,19 @@ class Machine:
             call()
         return lambda kept=call: graph.replay()  # it reads the call's tensors
 
-    def images(self, problem: Problem | DepthwiseProblem) -> torch.Tensor:
-        """Random numbers in the shape of the problem's x; a few of them where there is no GPU."""
-        shape = (problem.N, problem.C, problem.H, problem.W) if self.gpu else (1, 16, 6, 6)
-        return self.random(*shape, dtype=problem.dtype, layout=problem.layout)
-
     def random(self, *shape: int, dtype: str = "bfloat16", layout: str = "nchw") -> torch.Tensor:
         tensor = torch.randn(*shape, device=self.where, dtype=DTYPES[dtype])
         return tensor.contiguous(memory_format=LAYOUTS[layout]) if len(shape) == 4 else tensor
+
+    def tensors(self, problem: Problem | DepthwiseProblem) -> tuple[torch.Tensor, ...]:
+        """Random x, gradient, depthwise and pointwise weight of the problem; small ones where there is no GPU."""
+        shape = (problem.N, problem.C, problem.H, problem.W) if self.gpu else (1, 16, 6, 6)
+        x, grad = (self.random(*shape, dtype=problem.dtype, layout=problem.layout) for _ in range(2))
+        k = shape[1]
+        return x, grad, *(self.random(*weight, dtype=problem.dtype) for weight in ((k, 1, 3, 3), (k, k, 1, 1)))
+
+    def candidates(self, problem: Problem | DepthwiseProblem, family: str) -> list[Candidate]:
+        return [c for c in plan(problem, self.device, self.kernels).candidates if c.family == family]
 
 
 # The measurements -----------------------------------------------------------------------------------------------------
@@ -134,37 +137,18 @@ def ceilings(machine: Machine) -> Iterator[Figure]:
         source = torch.ones(size, dtype=torch.uint8, device=machine.where)
         return partial(torch.empty_like(source).copy_, source)
 
-    def elementwise() -> Call:
-        source = torch.ones(size // 2, dtype=torch.bfloat16, device=machine.where)
-        return partial(torch.relu, source)
-
     def launches() -> Call:
         one = torch.zeros(1, device=machine.where)
         return lambda: [one.zero_() for _ in range(LAUNCHES)]
 
     yield machine.measure(Figure("copy", bytes=2 * size), copy)
-    yield machine.measure(Figure("relu bfloat16", bytes=2 * size), elementwise)
+    relu = Figure("relu bfloat16", bytes=2 * size)
+    yield machine.measure(relu, lambda: partial(torch.relu, machine.random(size // 2)))
     yield machine.measure(Figure(f"{LAUNCHES} launches in a graph"), launches)
     n = 8192 if machine.gpu else 16
     for dtype in DTYPES:
-        yield machine.measure(
-            Figure(f"product {dtype} square", flops=2 * n**3), partial(product, machine, dtype, n, n, n)
-        )
-
-
-def product(machine: Machine, dtype: str, m: int, n: int, k: int, kind: str = "NN") -> Call:
-    """(m, k) times (k, n); T is a factor that is stored transposed."""
-    left, right = machine.random(m, k, dtype=dtype), machine.random(k, n, dtype=dtype)
-    left = left.t().contiguous().t() if kind[0] == "T" else left
-    right = right.t().contiguous().t() if kind[1] == "T" else right
-
-    def call() -> None:
-        allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-        torch.mm(left, right)
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-
-    return call
+        figure = Figure(f"product {dtype} square", flops=2 * n**3)
+        yield machine.measure(figure, partial(product, machine.where, dtype, n, n, n))
 
 
 def products(machine: Machine) -> Iterator[Figure]:
@@ -173,21 +157,32 @@ def products(machine: Machine) -> Iterator[Figure]:
     for dtype in ("bfloat16", "float16"):
         for kind in ("NN", "NT", "TN"):
             m, n, k = (channels, channels, pixels) if kind == "TN" else (pixels, channels, channels)
-            figure = Figure(
-                f"product {dtype} {kind} 23104x728x728",
-                bytes=2 * (m * k + k * n + m * n),
-                flops=2 * m * n * k,
-            )
-            yield machine.measure(figure, partial(product, machine, dtype, m, n, k, kind))
+            moved, flops = 2 * (m * k + k * n + m * n), 2 * m * n * k
+            figure = Figure(f"product {dtype} {kind} 23104x728x728", moved, flops)
+            yield machine.measure(figure, partial(product, machine.where, dtype, m, n, k, kind))
 
 
 def _problem(kind: type, direction: str, dtype: str, layout: str, channels: int, size: int) -> Any:
-    shared = {
-        "direction": direction, "N": BATCH, "C": channels, "H": size, "W": size, "multiplier": 1, "kernel": (3, 3),
-        "stride": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1), "out_h": size, "out_w": size,
-        "dtype": dtype, "layout": layout,
-    }  # fmt: skip
-    return kind(**shared, F=channels) if kind is Problem else kind(**shared)
+    more = {"F": channels} if kind is Problem else {}
+    return kind(
+        direction=direction, N=BATCH, C=channels, H=size, W=size, multiplier=1, kernel=(3, 3), stride=(1, 1),
+        padding=(1, 1, 1, 1), dilation=(1, 1), out_h=size, out_w=size, dtype=dtype, layout=layout, **more,
+    )  # fmt: skip
+
+
+def _predict(figure: Figure, candidate: Candidate) -> None:
+    if not candidate.refusal:
+        figure.predicted_seconds, figure.predicted_kernel = candidate.predicted_seconds, candidate.name
+
+
+def _by(family: str, call: Call) -> Call:
+    """The call by a family's kernels."""
+
+    def forced() -> None:
+        with torch.no_grad(), launching.preferring(family), fused_sepconv.use_backend("fused"):
+            call()
+
+    return forced
 
 
 def depthwise(machine: Machine) -> Iterator[Figure]:
@@ -197,27 +192,17 @@ def depthwise(machine: Machine) -> Iterator[Figure]:
             library = "cuDNN's" if layout == "nhwc" else "PyTorch's"
             for direction in ("forward", "backward"):
                 problem = _problem(DepthwiseProblem, direction, dtype, layout, channels, size)
-                candidates = plan(problem, machine.device, machine.kernels).candidates
-                for family, whose in (("reference", library), ("depthwise", "our")):
-                    figure = Figure(
-                        f"{whose} depthwise {direction} {channels}@{size} {dtype} {layout}",
-                        bytes=problem.least_bytes,
-                        floor_seconds=problem.floor_seconds(machine.device),
-                    )
-                    _predict(figure, next(c for c in candidates if c.family == family))
-                    make = partial(depthwise_call, machine, problem, ours=family == "depthwise")
-                    yield machine.measure(figure, make)
-
-
-def _predict(figure: Figure, candidate: Candidate) -> None:
-    if not candidate.refusal:
-        figure.predicted_seconds, figure.predicted_kernel = candidate.predicted_seconds, candidate.name
+                for family, whose in (("pytorch", library), ("depthwise", "our")):
+                    name = f"{whose} depthwise {direction} {channels}@{size} {dtype} {layout}"
+                    floor = problem.floor_seconds(machine.device)
+                    figure = Figure(name, problem.least_bytes, floor_seconds=floor)
+                    _predict(figure, machine.candidates(problem, family)[0])
+                    yield machine.measure(figure, partial(depthwise_call, machine, problem, family == "depthwise"))
 
 
 def depthwise_call(machine: Machine, problem: DepthwiseProblem, ours: bool) -> Call:
-    x, grad = machine.images(problem), machine.images(problem)
+    x, grad, weight, _ = machine.tensors(problem)
     channels, forward = x.shape[1], problem.direction == "forward"
-    weight = machine.random(channels, 1, 3, 3, dtype=problem.dtype)
     if ours and forward:
         return _by("depthwise", lambda: fused_sepconv.depthwise_conv2d(x, weight, padding=1))
     if ours:
@@ -237,30 +222,19 @@ def depthwise_call(machine: Machine, problem: DepthwiseProblem, ours: bool) -> C
     return library
 
 
-def _by(family: str, call: Call) -> Call:
-    """The call by a family's kernels."""
-
-    def forced() -> None:
-        with torch.no_grad(), launching.preferring(family), fused_sepconv.use_backend("fused"):
-            call()
-
-    return forced
-
-
 def fused(machine: Machine) -> Iterator[Figure]:
     """Our tensor-core kernels: the forward, the gradient of the pointwise weight, and each way to the other two."""
     for channels, size in ((128, 147), (256, 74)):
         for dtype in ("bfloat16", "float16"):
             layer = f"{channels}->{channels}@{size} {dtype} nhwc"
             problem = _problem(Problem, "forward", dtype, "nhwc", channels, size)
-            (forward,) = _mma(machine, problem)
             figure = Figure(f"fused forward {layer}", problem.least_bytes, problem.pointwise_flops)
             figure.floor_seconds = problem.floor_seconds(machine.device)
-            _predict(figure, forward)
+            _predict(figure, machine.candidates(problem, "mma")[0])
             yield machine.measure(figure, partial(fused_call, machine, problem))
 
             problem = _problem(Problem, "backward", dtype, "nhwc", channels, size)
-            backwards = _mma(machine, problem)
+            backwards = machine.candidates(problem, "mma")
             if backwards[0].refusal:
                 yield Figure(f"fused gradients {layer}", missing=f"failed: {backwards[0].refusal}")
                 continue
@@ -278,16 +252,10 @@ def fused(machine: Machine) -> Iterator[Figure]:
                 yield machine.measure(figure, partial(fused_call, machine, problem, (True, True, False), through))
 
 
-def _mma(machine: Machine, problem: Problem) -> list[Candidate]:
-    return [c for c in plan(problem, machine.device, machine.kernels).candidates if c.family == "mma"]
-
-
 def fused_call(
     machine: Machine, problem: Problem, mask: tuple[bool, bool, bool] | None = None, through: str = ""
 ) -> Call:
-    x, grad = machine.images(problem), machine.images(problem)
-    k = x.shape[1]
-    weights = machine.random(k, 1, 3, 3, dtype=problem.dtype), machine.random(k, k, 1, 1, dtype=problem.dtype)
+    x, grad, *weights = machine.tensors(problem)
     if mask is None:
         return _by("mma", lambda: fused_sepconv.separable_conv2d(x, *weights, padding=1))
     options = ([1, 1], [1, 1, 1, 1], [1, 1], None, None, None, "fused", [*mask, False, False, False])
@@ -327,33 +295,28 @@ def summary(machine: Machine, figures: list[Figure]) -> dict[str, Any]:
         }
         if complete
         else None,
-        "fractions": {name: figure for name, figure in fractions(figures, by_name, copied, matrix)},
+        "fractions": dict(fractions(figures, by_name, copied, matrix["bfloat16"])),
         "figures": [asdict(figure) for figure in figures],
     }
 
 
 def fractions(
-    figures: list[Figure], by_name: dict[str, Figure], copied: float | None, matrix: dict[str, float | None]
+    figures: list[Figure], by_name: dict[str, Figure], copied: float | None, peak: float | None
 ) -> Iterator[tuple[str, float | None]]:
-    """The constants that the plan assumes, by "file: NAME"."""
+    """The constants that the plan assumes, by "file: NAME"; of a copy's bandwidth, or of a square product's flop/s."""
 
-    def share(names: str, of: Callable[[Figure], float | None]) -> float | None:
-        shares = [of(figure) for figure in figures if re.fullmatch(names, figure.name)]
-        return None if not shares or None in shares else round(median(shares), 3)
-
-    def of_copy(figure: Figure) -> float | None:
-        return None if figure.seconds is None or copied is None else figure.bytes / figure.seconds / copied
-
-    def of_matrix(figure: Figure) -> float | None:
-        peak = matrix["bfloat16"]
-        return None if figure.seconds is None or peak is None else figure.flops / figure.seconds / peak
+    def share(names: str, what: str = "bytes", ceiling: float | None = copied) -> float | None:
+        found = [figure for figure in figures if re.fullmatch(names, figure.name)]
+        if not found or ceiling is None or any(figure.seconds is None for figure in found):
+            return None
+        return round(median(getattr(figure, what) / figure.seconds / ceiling for figure in found), 3)
 
     launches = by_name.get(f"{LAUNCHES} launches in a graph", Figure("")).seconds
     yield "planning/problem.py: LAUNCH_SECONDS", None if launches is None else round(launches / LAUNCHES, 8)
-    yield "planning/problem.py: LIBRARY_BANDWIDTH", share("relu bfloat16", of_copy)
-    yield "families/pytorch/plan.py: LIBRARY_MATRIX", share(r"product bfloat16 .. 23104.*", of_matrix)
-    yield "families/pytorch/plan.py: LIBRARY_DEPTHWISE_BANDWIDTH", share(r"cuDNN's depthwise forward .*", of_copy)
-    yield "families/depthwise/plan.py: BANDWIDTH_FRACTION", share(r"our depthwise forward 128@147 .* nhwc", of_copy)
+    yield "planning/problem.py: LIBRARY_BANDWIDTH", share("relu bfloat16")
+    yield "families/pytorch/plan.py: LIBRARY_MATRIX", share(r"product bfloat16 .. 23104.*", "flops", peak)
+    yield "families/pytorch/plan.py: LIBRARY_DEPTHWISE_BANDWIDTH", share(r"cuDNN's depthwise forward .*")
+    yield "families/depthwise/plan.py: BANDWIDTH_FRACTION", share(r"our depthwise forward 128@147 .* nhwc")
 
 
 def apply(file: Path, package: Path) -> int:

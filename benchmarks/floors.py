@@ -3,7 +3,7 @@
 A kernel takes as long as the slowest of three things, and the other two hide behind it: the bytes it moves, the
 products on the tensor cores, the depthwise taps on the CUDA cores. Each tensor that a kernel touches moves once: what
 neighbouring blocks read twice is found in L2. Between kernels nothing overlaps and nothing stays in L2. Launches cost
-nothing. Depthwise weights, biases and BatchNorm's vectors are too few to count.
+nothing. Biases and BatchNorm's vectors are too few to count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from layers import Layer
 
-BYTES_PER_ELEMENT = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of a tensor's element in device memory, by the name of the arithmetic."""
+from fused_sepconv.planning.devices import Device
+from fused_sepconv.planning.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,19 @@ class Ceilings:
 
     device: str
     source: str
-    bytes_per_second: float
-    """Device memory, bytes read plus bytes written."""
-    fma_flops: float
-    """CUDA cores, float32, flop/s: a multiply-add is two flops."""
+    bytes_per_second: float  # device memory, bytes read plus bytes written
+    fma_flops: float  # CUDA cores, float32, flop/s: a multiply-add is two flops
     matrix_flops: Mapping[str, float]
     """Tensor cores, flop/s, by dtype. A dtype that is not here multiplies matrices on the CUDA cores."""
 
     def matrix(self, dtype: str) -> float:
         """Flop/s of a matrix product in this dtype."""
         return self.matrix_flops.get(dtype, self.fma_flops)
+
+    def planned(self, dtype: str) -> Device:
+        """The device as the package's own floors know it, for problems of this dtype."""
+        matrix, fma = self.matrix(dtype), self.fma_flops
+        return Device(self.device, 1, 0, self.bytes_per_second, fma, fma, matrix, matrix, self.source)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,97 +55,46 @@ H200 = Ceilings(
 )
 
 
-class Kernel(NamedTuple):
-    """Bytes that one kernel moves, and flops that it computes."""
-
-    bytes: float
-    """Device memory, read plus written."""
-    matrix_flops: float = 0.0
-    """Products of matrices: 2 flops a multiply-add."""
-    fma_flops: float = 0.0
-    """The depthwise taps: 2 flops a multiply-add."""
-
-    def seconds(self, dtype: str, ceilings: Ceilings = H200) -> float:
-        moving = self.bytes / ceilings.bytes_per_second
-        if dtype not in ceilings.matrix_flops:
-            return max(moving, (self.matrix_flops + self.fma_flops) / ceilings.fma_flops)
-        return max(moving, self.matrix_flops / ceilings.matrix_flops[dtype], self.fma_flops / ceilings.fma_flops)
-
-
 class Floor(NamedTuple):
     """The least that a pass moves, computes and takes."""
 
     bytes: int
     flops: int
-    matrix_flops: int
-    """Flops of the matrix products, a part of `flops`."""
+    matrix_flops: int  # flops of the matrix products, a part of `flops`
     milliseconds: float
 
 
-def floor_of(kernels: Sequence[Kernel], dtype: str, ceilings: Ceilings = H200) -> Floor:
-    """The floor of kernels that run one after the other."""
-    moved, products, taps = (sum(part) for part in zip(*kernels, strict=True))
-    seconds = sum(kernel.seconds(dtype, ceilings) for kernel in kernels)
-    return Floor(int(moved), int(products + taps), int(products), seconds * 1e3)
-
-
-class Quantities(NamedTuple):
-    """The sizes of a layer's tensors in bytes, and the flops of one sweep of each of its two convolutions."""
-
-    x: float
-    t: float
-    """The depthwise convolution's result: as large as x where the stride is 1."""
-    y: float
-    weights: float
-    """The pointwise ones."""
-    product: float
-    taps: float
-
-
-def quantities(layer: Layer, batch: int, dtype: str) -> Quantities:
-    pixels, out_pixels = batch * layer.size**2, batch * layer.out_size**2
-    element = BYTES_PER_ELEMENT[dtype]
-    return Quantities(
-        x=pixels * layer.in_channels * element,
-        t=out_pixels * layer.in_channels * element,
-        y=out_pixels * layer.out_channels * element,
-        weights=layer.in_channels * layer.out_channels * element,
-        product=2.0 * out_pixels * layer.in_channels * layer.out_channels,
-        taps=2.0 * layer.kernel_size**2 * out_pixels * layer.in_channels,
-    )
-
-
-def forward_unfused(q: Quantities) -> list[Kernel]:
-    """As every framework does it: the depthwise result goes out to memory and comes back."""
-    return [Kernel(q.x + q.t, fma_flops=q.taps), Kernel(q.t + q.y + q.weights, q.product)]
-
-
-def forward_fused(q: Quantities) -> list[Kernel]:
-    """x is read once, y is written once."""
-    return [Kernel(q.x + q.y + q.weights, q.product, q.taps)]
-
-
-def backward_unfused(q: Quantities) -> list[Kernel]:
-    """Each convolution's input gradient and weight gradient is a kernel; the depthwise result was kept."""
-    return [Kernel(q.t + q.y + q.weights, q.product)] * 2 + [Kernel(q.t + q.x, fma_flops=q.taps)] * 2
-
-
-def backward_one_pass(q: Quantities) -> list[Kernel]:
-    """Floor of a backward: x and grad_y are read once, grad_x is written once."""
-    return [Kernel(2 * q.x + q.y + 2 * q.weights, 2 * q.product, 3 * q.taps)]
-
-
-_FUSED = {"fwd": (forward_fused,), "bwd": (backward_one_pass,), "both": (forward_fused, backward_one_pass)}
-_UNFUSED = {"fwd": (forward_unfused,), "bwd": (backward_unfused,), "both": (forward_unfused, backward_unfused)}
+def problem_of(layer: Layer, batch: int, dtype: str, direction: str) -> Problem:
+    """A layer's forward or backward as the package plans it."""
+    size, out, padding = layer.size, layer.out_size, layer.padding
+    return Problem(
+        direction=direction, N=batch, C=layer.in_channels, H=size, W=size, F=layer.out_channels, multiplier=1,
+        kernel=(layer.kernel_size,) * 2, stride=(layer.stride,) * 2, padding=(padding,) * 4,
+        dilation=(layer.dilation,) * 2, out_h=out, out_w=out, dtype="float32" if dtype == "tf32" else dtype,
+        layout="nhwc", tf32=dtype == "tf32",
+    )  # fmt: skip
 
 
 def floor(
     layer: Layer, batch: int, dtype: str, direction: str, *, fused: bool = True, ceilings: Ceilings = H200
 ) -> Floor:
     """The floor of a pass ("fwd", "bwd" or "both"), of the fused problem or of two separate convolutions."""
-    sizes = quantities(layer, batch, dtype)
-    models = (_FUSED if fused else _UNFUSED)[direction]
-    return floor_of([kernel for model in models for kernel in model(sizes)], dtype, ceilings)
+    if direction == "both":
+        halves = [floor(layer, batch, dtype, way, fused=fused, ceilings=ceilings) for way in ("fwd", "bwd")]
+        return Floor(*map(sum, zip(*halves, strict=True)))
+    forward = direction == "fwd"
+    p, device = problem_of(layer, batch, dtype, "forward" if forward else "backward"), ceilings.planned(dtype)
+    products = (1 if forward else 2) * p.pointwise_flops
+    if fused:  # x is read once, y written once; a backward computes the depthwise result again
+        flops = products + (1 if forward else 3) * p.depthwise_flops
+        return Floor(p.least_bytes, flops, products, p.floor_seconds(device) * 1e3)
+    # A kernel for each convolution, or for each of its two gradients: the depthwise result goes out and comes back.
+    times = 1 if forward else 2
+    t, weights = p.intermediate_bytes, p.bytes_of(p.K * p.F)
+    taps = max((p.x_bytes + t) / device.bandwidth, p.depthwise_flops / device.fma_float32)
+    product = max((t + p.y_bytes + weights) / device.bandwidth, p.pointwise_flops / device.matrix(p.dtype, p.tf32))
+    moved = times * (p.x_bytes + 2 * t + p.y_bytes + weights)
+    return Floor(moved, products + times * p.depthwise_flops, products, times * (taps + product) * 1e3)
 
 
 def network_floor(layers: Sequence[Layer], batch: int, dtype: str, direction: str, **how: Any) -> Floor:

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,9 @@ from fused_sepconv.native import loader
 from fused_sepconv.ops.launching import preferring
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-SHAPE = (16, 16, 5)
-"""Channels, features, and pixels a side."""
+SHAPE = (16, 16, 5)  # channels, features, and pixels a side
 PASSES = {"fwd": "no grad", "grad": "grad", "both": "forward + backward"}
-FAMILIES = {"simt": "simt_", "split": "depthwise_", "mma": "mma_"}
-"""The kernels of each begin with this."""
+FAMILIES = {"simt": "simt_", "split": "depthwise_", "mma": "mma_"}  # the kernels of each begin with this
 PEER = "conv2d-nchw"
 TURNS = 15
 
@@ -38,34 +36,37 @@ def measure(seconds: float, build: bool) -> list[dict[str, Any]]:
 
     With `build` the null build is made where it is missing; without, families are left out where it is not there.
     """
-    families: list[dict[str, Any]] = []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True)
+
+    failed: list[dict[str, Any]] = []
     if build or list((CHECKOUT / "build/cuda_on_cpu/null").glob("_native*.so")):
-        command = [sys.executable, "-m", "tests.cuda_on_cpu", "--null"]
-        built = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True)
+        built = python("-m", "tests.cuda_on_cpu", "--null")
         if built.returncode:
             error = f"the null build failed: {built.stderr.strip().splitlines()[-1]}"
-            kind = {"dtype": "bfloat16", "layout": "nhwc"}
-            families = failed(({"impl": f"fused-{family}", **kind} for family in FAMILIES), error)
+            failed = [entry(f"fused-{family}", "bfloat16", "nhwc", way, error) for family in FAMILIES for way in PASSES]
         else:
             environment["FUSED_SEPCONV_NATIVE"] = built.stdout.strip().splitlines()[-1]
-    done = subprocess.run([sys.executable, __file__, str(seconds)], env=environment, capture_output=True, text=True)
+    done = python(__file__, str(seconds))
     if done.returncode:
-        about = {"impl": "fused-reference", "dtype": "float32", "layout": "nchw"}
-        return failed([about], done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout) + families
+        error = done.stderr.strip().splitlines()[-1]
+        return [entry("fused-reference", "float32", "nchw", way, error) for way in PASSES]
+    return json.loads(done.stdout) + failed
 
 
-def failed(implementations: Iterable[dict[str, str]], error: str) -> list[dict[str, Any]]:
-    entry = {"seconds": [], "python_calls": None, "error": error}
-    return [{**about, "pass": direction, **entry} for about in implementations for direction in PASSES]
+def entry(impl: str, dtype: str, layout: str, direction: str, error: str | None = None) -> dict[str, Any]:
+    about = {"impl": impl, "dtype": dtype, "layout": layout, "pass": direction}
+    return {**about, "seconds": [], "python_calls": None, "error": error}
 
 
 class Contestant:
     """An implementation on tensors of its own."""
 
     def __init__(self, impl: str, module: nn.Module, dtype: str, layout: str, family: str | None = None) -> None:
-        self.about = {"impl": impl, "dtype": dtype, "layout": layout}
+        self.about = impl, dtype, layout
         self.family = family
         channels, features, size = SHAPE
         like = {"dtype": DTYPES[dtype], "memory_format": LAYOUTS[layout]}
@@ -138,25 +139,25 @@ def main(seconds: float) -> None:
     found, running = [], []
     for who in contestants():
         for direction in PASSES:
-            entry = {**who.about, "pass": direction, "seconds": [], "python_calls": None, "error": None}
-            found.append(entry)
+            row = entry(*who.about, direction)
+            found.append(row)
             call = who.call(direction)
             try:
                 with who.settings():
                     for _ in range(5):  # a signature's first calls do more
                         call()
-                    entry["python_calls"] = python_calls(call)
+                    row["python_calls"] = python_calls(call)
                 if who.family:
                     check_kernels(who.family)
                 timer = benchmark.Timer("call()", globals={"call": call}, num_threads=1)
                 with who.settings():
-                    running.append((who, timer, max(int(seconds / TURNS / timer.timeit(5).mean), 1), entry))
+                    running.append((who, timer, max(int(seconds / TURNS / timer.timeit(5).mean), 1), row))
             except Exception as failure:  # whatever goes wrong with one must not stop the others
-                entry["error"] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+                row["error"] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
     for _ in range(TURNS):  # a CPU's speed drifts with what else runs: taking turns shares that
-        for who, timer, calls, entry in running:
+        for who, timer, calls, row in running:
             with who.settings():
-                entry["seconds"].append(timer.timeit(calls).mean)
+                row["seconds"].append(timer.timeit(calls).mean)
     print(json.dumps(found))
 
 

@@ -13,10 +13,8 @@ class Layer:
 
     in_channels: int
     out_channels: int
-    size: int
-    """Height and width of the input image, in pixels."""
-    count: int = 1
-    """How often the network has this layer."""
+    size: int  # height and width of the input image, in pixels
+    count: int = 1  # how often the network has this layer
     kernel_size: int = 3
     stride: int = 1
     dilation: int = 1

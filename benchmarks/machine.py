@@ -11,20 +11,17 @@ from typing import Any
 
 import torch
 from floors import Ceilings
-from problem import DTYPES, convolution_flags
-from timing import Call, CudaSampler, sample_cpu
+from problem import DTYPES
+from timing import Call, sample_cpu, sampler
 
 import fused_sepconv
 from fused_sepconv.native import loader
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
-"""Size of each of the two buffers: several times the caches."""
-PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the matrices: large enough for a library's best kernel."""
-CPU_16_BIT_PRODUCT_SIZE = 768
-"""A CPU without instructions for 16-bit products would take seconds at full size."""
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # size of each of the two buffers: several times the caches
+PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices: large enough for a library's best kernel
+CPU_16_BIT_PRODUCT_SIZE = 768  # a CPU without instructions for 16-bit products would take seconds at full size
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -70,7 +67,7 @@ def gpu() -> dict[str, Any]:
 
 
 def clocks() -> str | None:
-    """What nvidia-smi says of the clocks, and of what holds them back."""
+    """The clocks by nvidia-smi, and what holds them back."""
     figures = (
         "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
     )
@@ -78,7 +75,7 @@ def clocks() -> str | None:
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints; None where it is not there or fails."""
+    """The output of a command; None where it is not there or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -119,15 +116,23 @@ def measure_ceilings(device: str, dtypes: Sequence[str], threads: int, seconds: 
 def _product(device: str, dtype: str, best: Callable[[Call, float], float], seconds: float) -> float:
     """Flop/s of a square product."""
     size = CPU_16_BIT_PRODUCT_SIZE if device == "cpu" and dtype in ("float16", "bfloat16") else PRODUCT_SIZE[device]
-    left, right = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-    # As a 1 x 1 convolution a product follows the convolutions' precision flags; as a matrix product it has its own.
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    try:
-        with convolution_flags(dtype):
-            return 2 * size**3 / best(partial(torch.mm, left, right), seconds)
-    finally:
+    return 2 * size**3 / best(product(device, dtype, size, size, size), seconds)
+
+
+def product(device: str, dtype: str, m: int, n: int, k: int, kind: str = "NN") -> Call:
+    """(m, k) times (k, n) of random numbers; T is a factor that is stored transposed."""
+    left, right = (torch.randn(*shape, device=device, dtype=DTYPES[dtype]) for shape in ((m, k), (k, n)))
+    left = left.t().contiguous().t() if kind[0] == "T" else left
+    right = right.t().contiguous().t() if kind[1] == "T" else right
+
+    def call() -> None:
+        # As a 1 x 1 convolution it would follow the precision flags of convolutions; a matrix product has its own.
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        torch.mm(left, right)
         torch.backends.cuda.matmul.allow_tf32 = allowed
+
+    return call
 
 
 def _best_cpu(call: Call, seconds: float, threads: int) -> float:
@@ -135,4 +140,4 @@ def _best_cpu(call: Call, seconds: float, threads: int) -> float:
 
 
 def _best_cuda(call: Call, seconds: float) -> float:
-    return min(CudaSampler("plain", seconds)(call))
+    return min(sampler("cuda", "plain", seconds, 0)(call))

@@ -19,8 +19,7 @@ import fused_sepconv
 from fused_sepconv.models import xception
 
 IMAGE_SIZE, CLASSES = 299, 1000
-LEARNING_RATE = 0.045
-"""The paper's, on ImageNet."""
+LEARNING_RATE = 0.045  # the paper's, on ImageNet
 
 
 def timm_model(name: str) -> nn.Module:
@@ -33,18 +32,14 @@ def timm_model(name: str) -> nn.Module:
 class Network:
     """One implementation of a network."""
 
-    key: str
-    """"xception" or "inception_v3"."""
-    name: str
-    """As people write it."""
+    key: str  # "xception" or "inception_v3"
+    name: str  # as people write it
     impl: str
-    build: Callable[[], nn.Module]
-    """With random weights, on the CPU, in float32."""
+    build: Callable[[], nn.Module]  # with random weights, on the CPU, in float32
     layout: str
     backend: str = "auto"
     """For the separable convolutions, where they are ours: "reference" makes them PyTorch's two convolutions."""
-    is_compiled: bool = False
-    """By `torch.compile`."""
+    is_compiled: bool = False  # by `torch.compile`
 
     @property
     def case(self) -> str:

@@ -14,8 +14,7 @@ import fused_sepconv
 
 OURS = "fused_sepconv"
 
-PEERS = ("eager", "compile", "max-autotune")
-"""PyTorch's two convolutions, and `torch.compile` of them in two modes."""
+PEERS = ("eager", "compile", "max-autotune")  # PyTorch's two convolutions, and `torch.compile` of them in two modes
 
 _COMPILE_MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 """Without CUDA graphs: they would copy their inputs, and launches are hidden for all alike (see timing.py)."""
@@ -26,7 +25,7 @@ def is_ours(name: str) -> bool:
 
 
 def ours(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, geometry: Geometry) -> Tensor:
-    """What a user of the package gets under "auto"."""
+    """Ours, as a user of the package gets it under "auto"."""
     return fused_sepconv.separable_conv2d(x, depthwise_weight, pointwise_weight, None, *geometry)
 
 
@@ -45,8 +44,7 @@ def compiled(mode: str) -> SeparableConv:
 class Implementation:
     name: str
     function: SeparableConv
-    layout: str
-    """Memory layout of its x."""
+    layout: str  # memory layout of its x
     is_compiled: bool = False
 
     @property

@@ -1,4 +1,4 @@
-"""The pictures of a result: the layers' times and floors, whole networks, and memory."""
+"""The pictures of a result: the layers' times and floors, and whole networks."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +17,7 @@ from tables import figure as figure_of
 OURS_COLOURS = ("#d1495b", "#f0a202")
 PEER_COLOURS = ("#30638e", "#7fb2d6", "#8a8f98", "#c3c7cd", "#5b8e7d", "#a3c9a8", "#6d597a", "#b8a9c9")
 PAPER_COLOUR = "#444444"
-GROUP = 0.8
-"""The share of a group's room that its bars fill."""
+GROUP = 0.8  # the share of a group's room that its bars fill
 
 
 def draw(json: Path, rows: Sequence[Row], summary: dict[str, Any]) -> Iterator[Path]:
@@ -29,8 +28,6 @@ def draw(json: Path, rows: Sequence[Row], summary: dict[str, Any]) -> Iterator[P
         pictures[f"layers-{network}"] = layers([row for row in timed if row["network"] == network])
     if models := [row for row in rows if row["suite"] == "model" and row["median_ms"]]:
         pictures["networks"] = networks(one_setting(models), summary)
-    if memory := [row for row in rows if row["suite"] == "memory" and not row["error"]]:
-        pictures["memory"] = memory_of(one_setting(memory))
     for name, figure in pictures.items():
         path = json.with_suffix(f".{name}.png")
         figure.savefig(path, dpi=110)
@@ -99,12 +96,6 @@ def horizontal(axes: Axes, names: Sequence[str], widths: Sequence[float], colour
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def names_and_colours(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    names = [f"{row['case'].partition('@')[0]}\n{name_of(row['impl'], row['layout'])}" for row in rows]
-    by_kind = {"xception": PEER_COLOURS[0], "inception_v3": PEER_COLOURS[2]}
-    return names, [OURS_COLOURS[0] if is_ours(row["impl"]) else by_kind[row["network"]] for row in rows]
-
-
 def networks(rows: Sequence[Row], summary: dict[str, Any]) -> Figure:
     """Throughput of whole networks, and Xception's by that of Inception V3, beside what the paper had."""
     passes = list(dict.fromkeys(row["pass"] for row in rows))
@@ -113,35 +104,20 @@ def networks(rows: Sequence[Row], summary: dict[str, Any]) -> Figure:
     *panels, ratios = figure.subplots(1, len(passes) + 1)
     for axes, direction in zip(panels, passes, strict=True):
         of_pass = [row for row in rows if row["pass"] == direction]
-        names, colour = names_and_colours(of_pass)
+        names = [f"{row['case'].partition('@')[0]}\n{name_of(row['impl'], row['layout'])}" for row in of_pass]
+        by_kind = {"xception": PEER_COLOURS[0], "inception_v3": PEER_COLOURS[2]}
+        colour = [OURS_COLOURS[0] if is_ours(row["impl"]) else by_kind[row["network"]] for row in of_pass]
         horizontal(axes, names, [row["images_per_second"] for row in of_pass], colour, "images/s")
         axes.set_title(MODEL_PASSES[direction].capitalize())
     wanted = ("xception", "both", *values(rows[0], "dtype", "batch"))
     lines = [line for line in summary["models"] if values(line, "network", "pass", "dtype", "batch") == wanted]
     lines = [line for line in lines if line["by_inception_v3"]]
-    names = [
-        "paper (2017)",
-        "timm's published, least",
-        "and most",
-        *(name_of(*values(x, "impl", "layout")) for x in lines),
-    ]
+    names = ["paper (2017)", "timm's published, least", "and most"]
+    names += [name_of(*values(line, "impl", "layout")) for line in lines]
     colour = [PAPER_COLOUR, PEER_COLOURS[2], PEER_COLOURS[2]]
     colour += [OURS_COLOURS[0] if is_ours(line["impl"]) else PEER_COLOURS[0] for line in lines]
     widths = [PAPER_RATIO, *PUBLISHED_RATIOS, *(line["by_inception_v3"] for line in lines)]
     horizontal(ratios, names, widths, colour, "Inception V3 of the same run = 1")
     ratios.axvline(1, color="black", linewidth=0.9)
     ratios.set_title("Xception, training steps a second")
-    return figure
-
-
-def memory_of(rows: Sequence[Row]) -> Figure:
-    """What a training step keeps for the backward, and the most that it holds at once."""
-    figure = Figure(figsize=(12, 1.5 + 0.5 * len(rows)), layout="constrained")
-    figure.suptitle(f"Memory of a training step: {place(rows[0])}", fontsize=14)
-    titles = {"saved_bytes": "kept for the backward", "peak_bytes": "the most held at once"}
-    for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        horizontal(
-            axes, names_and_colours(rows)[0], [row[name] / 1e6 for row in rows], names_and_colours(rows)[1], "MB"
-        )
-        axes.set_title(title)
     return figure

@@ -16,8 +16,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 PASSES = {"fwd": "forward", "bwd": "backward", "both": "forward and backward"}
 
-GRADIENTS = ("x", "depthwise_weight", "pointwise_weight")
-"""The tensors whose gradients a backward computes."""
+GRADIENTS = ("x", "depthwise_weight", "pointwise_weight")  # the tensors whose gradients a backward computes
 
 
 class Inputs(NamedTuple):
@@ -61,11 +60,6 @@ class Problem:
     @property
     def geometry(self) -> Geometry:
         return Geometry(self.layer.stride, self.layer.padding, self.layer.dilation)
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of the four tensors of `Inputs`."""
-        return sum(math.prod(shape) for shape in self.shapes) * DTYPES[self.dtype].itemsize
 
     def inputs(self, seed: int) -> Inputs:
         """Random tensors, the weights scaled so that the output's variance is about one."""

@@ -59,7 +59,7 @@ PUBLISHED_RATIOS = (0.48, 0.64)
 
 
 def layer_row(problem: Problem, direction: str, ceilings: Ceilings, result: Timing | str | None, **named: Any) -> Row:
-    """What came of one implementation in one pass of one problem.
+    """The row of one implementation in one pass of one problem.
 
     `result` is a timing, or why there is none; None where time is not the question. `named` are more of the row's.
     """
@@ -105,7 +105,7 @@ Column = tuple[str, str, str]
 
 
 def column(row: Row) -> Column:
-    """What is compared for each layer: an implementation in a layout, sampled in a mode."""
+    """The column of a row in its table: an implementation in a layout, sampled in a mode."""
     return row["impl"], row["layout"], row["mode"]
 
 
@@ -132,7 +132,7 @@ def speed_up(own: Row, rows: Sequence[Row]) -> float | None:
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """What the rows say together.
+    """Sums up the rows.
 
     - totals: for each network, pass and column the sum over its layers, each as often as the network has it;
     - models: for each whole network its steps a second, and the ratio to the fastest Inception V3 of the run;

@@ -19,10 +19,9 @@ from tables import Table, figure, layer_table, memory_table, model_table
 
 BEGIN = "<!-- results: `python benchmarks/bench.py report` writes what stands between these two lines -->"
 END = "<!-- end of results -->"
-WIDTH = 120
-"""Of README's lines."""
+WIDTH = 120  # the width of README's lines
 BATCH, DTYPE = 64, "bfloat16"
-"""Of the floors where nothing is measured."""
+"""Those of the floors where nothing is measured."""
 
 
 def main(argv: Sequence[str]) -> int:

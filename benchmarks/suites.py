@@ -1,4 +1,4 @@
-"""What a run measures. A suite is a list of steps, and a step gives result rows as it makes them."""
+"""The measurements of a run. A suite is a list of steps, and a step gives result rows as it makes them."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,8 +23,7 @@ import fused_sepconv
 
 Result = TypeVar("Result")
 
-MODEL_PASSES = {"fwd": "inference", "both": "training step"}
-"""A backward alone is neither."""
+MODEL_PASSES = {"fwd": "inference", "both": "training step"}  # a backward alone is neither
 
 
 @dataclass(frozen=True)
@@ -32,25 +31,18 @@ class Settings:
     """How to measure: what the command line and the machine decide."""
 
     suites: tuple[str, ...]
-    device: str
-    """"cpu" or "cuda"."""
+    device: str  # "cpu" or "cuda"
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     layouts: tuple[str, ...]
-    model_layouts: tuple[str, ...]
-    """Layouts of whole networks."""
+    model_layouts: tuple[str, ...]  # layouts of whole networks
     passes: tuple[str, ...]
-    networks: tuple[str, ...]
-    """Whose layers are timed."""
-    peers: tuple[str, ...]
-    """Kinds of peers, see peers.py."""
-    modes: tuple[str, ...]
-    """In which layers are sampled, see timing.py."""
-    seconds: float
-    """To spend on the samples of each row."""
+    networks: tuple[str, ...]  # networks whose layers are timed
+    peers: tuple[str, ...]  # kinds of peers, see peers.py
+    modes: tuple[str, ...]  # in which layers are sampled, see timing.py
+    seconds: float  # to spend on the samples of each row
     host_seconds: float
-    threads: int
-    """That PyTorch uses on the CPU."""
+    threads: int  # threads that PyTorch uses on the CPU
     turns: int
     """In how many parts the samples are taken. A CPU's speed drifts with what else runs: taking turns shares that."""
     ceilings: Ceilings
@@ -59,8 +51,7 @@ class Settings:
 @dataclass(frozen=True)
 class Step:
     label: str
-    rows: int
-    """How many rows it gives, about."""
+    rows: int  # how many rows it gives, about
     run: Callable[[], Iterator[Row]]
 
 
@@ -70,7 +61,7 @@ def describe(failure: Exception) -> str:
 
 
 def steps_of(settings: Settings) -> list[Step]:
-    """What a run does, in its order: an interruption costs what comes last."""
+    """The steps of a run, in its order: an interruption costs what comes last."""
     suites = {"layers": layer_suite, "host": host_suite, "memory": memory_suite, "model": model_suite}
     return [step for name, make in suites.items() if name in settings.suites for step in make(settings)]
 
@@ -116,7 +107,7 @@ def contest(
 def refusals(
     problem: Problem, contestants: Sequence[Implementation], passes: Sequence[str]
 ) -> dict[tuple[Implementation, str], str]:
-    """Which passes of which implementations are not timed, and why: the answer is wrong, or there is none."""
+    """The passes of implementations that are not timed, and why: the answer is wrong, or there is none."""
     errors = {}
     with convolution_flags(problem.dtype):
         check = Check(problem, passes)
@@ -205,10 +196,10 @@ def network_steps(
 
 
 def network_row(network: Network, dtype: str, batch: int, direction: str, settings: Settings, **named: Any) -> Row:
-    about = {"network": network.key, "case": network.case, "count": 1, "dtype": dtype, "batch": batch, "mode": "plain"}
-    about |= {"layout": network.layout, "impl": network.impl, "device": settings.device}
+    named |= {"network": network.key, "case": network.case, "count": 1, "dtype": dtype, "batch": batch, "mode": "plain"}
+    named |= {"layout": network.layout, "impl": network.impl, "device": settings.device}
     floors = network.floors(batch, dtype, direction, settings.ceilings)
-    return make_row(direction, floors, settings.ceilings, **about, **named)
+    return make_row(direction, floors, settings.ceilings, **named)
 
 
 @contextmanager
@@ -274,7 +265,7 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def saved_bytes(forward: Callable[[], Result], parameters: Collection[Tensor]) -> int:
-    """What a forward keeps for its backward: the bytes of the distinct storages that autograd saves.
+    """Bytes that a forward keeps for its backward: the bytes of the distinct storages that autograd saves.
 
     Parameters are there anyway and are not counted. A layer's input is: it stays because the layer needs it.
     """

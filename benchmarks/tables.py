@@ -15,8 +15,7 @@ from rich.console import Console
 from suites import MODEL_PASSES
 
 MODES = {"plain": "one call after the other", "cold": "nothing of it in L2 before a call"}
-REDIRECTED_WIDTH = 160
-"""In characters, of what is written into a file or a pipe."""
+REDIRECTED_WIDTH = 160  # in characters, of what is written into a file or a pipe
 
 
 class Table(NamedTuple):
@@ -190,7 +189,7 @@ def host_table(rows: Sequence[Row], summary: dict[str, Any]) -> Table:
 # Compare
 
 MEASURED = {"median_ms": ("ms", figure), "peak_bytes": ("peak MB", megabytes), "saved_bytes": ("kept MB", megabytes)}
-"""What is compared, its heading, and how it is written."""
+"""The figures that are compared, their heading, and how they are written."""
 KEY = ("suite", "network", "case", "dtype", "layout", "batch", "pass", "impl", "device", "mode")
 """Equal for rows of two results that measured the same."""
 

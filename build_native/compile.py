@@ -156,7 +156,7 @@ def run_ninja(folder: Path, jobs: int, environ: Mapping[str, str]) -> int:
 
 
 def resource_report(csrc: Path, folder: Path) -> Report:
-    """What ptxas said about every kernel when its source was compiled, in this build or an earlier one."""
+    """The report of ptxas on every kernel when its source was compiled, in this build or an earlier one."""
     logs = [(folder / f"{source.relative_to(csrc)}.o.log").read_text() for source in kernel_sources(csrc)]
     report = merge(map(parse_ptxas, logs))
     add_readable_names(report)

@@ -8,9 +8,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <initializer_list>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -114,13 +116,25 @@ using Strides = std::array<int64_t, 4>;  // of (N, channels, H, W), in elements
 
 Image unplaced(const Strides& strides) { return {nullptr, strides[0], strides[1], strides[2], strides[3]}; }
 
+// A tiling as Python gives it: its fields in the order of params.h.
+template <class Tiling>
+using Fields = std::array<int32_t, sizeof(Tiling) / sizeof(int32_t)>;
+
+template <class Tiling>
+Tiling tiling_of(const Fields<Tiling>& fields) {
+  static_assert(sizeof fields == sizeof(Tiling) && std::is_trivially_copyable_v<Tiling>, "int32_t fields alone");
+  Tiling tiling;
+  std::memcpy(&tiling, &fields, sizeof tiling);
+  return tiling;
+}
+
 using ForwardLaunch = Launch<ForwardInstance, ForwardParams>;
 
-ForwardLaunch forward_launch(const std::string& instance, const ConvShape& shape, const std::array<int32_t, 4>& tiling,
+ForwardLaunch forward_launch(const std::string& instance, const ConvShape& shape, const Fields<MmaTiling>& tiling,
                              const Strides& x, const Strides& residual, const Strides& grad_output, const Strides& y) {
   ForwardParams params{};
   params.shape = shape;
-  params.tiling = {tiling[0], tiling[1], tiling[2], tiling[3]};
+  params.tiling = tiling_of<MmaTiling>(tiling);
   params.x = unplaced(x);
   params.residual = unplaced(residual);
   params.grad_output = unplaced(grad_output);
@@ -147,11 +161,11 @@ using BackwardLaunch = Launch<BackwardInstance, BackwardParams>;
 
 // One step of a backward; what the step does not use may be zeros and null.
 BackwardLaunch backward_launch(const std::string& instance, const ConvShape& shape,
-                               const std::array<int32_t, 5>& mma_weight, int64_t pixels_per_split, int splits,
+                               const Fields<MmaWeightTiling>& mma_weight, int64_t pixels_per_split, int splits,
                                const Strides& x, const Strides& grad_z, const Strides& grad_t, const Strides& grad_x) {
   BackwardParams params{};
   params.shape = shape;
-  params.mma_weight = {mma_weight[0], mma_weight[1], mma_weight[2], mma_weight[3], mma_weight[4]};
+  params.mma_weight = tiling_of<MmaWeightTiling>(mma_weight);
   params.pixels_per_split = pixels_per_split;
   params.splits = splits;
   params.x = unplaced(x);
@@ -180,12 +194,12 @@ void run_backward(const BackwardLaunch& launch, Address x, Address depthwise_wei
 using DepthwiseForwardLaunch = Launch<DepthwiseForwardInstance, DepthwiseForwardParams>;
 
 DepthwiseForwardLaunch depthwise_forward_launch(const std::string& instance, const ConvShape& shape,
-                                                const NhwcTiling& tiling, const NchwTiling& planes, const Strides& x,
-                                                const Strides& grad_output, const Strides& y) {
+                                                const Fields<NhwcTiling>& tiling, const Fields<NchwTiling>& planes,
+                                                const Strides& x, const Strides& grad_output, const Strides& y) {
   DepthwiseForwardParams params{};
   params.shape = shape;
-  params.tiling = tiling;
-  params.planes = planes;
+  params.tiling = tiling_of<NhwcTiling>(tiling);
+  params.planes = tiling_of<NchwTiling>(planes);
   params.x = unplaced(x);
   params.grad_output = unplaced(grad_output);
   params.y = unplaced(y);
@@ -203,15 +217,27 @@ void run_depthwise_forward(const DepthwiseForwardLaunch& launch, Address x, Addr
   run(launch.made, params, stream);
 }
 
+// A prepared launch of a normalised instance.
+void run_normalised_forward(const DepthwiseForwardLaunch& launch, Address x, Address scale, Address shift,
+                            Address depthwise_weight, Address depthwise_bias, Address y, Stream stream) {
+  DepthwiseForwardParams params = launch.params;
+  params.x.data = pointer(x);
+  params.affine = {static_cast<float*>(pointer(scale)), static_cast<float*>(pointer(shift))};
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.depthwise_bias = pointer(depthwise_bias);
+  params.y.data = pointer(y);
+  run(launch.made, params, stream);
+}
+
 using DepthwiseBackwardLaunch = Launch<DepthwiseBackwardInstance, DepthwiseBackwardParams>;
 
 DepthwiseBackwardLaunch depthwise_backward_launch(const std::string& instance, const ConvShape& shape,
-                                                  const NhwcTiling& tiling, const NchwTiling& planes, const Strides& x,
-                                                  const Strides& grad_output, const Strides& grad_x) {
+                                                  const Fields<NhwcTiling>& tiling, const Fields<NchwTiling>& planes,
+                                                  const Strides& x, const Strides& grad_output, const Strides& grad_x) {
   DepthwiseBackwardParams params{};
   params.shape = shape;
-  params.tiling = tiling;
-  params.planes = planes;
+  params.tiling = tiling_of<NhwcTiling>(tiling);
+  params.planes = tiling_of<NchwTiling>(planes);
   params.x = unplaced(x);
   params.grad_output = unplaced(grad_output);
   params.grad_x = unplaced(grad_x);
@@ -232,13 +258,30 @@ void run_depthwise_backward(const DepthwiseBackwardLaunch& launch, Address x, Ad
   run(launch.made, params, stream);
 }
 
+// A prepared launch of a normalised instance.
+void run_normalised_backward(const DepthwiseBackwardLaunch& launch, Address x, Address scale, Address shift,
+                             Address mean, Address depthwise_weight, Address grad_t, Address dz, Address partial_weight,
+                             Address partial_bias, Address partial_affine, Stream stream) {
+  DepthwiseBackwardParams params = launch.params;
+  params.x.data = pointer(x);
+  params.affine = {static_cast<float*>(pointer(scale)), static_cast<float*>(pointer(shift))};
+  params.mean = static_cast<float*>(pointer(mean));
+  params.depthwise_weight = pointer(depthwise_weight);
+  params.grad_output.data = pointer(grad_t);
+  params.grad_x.data = pointer(dz);
+  params.partial_weight = static_cast<float*>(pointer(partial_weight));
+  params.partial_bias = static_cast<float*>(pointer(partial_bias));
+  params.partial_affine = static_cast<float*>(pointer(partial_affine));
+  run(launch.made, params, stream);
+}
+
 using MmaInputLaunch = Launch<MmaInputInstance, MmaInputParams>;
 
 MmaInputLaunch mma_input_launch(const std::string& instance, const ConvShape& shape,
-                                const std::array<int32_t, 4>& tiling, const Strides& x, const Strides& grad_z) {
+                                const Fields<MmaInputTiling>& tiling, const Strides& x, const Strides& grad_z) {
   MmaInputParams params{};
   params.shape = shape;
-  params.tiling = {tiling[0], tiling[1], tiling[2], tiling[3]};
+  params.tiling = tiling_of<MmaInputTiling>(tiling);
   params.x = unplaced(x);
   params.grad_z = unplaced(grad_z);
   return {mma_input_instances().at(instance), params};
@@ -307,7 +350,7 @@ py::dict build_info() {
   return result;
 }
 
-// The CUDA version that the driver serves, as 1000 * major + 10 * minor; 0 where there is no driver.
+// The CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 where there is no driver.
 int driver_version() {
   int version = 0;
 #ifndef FSC_EMULATED
@@ -318,7 +361,7 @@ int driver_version() {
 
 #ifndef FSC_EMULATED
 
-// What the driver says of every instance on the current device. Loads them all. Raises where there is no usable driver,
+// The driver's figures of every instance on the current device. Loads them all. Raises where there is no usable driver,
 // no device, or no code for its architecture.
 py::dict attributes() {
   py::dict result;
@@ -417,32 +460,6 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("mid_activation", &ConvShape::mid_activation)
       .def_readwrite("activation", &ConvShape::activation);
 
-  py::class_<NhwcTiling>(m, "NhwcTiling", py::module_local())
-      .def(py::init<>())
-      .def_readwrite("phases_h", &NhwcTiling::phases_h)
-      .def_readwrite("phases_w", &NhwcTiling::phases_w)
-      .def_readwrite("column_tiles", &NhwcTiling::column_tiles)
-      .def_readwrite("tile_columns", &NhwcTiling::tile_columns)
-      .def_readwrite("first_row", &NhwcTiling::first_row)
-      .def_readwrite("first_column", &NhwcTiling::first_column)
-      .def_readwrite("groups", &NhwcTiling::groups)
-      .def_readwrite("groups_per_part", &NhwcTiling::groups_per_part)
-      .def_readwrite("parts", &NhwcTiling::parts)
-      .def_readwrite("warps", &NhwcTiling::warps)
-      .def_readwrite("shared_bytes", &NhwcTiling::shared_bytes);
-
-  py::class_<NchwTiling>(m, "NchwTiling", py::module_local())
-      .def(py::init<>())
-      .def_readwrite("images", &NchwTiling::images)
-      .def_readwrite("rows", &NchwTiling::rows)
-      .def_readwrite("bands", &NchwTiling::bands)
-      .def_readwrite("first_row", &NchwTiling::first_row)
-      .def_readwrite("first_column", &NchwTiling::first_column)
-      .def_readwrite("columns", &NchwTiling::columns)
-      .def_readwrite("units_per_part", &NchwTiling::units_per_part)
-      .def_readwrite("parts", &NchwTiling::parts)
-      .def_readwrite("shared_bytes", &NchwTiling::shared_bytes);
-
   const py::call_guard<py::gil_scoped_release> without_gil;
   py::class_<ForwardLaunch>(m, "ForwardLaunch", py::module_local())
       .def(py::init(&forward_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"), py::arg("x"),
@@ -456,11 +473,13 @@ PYBIND11_MODULE(_native, m) {
   py::class_<DepthwiseForwardLaunch>(m, "DepthwiseForwardLaunch", py::module_local())
       .def(py::init(&depthwise_forward_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"),
            py::arg("planes"), py::arg("x"), py::arg("grad_output"), py::arg("y"))
-      .def("__call__", &run_depthwise_forward, without_gil);
+      .def("__call__", &run_depthwise_forward, without_gil)
+      .def("normalised", &run_normalised_forward, without_gil);
   py::class_<DepthwiseBackwardLaunch>(m, "DepthwiseBackwardLaunch", py::module_local())
       .def(py::init(&depthwise_backward_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"),
            py::arg("planes"), py::arg("x"), py::arg("grad_output"), py::arg("grad_x"))
-      .def("__call__", &run_depthwise_backward, without_gil);
+      .def("__call__", &run_depthwise_backward, without_gil)
+      .def("normalised", &run_normalised_backward, without_gil);
   py::class_<MmaInputLaunch>(m, "MmaInputLaunch", py::module_local())
       .def(py::init(&mma_input_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"), py::arg("x"),
            py::arg("grad_z"))

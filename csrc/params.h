@@ -131,6 +131,13 @@ struct NchwTiling {
   int32_t shared_bytes;  // of a block
 };
 
+// What stands before a normalised depthwise convolution: pre_act(scale * x + shift), a channel, in float32; around the
+// image there are zeros after it.
+struct Affine {
+  const float* scale;  // (C)
+  const float* shift;  // (C)
+};
+
 // One forward call of a depthwise convolution by itself: t = depthwise(pre_act(x)) + depthwise_bias, y = mid_act(t).
 // With grad_output it is a backward's first step, where the kernel that follows does not take it: y = grad_output *
 // mid_act'(t).
@@ -144,9 +151,11 @@ struct DepthwiseForwardParams {
   Image grad_output;             // (N, K, out_h, out_w), or data == null
   Image y;                       // (N, K, out_h, out_w)
   StripSteps x_steps, y_steps;   // of the kernels for NHWC
+  Affine affine;                 // of the normalised kernels, which have neither mid-activation nor grad_output
 };
 
-// One backward call of it: all gradients in one pass over x and grad_output, the gradient of y.
+// One backward call of it: all gradients in one pass over x and grad_output, the gradient of y. Where x is normalised
+// first, grad_x is dz, the gradient of z = scale * x + shift, and its two sums over the pixels come beside it.
 struct DepthwiseBackwardParams {
   ConvShape shape;
   NhwcTiling tiling;                                    // of the kernels for NHWC
@@ -159,6 +168,9 @@ struct DepthwiseBackwardParams {
   float* partial_weight;                                // (parts, K, kernel_h, kernel_w), or null
   float* partial_bias;                                  // (parts, K), or null
   StripSteps x_steps, grad_output_steps, grad_x_steps;  // of the kernels for NHWC
+  Affine affine;                                        // of the normalised kernels, which have no mid-activation
+  const float* mean;                                    // (C): what x's values lie around
+  float* partial_affine;                                // (parts, 2, C): of dz, and of dz * (x - mean)
 };
 
 // How the tensor-core backward cuts the stream of positions that all images make (mma/stream.cuh).

@@ -3,7 +3,6 @@
 from fused_sepconv import models
 from fused_sepconv._version import __version__
 from fused_sepconv.explain import explain
-from fused_sepconv.families.pytorch import convolutions as reference
 from fused_sepconv.nn.depthwise import DepthwiseConv1d, DepthwiseConv2d
 from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
 from fused_sepconv.nn.separable import SeparableConv2d
@@ -25,7 +24,6 @@ __all__ = [
     "explain",
     "models",
     "optimize_for_inference",
-    "reference",
     "replace_depthwise_convs",
     "replace_separable_convs",
     "restore_convs",

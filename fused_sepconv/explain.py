@@ -51,12 +51,10 @@ class ModelExplanation:
     """The plans of every `SeparableConv2d` and `DepthwiseConv2d` of a model, and of every pair that runs as one, in the
     order in which they ran."""
 
-    layers: tuple[tuple[str, Explanation], ...]
-    """(module name, its plans)."""
+    layers: tuple[tuple[str, Explanation], ...]  # (module name, its plans)
     children_called: tuple[str, ...]
     """Modules whose children carry something of their own, and so run as two convolutions, without a plan."""
-    multiply_adds: int
-    """Of the whole model's forward: its convolutions and matrix products, those of no separable convolution too."""
+    multiply_adds: int  # multiply-adds of the whole model's forward: all its convolutions and matrix products
 
     @property
     def forward_seconds(self) -> float:
@@ -106,7 +104,7 @@ _CHECKS = {separable_conv2d: normalise, depthwise_conv2d: normalise_depthwise}
 def explain(
     target: Tensor | nn.Module | Callable[..., Tensor], *args: Any, device: str | None = None, **kwargs: Any
 ) -> Any:
-    """What "auto" would run, and why: the plan of a call, or of every layer of this package in a model.
+    """Explains what "auto" would run: the plan of a call, or of every layer of this package in a model.
 
     `explain(separable_conv2d, x, ...)` and `explain(depthwise_conv2d, x, ...)` take the function's arguments and give
     an `Explanation`; `explain(x, depthwise_weight, pointwise_weight, ...)` is `separable_conv2d`'s.

@@ -30,7 +30,7 @@ from fused_sepconv.planning.plan import INSTANCES
 from tests import accuracy
 from tests.accuracy import LAYOUTS, allowing_tf32, eager_in, results
 from tests.support.calls import function_of
-from tests.support.cases import Case, depthwise
+from tests.support.cases import Case, depthwise, normalised
 from tests.support.closeness import FACTOR, assert_as_close_as_eager, assert_gradient_as_close_as_eager
 from tests.support.emulation import emulated_kernels, planned_for
 
@@ -112,6 +112,12 @@ def one_pass_depthwise(kind: str, layout: str, dtype: str) -> Iterator[Run]:
         yield Run(case, "depthwise", dtype, layout)
 
 
+def one_pass_normalised(kind: str, layout: str, dtype: str) -> Iterator[Run]:
+    runs = list(one_pass_depthwise(kind, layout, dtype))
+    for run, case in zip(runs, normalised([run.case for run in runs]), strict=True):
+        yield replace(run, case=case)
+
+
 def mma_forward(kind: str, tile: str, dtype: str) -> Iterator[Run]:
     for variant in VARIANTS:
         yield Run(_case(kind, variant), "mma", dtype, "nhwc", tile)
@@ -144,6 +150,7 @@ RULES: dict[str, Callable[..., Iterator[Run]]] = {
     rf"reduce_splits_{_STORED}": simt,
     rf"simt_depthwise_forward_{_STORED}_{_LAYOUT}": simt_depthwise,
     rf"depthwise_(forward|backward)_{_LAYOUT}_(?P<kind>\dx\d_(s1|s2|dilated))_{_STORED}": one_pass_depthwise,
+    rf"depthwise_normalised_(forward|backward)_{_LAYOUT}_(?P<kind>\dx\d_(s1|s2))_{_STORED}": one_pass_normalised,
     rf"mma_forward_(?P<kind>any|\dx\d(_stride2)?)_(?P<tile>\d+x\d+)_{_OPERAND}": mma_forward,
     rf"mma_backward_pointwise_weight_(?P<kind>any|\dx\d(_stride2)?)_{_OPERAND}": mma_weight,
     rf"mma_backward_input_(?P<kind>\dx\d)_{_OPERAND}": mma_input,

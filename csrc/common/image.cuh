@@ -6,8 +6,8 @@
 
 namespace fused_sepconv {
 
-// Which dimension of the images is contiguous: channels or columns. Kernels take any strides; the layout decides which
-// index neighbouring threads differ in.
+// The dimension of the images that is contiguous: channels or columns. Kernels take any strides; the layout decides
+// which index neighbouring threads differ in.
 enum class Layout { nhwc, nchw };
 
 // Offset of (n, c, h, w), in elements; 64 bits, as N * C * H * W may pass 2^31.

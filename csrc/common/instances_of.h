@@ -33,7 +33,7 @@ std::string spelling_of() {
   return begin == std::string::npos || end == std::string::npos ? "" : type.substr(begin + 2, end - begin - 2);
 }
 
-// What a kernel's launch needs besides its params. `Made` is one of the Instance structs.
+// Everything that a kernel's launch needs besides its params. `Made` is one of the Instance structs.
 template <class Made, class Scalar, class Compute, auto kernel>
 Made make_instance(const std::string& name, int threads, int shared_bytes) {
   Made made;
@@ -44,6 +44,16 @@ Made make_instance(const std::string& name, int threads, int shared_bytes) {
   made.threads = threads;
   made.shared_bytes = shared_bytes;
   made.kernel = reinterpret_cast<const void*>(kernel);
+  return made;
+}
+
+// An instance that is launched with the params of the call, its own threads and shared memory, and `blocks(params)`.
+template <class Made, class Scalar, class Compute, auto kernel, auto blocks>
+Made make_plain_instance(const std::string& name, int threads, int shared_bytes) {
+  Made made = make_instance<Made, Scalar, Compute, kernel>(name, threads, shared_bytes);
+  made.run = [](const Instance& instance, const auto& params, Stream stream) {
+    launch(instance.name.c_str(), kernel, {blocks(params), instance.threads, instance.shared_bytes}, stream, params);
+  };
   return made;
 }
 
@@ -91,6 +101,17 @@ std::vector<Made> for_every_kernel(const std::string& family) {
       in_every_narrow_dtype<Family, 5, 2>(family + "_5x5_s2"),
       in_every_narrow_dtype<Family, 7, 1>(family + "_7x7_s1"),
       in_every_narrow_dtype<Family, 7, 2>(family + "_7x7_s2"),
+  });
+}
+
+// The same of the kernels that normalise their input: "<family>_<kernel>x<kernel>_s<stride>_<dtype>", up to 5x5.
+template <class Made, class Family>
+std::vector<Made> for_every_normalised_kernel(const std::string& family) {
+  return all_of<Made>({
+      in_every_narrow_dtype<Family, 3, 1>(family + "_3x3_s1"),
+      in_every_narrow_dtype<Family, 3, 2>(family + "_3x3_s2"),
+      in_every_narrow_dtype<Family, 5, 1>(family + "_5x5_s1"),
+      in_every_narrow_dtype<Family, 5, 2>(family + "_5x5_s2"),
   });
 }
 

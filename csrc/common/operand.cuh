@@ -22,7 +22,7 @@ FSC_DEVICE WordOf<Scalar> floats_of(uint32_t word) {
   return values;
 }
 
-// What mma.sync multiplies: float32 is rounded to TF32.
+// The operands of mma.sync: float32 is rounded to TF32.
 template <class Scalar>
 FSC_DEVICE uint32_t operand_of(const float* values) {
   if constexpr (sizeof(Scalar) == 4)

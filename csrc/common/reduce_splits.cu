@@ -6,17 +6,12 @@
 namespace fused_sepconv {
 namespace {
 
-template <class Scalar, class Compute>
-void run(const Instance& instance, const ReduceParams& params, Stream stream) {
-  launch(instance.name.c_str(), reduce_splits<Scalar, Compute>,
-         {tiles(params.count, kReduceThreads), instance.threads, instance.shared_bytes}, stream, params);
-}
+int64_t blocks(const ReduceParams& params) { return tiles(params.count, kReduceThreads); }
 
 template <class Scalar, class Compute>
 ReduceInstance make(const std::string& name) {
-  auto made = make_instance<ReduceInstance, Scalar, Compute, reduce_splits<Scalar, Compute>>(name, kReduceThreads, 0);
-  made.run = run<Scalar, Compute>;
-  return made;
+  return make_plain_instance<ReduceInstance, Scalar, Compute, reduce_splits<Scalar, Compute>, blocks>(
+      name, kReduceThreads, 0);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ constexpr int kNchwColumns = 2;  // neighbouring columns that a thread owns
 
 // What is fixed when a kernel for NCHW is compiled. A word is 4 bytes: what an activation is applied to at a time.
 // A dilated kernel has stride 1 in each phase of the image (phases.cuh); what the call's stride is it asks the shape.
-template <class Scalar_, int kernel, int stride, bool dilated, int rows, int blocks_per_sm>
+template <class Scalar_, int kernel, int stride, bool dilated, int rows, int blocks_per_sm, bool normalised = false>
 struct NchwTraits {
   using Scalar = Scalar_;
   static constexpr int kChannels = 4 / sizeof(Scalar);  // elements of a word, which here are of one channel
@@ -25,6 +25,7 @@ struct NchwTraits {
   static constexpr int kTaps = kernel * kernel;
   static constexpr int kStride = stride;
   static constexpr bool kDilated = dilated;
+  static constexpr bool kNormalised = normalised;  // x is scaled and shifted first (Affine in params.h)
   static constexpr int kRows = rows;
   static constexpr int kColumns = kNchwColumns;
   static constexpr int kPieceElements = kPieceBytes / sizeof(Scalar);
@@ -190,6 +191,16 @@ struct NchwRows {
       if (piece * kPieceBytes - shift(image) >= count * static_cast<int>(sizeof(Scalar))) return;
       const int at = image * pitch() + piece * kPieceBytes;
       activate_piece<Traits>(activation, slots + at, to + at);
+    });
+  }
+
+  // The same of scale (x) * value + shift (y). A piece may reach beyond its run: that is never read.
+  FSC_DEVICE void normalise_own(int images, Activation activation, float2 affine, unsigned char* to) const {
+    for_each_own_piece(images, [&](int image, int piece) {
+      if (piece * kPieceBytes - shift(image) >= count * static_cast<int>(sizeof(Scalar))) return;
+      const int at = image * pitch() + piece * kPieceBytes;
+      const auto same = [&](int) { return affine; };
+      normalise_piece<Traits>(activation, slots + at, to + at, same, same);
     });
   }
 

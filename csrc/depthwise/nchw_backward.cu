@@ -13,11 +13,12 @@ void run(const Instance& instance, const DepthwiseBackwardParams& params, Stream
          stream, NchwBackwardParams<Traits>(params));
 }
 
-template <class Scalar, int kernel, int stride, bool dilated>
+template <class Scalar, int kernel, int stride, bool dilated, bool normalised = false>
 using Traits = NchwTraits<Scalar, kernel, stride, dilated, stride == 1 && kernel == 3 ? 4 : 2,
                           kernel == 3   ? 4
                           : kernel == 5 ? 3
-                                        : 2>;
+                                        : 2,
+                          normalised>;
 
 template <class Traits>
 DepthwiseBackwardInstance instance_of(const std::string& name) {
@@ -34,6 +35,13 @@ struct Family {
   }
 };
 
+struct NormalisedFamily {
+  template <class Scalar, int kernel, int stride>
+  static DepthwiseBackwardInstance make(const std::string& name) {
+    return instance_of<Traits<Scalar, kernel, stride, false, true>>(name);
+  }
+};
+
 struct DilatedFamily {
   template <class Scalar, int kernel, int stride>
   static DepthwiseBackwardInstance make(const std::string& name) {
@@ -47,7 +55,8 @@ std::vector<DepthwiseBackwardInstance> depthwise_nchw_backward_instances() {
   const std::string family = "depthwise_backward_nchw";
   return all_of<DepthwiseBackwardInstance>(
       {for_every_kernel<DepthwiseBackwardInstance, Family>(family),
-       for_every_dilated_kernel<DepthwiseBackwardInstance, DilatedFamily>(family)});
+       for_every_dilated_kernel<DepthwiseBackwardInstance, DilatedFamily>(family),
+       for_every_normalised_kernel<DepthwiseBackwardInstance, NormalisedFamily>("depthwise_normalised_backward_nchw")});
 }
 
 }  // namespace fused_sepconv

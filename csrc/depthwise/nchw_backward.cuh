@@ -13,6 +13,8 @@
 // nhwc_backward.cuh in the layout of nchw_forward.cuh: who owns what, and why each pair of x and
 // grad_t is counted once, stands there. A band is of rows of x, counted from the first row of padding on.
 //
+// Normalised: as in nhwc_backward.cuh.
+//
 // Floor. Device bytes: x + grad_output + grad_x, each once, and the bands' overlap in grad_output; with a
 // mid-activation, of whose argument the rows around a band's own are made, in x too.
 #pragma once
@@ -127,6 +129,7 @@ depthwise_nchw_backward(const FSC_CONST_PARAM NchwBackwardParams<Traits> planes)
   const int64_t end = begin + tiling.units_per_part < units ? begin + tiling.units_per_part : units;
 
   float weights[Traits::kTaps][1], weight_sums[Traits::kTaps], bias_sum[1] = {0.0f};
+  float affine_sums[2] = {0.0f, 0.0f};  // of dz, and of dz * (x - mean)
   const Scalar* weight = static_cast<const Scalar*>(params.depthwise_weight) + static_cast<int64_t>(k) * Traits::kTaps;
   FSC_UNROLL
   for (int tap = 0; tap < Traits::kTaps; ++tap) {
@@ -136,10 +139,18 @@ depthwise_nchw_backward(const FSC_CONST_PARAM NchwBackwardParams<Traits> planes)
 
   const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
   const float bias = biases == nullptr ? 0.0f : convert<float>(biases[k]);
+  const float2 affine =
+      Traits::kNormalised ? make_float2(params.affine.scale[k], params.affine.shift[k]) : make_float2(1.0f, 0.0f);
+  const float mean = Traits::kNormalised ? params.mean[k] : 0.0f;
+  const auto add_affine_sums = [&](float dz, float x) {
+    affine_sums[0] += dz;
+    affine_sums[1] += dz * (x - mean);
+  };
 
   const bool relu = shape.pre_activation == Activation::relu;  // whose result shows its derivative
-  const bool beside = shape.pre_activation != Activation::none && !relu;
-  const int before = shape.mid_activation != Activation::none ? reach_h : 0;          // rows of x before the band's own
+  const bool beside = Traits::kNormalised || (shape.pre_activation != Activation::none && !relu);
+  const bool mid = !Traits::kNormalised && shape.mid_activation != Activation::none;
+  const int before = mid ? reach_h : 0;                                               // rows of x before the band's own
   const int grad_bytes = tiling.images * planes.grad_pieces.divisor() * kPieceBytes;  // of the slots of a unit
   const int x_bytes = tiling.images * planes.x_pieces.divisor() * kPieceBytes;
   unsigned char* x_slots = shared + 2 * grad_bytes;
@@ -177,7 +188,9 @@ depthwise_nchw_backward(const FSC_CONST_PARAM NchwBackwardParams<Traits> planes)
   for (int64_t number = begin; number < end; ++number) {
     const NchwRows<Traits> raw = rows_of_x(unit, parity), grads = rows_of_grad(unit, parity);
     async_copy_wait<0>();
-    if (shape.pre_activation != Activation::none)
+    if (Traits::kNormalised)
+      raw.normalise_own(unit.images, shape.pre_activation, affine, active_slots);
+    else if (shape.pre_activation != Activation::none)
       raw.activate_own(unit.images, shape.pre_activation, beside ? active_slots : raw.slots);
     __syncthreads();  // the unit is there
 
@@ -196,7 +209,7 @@ depthwise_nchw_backward(const FSC_CONST_PARAM NchwBackwardParams<Traits> planes)
     // The band's own rows of x, of the run.
     const int own_begin = clipped(padded_row - shape.pad_top, shape.H) - x_row;
     const int own_end = clipped(padded_row + tiling.rows - shape.pad_top, shape.H) - x_row;
-    if (shape.mid_activation != Activation::none) {
+    if (mid) {
       through_mid_activation(grads, active, planes, weights, bias, unit.images, grad_row, x_row);
       __syncthreads();
     }
@@ -205,6 +218,7 @@ depthwise_nchw_backward(const FSC_CONST_PARAM NchwBackwardParams<Traits> planes)
       const auto [image, item_row, item_column] = planes.items.at(item, unit.images);
       const int row = padded_row + item_row, column = tiling.first_column + item_column;  // of x with its padding
       Scalar* pixels = active.slot(image);
+      const Scalar* raw_pixels = raw.slot(image);
       const Scalar* gradients = grads.slot(image);
       const int first_h = row - shape.pad_top - x_row, first_w = column - shape.pad_left;
       const auto inside = [&](int r, int c) {
@@ -254,21 +268,26 @@ depthwise_nchw_backward(const FSC_CONST_PARAM NchwBackwardParams<Traits> planes)
         FSC_UNROLL
         for (int c = 0; c < kColumns; ++c) {
           if (relu) grad_x[r][c] = differentiate(Activation::relu, grad_x[r][c], values[r][c]);
+          if (Traits::kNormalised && relu)  // nothing outside the image, where the value is 0
+            add_affine_sums(grad_x[r][c], inside(r, c) ? convert<float>(raw_pixels[own(r, c)]) : 0.0f);
           if (inside(r, c)) pixels[own(r, c)] = convert<Scalar>(grad_x[r][c]);
         }
       }
     }
     __syncthreads();
     if (params.grad_x.data != nullptr) {
-      if (beside) {
+      if (Traits::kNormalised ? !relu : beside) {
         const int own_count = (own_end - own_begin) * shape.W;
         FSC_ROLLED
         for (int i = threadIdx.x; i < unit.images * own_count; i += Traits::kThreads) {
           const int image = unit.images > 1 ? i / own_count : 0;
           const int element = own_begin * shape.W + i - image * own_count;
           Scalar* grad = active.slot(image) + element;
-          *grad = convert<Scalar>(
-              differentiate(shape.pre_activation, convert<float>(*grad), convert<float>(raw.slot(image)[element])));
+          const float at = convert<float>(raw.slot(image)[element]);
+          const float dz = differentiate(shape.pre_activation, convert<float>(*grad),
+                                         Traits::kNormalised ? affine.x * at + affine.y : at);
+          if (Traits::kNormalised) add_affine_sums(dz, at);
+          *grad = convert<Scalar>(dz);
         }
         __syncthreads();
       }
@@ -289,6 +308,9 @@ depthwise_nchw_backward(const FSC_CONST_PARAM NchwBackwardParams<Traits> planes)
     });
   if (params.partial_bias != nullptr)
     sum_over_block(sums, bias_sum, [&](int, float total) { params.partial_bias[part * shape.K + k] = total; });
+  if (Traits::kNormalised)
+    sum_over_block(sums, affine_sums,
+                   [&](int i, float total) { params.partial_affine[(2 * part + i) * shape.C + k] = total; });
 }
 
 }  // namespace fused_sepconv

@@ -13,11 +13,12 @@ void run(const Instance& instance, const DepthwiseForwardParams& params, Stream 
          stream, NchwForwardParams<Traits>(params));
 }
 
-template <class Scalar, int kernel, int stride, bool dilated>
+template <class Scalar, int kernel, int stride, bool dilated, bool normalised = false>
 using Traits = NchwTraits<Scalar, kernel, stride, dilated, stride == 1 ? 4 : 2,
                           kernel == 3   ? 6
                           : kernel == 5 ? 4
-                                        : 2>;
+                                        : 2,
+                          normalised>;
 
 template <class Traits>
 DepthwiseForwardInstance instance_of(const std::string& name) {
@@ -34,6 +35,13 @@ struct Family {
   }
 };
 
+struct NormalisedFamily {
+  template <class Scalar, int kernel, int stride>
+  static DepthwiseForwardInstance make(const std::string& name) {
+    return instance_of<Traits<Scalar, kernel, stride, false, true>>(name);
+  }
+};
+
 struct DilatedFamily {
   template <class Scalar, int kernel, int stride>
   static DepthwiseForwardInstance make(const std::string& name) {
@@ -45,8 +53,10 @@ struct DilatedFamily {
 
 std::vector<DepthwiseForwardInstance> depthwise_nchw_forward_instances() {
   const std::string family = "depthwise_forward_nchw";
-  return all_of<DepthwiseForwardInstance>({for_every_kernel<DepthwiseForwardInstance, Family>(family),
-                                           for_every_dilated_kernel<DepthwiseForwardInstance, DilatedFamily>(family)});
+  return all_of<DepthwiseForwardInstance>(
+      {for_every_kernel<DepthwiseForwardInstance, Family>(family),
+       for_every_dilated_kernel<DepthwiseForwardInstance, DilatedFamily>(family),
+       for_every_normalised_kernel<DepthwiseForwardInstance, NormalisedFamily>("depthwise_normalised_forward_nchw")});
 }
 
 }  // namespace fused_sepconv

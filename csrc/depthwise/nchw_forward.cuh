@@ -13,6 +13,8 @@
 // Why it is legal. Channels do not mix, and a band needs (k - 1) * dilation + 1 - stride rows of its neighbours, which
 // it reads again.
 //
+// Normalised: act(scale * x + shift) takes the pre-activation's place; around the image windows read zeros as ever.
+//
 // Floor. Device bytes: x + y, each once, and the bands' overlap. Arithmetic: for 3x3 in 16 bits about 35 instructions a
 // thread and output, as every element of a window is a load of its own, and some 10 for the pieces that come and go:
 // more than the memory takes.
@@ -70,12 +72,14 @@ depthwise_nchw_forward(const FSC_CONST_PARAM NchwForwardParams<Traits> planes) {
   for (int tap = 0; tap < Traits::kTaps; ++tap) weights[tap][0] = convert<float>(weight[tap]);
   const Scalar* biases = static_cast<const Scalar*>(params.depthwise_bias);
   const float bias = biases == nullptr ? 0.0f : convert<float>(biases[k]);
+  const float2 affine =
+      Traits::kNormalised ? make_float2(params.affine.scale[k], params.affine.shift[k]) : make_float2(1.0f, 0.0f);
 
   const int slots_bytes = tiling.images * planes.x_pieces.divisor() * kPieceBytes;
   unsigned char* staging = shared + 2 * slots_bytes;
 
   const Scalar* x = static_cast<const Scalar*>(params.x.data);
-  const int channel = k / shape.multiplier;
+  const int channel = Traits::kNormalised ? k : k / shape.multiplier;
   // First and last row of the band's outputs, and of the image under them.
   const auto first_output = [&](const NchwUnit& unit) { return unit.band * tiling.rows; };
   const auto end_output = [&](const NchwUnit& unit) {
@@ -97,7 +101,8 @@ depthwise_nchw_forward(const FSC_CONST_PARAM NchwForwardParams<Traits> planes) {
                             (row_end - row) * shape.W};
   };
 
-  const bool relu = shape.mid_activation == Activation::relu && params.grad_output.data == nullptr;
+  const bool mid = !Traits::kNormalised && shape.mid_activation != Activation::none;
+  const bool relu = mid && shape.mid_activation == Activation::relu && params.grad_output.data == nullptr;
   int parity = 0;
   NchwUnit unit(shape, tiling, begin);
   input(unit, parity).copy(unit.images);
@@ -105,7 +110,10 @@ depthwise_nchw_forward(const FSC_CONST_PARAM NchwForwardParams<Traits> planes) {
   for (int64_t number = begin; number < end; ++number) {
     const NchwRows<Traits> rows = input(unit, parity);
     async_copy_wait<0>();
-    if (shape.pre_activation != Activation::none) rows.activate_own(unit.images, shape.pre_activation, rows.slots);
+    if (Traits::kNormalised)
+      rows.normalise_own(unit.images, shape.pre_activation, affine, rows.slots);
+    else if (shape.pre_activation != Activation::none)
+      rows.activate_own(unit.images, shape.pre_activation, rows.slots);
     __syncthreads();  // the unit is there, and the outputs of the one before it are stored
 
     NchwUnit coming = unit;
@@ -144,7 +152,7 @@ depthwise_nchw_forward(const FSC_CONST_PARAM NchwForwardParams<Traits> planes) {
       }
     }
     __syncthreads();
-    if (shape.mid_activation != Activation::none && !relu) {
+    if (mid && !relu) {
       FSC_ROLLED
       for (int i = threadIdx.x; i < unit.images * out.count; i += Traits::kThreads) {
         const int image = unit.images > 1 ? i / out.count : 0, element = i - image * out.count;

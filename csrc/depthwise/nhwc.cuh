@@ -47,7 +47,8 @@ struct LaneWord<Scalar, 2> {
 
 // What is fixed when a depthwise kernel is compiled. kRows: rows that a thread computes at a time; more of them read
 // each row of the window less often, and take more registers.
-template <class Scalar_, int kernel, int stride, int rows, int channels, int max_warps, int blocks_per_sm>
+template <class Scalar_, int kernel, int stride, int rows, int channels, int max_warps, int blocks_per_sm,
+          bool normalised = false>
 struct NhwcTraits {
   using Scalar = Scalar_;
   using Lane = LaneWord<Scalar, channels>;
@@ -55,6 +56,7 @@ struct NhwcTraits {
   static constexpr int kKernel = kernel;
   static constexpr int kTaps = kernel * kernel;
   static constexpr int kStride = stride;
+  static constexpr bool kNormalised = normalised;  // x is scaled and shifted first (Affine in params.h)
   static constexpr int kRows = rows;
   static constexpr int kColumns = kDepthwiseColumns;
   static constexpr int kChannels = channels;            // of a lane
@@ -317,6 +319,16 @@ FSC_DEVICE void activate_words(Activation activation, const typename Traits::Wor
   }
 }
 
+// relu of a lane's channels as they are packed.
+template <class Traits>
+FSC_DEVICE typename Traits::Word relu_word(typename Traits::Word word) {
+  if constexpr (Traits::kChannels == 2) {
+    return relu_packed<typename Traits::Scalar>(word);
+  } else {
+    return activate(Activation::relu, convert<float>(word)) == 0.0f ? convert<typename Traits::Word>(0.0f) : word;
+  }
+}
+
 // Applies an activation to a piece; relu to packed values, in an instruction a word.
 template <class Traits>
 FSC_DEVICE void activate_piece(Activation activation, const unsigned char* from, unsigned char* to) {
@@ -331,6 +343,122 @@ FSC_DEVICE void activate_piece(Activation activation, const unsigned char* from,
   for (int i = 0; i < 4; ++i) words[i] = relu_packed<typename Traits::Scalar>(words[i]);
   store(reinterpret_cast<uint32_t*>(to), words);
 }
+
+// Makes act(scale * x + shift) of a piece, in float32 and rounded once. known(i) is the scale (x) and shift (y) of its
+// i-th value from registers; looked_up(i) the same for the activations that are rolled, where i is no constant.
+template <class Traits, class Known, class LookedUp>
+FSC_DEVICE void normalise_piece(Activation activation, const unsigned char* from, unsigned char* to, const Known& known,
+                                const LookedUp& looked_up) {
+  using Word = typename Traits::Word;
+  using Lane = typename Traits::Lane;
+  constexpr int kCount = Traits::kChannels;  // values of a word
+  static_assert(sizeof(Word) == 4, "words of which activations are packed");
+  if (activation != Activation::relu && activation != Activation::none) {
+    FSC_ROLLED
+    for (int i = 0; i < kPieceBytes / 4; ++i) {
+      float values[kCount];
+      Lane::unpack(reinterpret_cast<const Word*>(from)[i], values);
+      FSC_UNROLL
+      for (int v = 0; v < kCount; ++v) {
+        const float2 affine = looked_up(i * kCount + v);
+        values[v] = activate(activation, affine.x * values[v] + affine.y);
+      }
+      reinterpret_cast<Word*>(to)[i] = Lane::pack(values);
+    }
+    return;
+  }
+  Vector<uint32_t, 4> words = load<4>(reinterpret_cast<const uint32_t*>(from));
+  FSC_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    Word word;
+    memcpy(&word, &words[i], sizeof word);
+    float values[kCount];
+    Lane::unpack(word, values);
+    FSC_UNROLL
+    for (int v = 0; v < kCount; ++v) {
+      const float2 affine = known(i * kCount + v);
+      values[v] = affine.x * values[v] + affine.y;
+    }
+    word = Lane::pack(values);
+    memcpy(&words[i], &word, sizeof word);
+    if (activation == Activation::relu) words[i] = relu_packed<typename Traits::Scalar>(words[i]);
+  }
+  store(reinterpret_cast<uint32_t*>(to), words);
+}
+
+// What makes rows of x normalised in NHWC: the scale and shift of a block's channels in its shared memory.
+template <class Traits>
+class NhwcPrologue {
+ public:
+  // The block's channels from `first` on, `channels` of them at most, to `shared`. Waits for the block.
+  FSC_DEVICE NhwcPrologue(const Affine& affine, Activation activation, int first, int channels, unsigned char* shared)
+      : activation_(activation),
+        exists_(own_channel() < channels),
+        scale_(reinterpret_cast<float*>(shared)),
+        shift_(scale_ + Traits::kChunk) {
+    for (int i = threadIdx.x; i < Traits::kChunk; i += blockDim.x) {
+      reinterpret_cast<float*>(shared)[i] = i < channels ? affine.scale[first + i] : 0.0f;
+      reinterpret_cast<float*>(shared)[Traits::kChunk + i] = i < channels ? affine.shift[first + i] : 0.0f;
+    }
+    __syncthreads();
+  }
+
+  // scale * x + shift of a channel of the chunk.
+  FSC_DEVICE float argument(int channel, float x) const { return scale_[channel] * x + shift_[channel]; }
+
+  // Normalises what this thread has copied of `rows` rows at a place of the ring, from `row` and `column` of the phase
+  // on, and puts it `beside` bytes further. What is outside the image is zero, and stays.
+  FSC_DEVICE void apply(const RowRing<Traits>& ring, int32_t place, int rows, const PhaseAxis& vertical,
+                        const PhaseAxis& horizontal, int32_t row, int32_t column, int32_t beside) const {
+    const float *own_scale = scale_ + own_channel(), *own_shift = shift_ + own_channel();
+    for (int32_t j = ring.own_column(); j < ring.columns; j += ring.own_step()) {
+      const bool column_inside = exists_ && horizontal.inside(column + j);
+      float2 affine[Traits::kPieceChannels];
+      FSC_UNROLL
+      for (int i = 0; i < Traits::kPieceChannels; i += 4) {
+        const Vector<float, 4> scale = load<4>(own_scale + i), shift = load<4>(own_shift + i);
+        FSC_UNROLL
+        for (int v = 0; v < 4; ++v) affine[i + v] = make_float2(scale[v], shift[v]);
+      }
+      int32_t at = place;
+      for (int32_t i = 0; i < rows; ++i) {
+        unsigned char* piece = ring.own_piece(at, j);
+        if (column_inside && vertical.inside(row + i))
+          normalise_piece<Traits>(
+              activation_, piece, piece + beside, [&](int c) { return affine[c]; },
+              [&](int c) { return make_float2(own_scale[c], own_shift[c]); });
+        else if (beside != 0)
+          store(reinterpret_cast<uint32_t*>(piece + beside), Vector<uint32_t, 4>{});
+        at = ring.after(at, 1);
+      }
+    }
+  }
+
+ private:
+  static FSC_DEVICE int own_channel() { return threadIdx.x % Traits::kPieces * Traits::kPieceChannels; }
+
+  const Activation activation_;
+  const bool exists_;
+  const float *scale_, *shift_;
+};
+
+// What stands in its place where x is taken as it is.
+struct NoPrologue {
+  template <class... Anything>
+  FSC_DEVICE explicit NoPrologue(const Anything&...) {}
+  template <class... Anything>
+  FSC_DEVICE void apply(const Anything&...) const {}
+  FSC_DEVICE float argument(int, float x) const { return x; }
+};
+
+// Shared memory of a block for it.
+template <class Traits>
+constexpr int prologue_bytes() {
+  return Traits::kNormalised ? 2 * Traits::kChunk * sizeof(float) : 0;
+}
+
+template <class Traits>
+using Prologue = std::conditional_t<Traits::kNormalised, NhwcPrologue<Traits>, NoPrologue>;
 
 // A warp's stores of groups of kRows x kColumns pixels, down a strip: 16 bytes a lane of what the warp's lanes have
 // left in shared memory. Not past the image, the strip's columns or `channels`.

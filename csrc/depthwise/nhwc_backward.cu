@@ -23,17 +23,19 @@ void run(const Instance& instance, DepthwiseBackwardParams params, Stream stream
 template <class Traits>
 int largest_shared_bytes() {
   using Window = DepthwiseBackwardWindow<Traits>;
+  const bool mid = !Traits::kNormalised;
   const int pixels = Window::kCapacity * Window::columns_of(Traits::kMaxWarps) +
-                     4 * Window::x_rows(true) * Window::x_columns(Traits::kMaxWarps, true);
-  return std::min(pixels * Traits::kPixelBytes, kLargestSharedBytes);
+                     4 * Window::x_rows(mid) * Window::x_columns(Traits::kMaxWarps, mid);
+  return std::min(pixels * Traits::kPixelBytes + prologue_bytes<Traits>(), kLargestSharedBytes);
 }
 
 // A lane has as many sums as weights in registers: for 7x7 in 16 bits one channel a lane, in chunks of 64 bytes.
+template <bool normalised>
 struct Family {
   template <class Scalar, int kernel, int stride>
   static DepthwiseBackwardInstance make(const std::string& name) {
     constexpr int kChannels = kernel == 7 ? 1 : 4 / sizeof(Scalar);
-    using Traits = NhwcTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, kChannels, 8, 1>;
+    using Traits = NhwcTraits<Scalar, kernel, stride, stride == 1 ? 4 : 2, kChannels, 8, 1, normalised>;
     auto made = make_instance<DepthwiseBackwardInstance, Scalar, float, depthwise_nhwc_backward<Traits>>(
         name, Traits::kThreads, largest_shared_bytes<Traits>());
     made.run = [](const Instance& instance, const DepthwiseBackwardParams& params, Stream stream) {
@@ -46,7 +48,9 @@ struct Family {
 }  // namespace
 
 std::vector<DepthwiseBackwardInstance> depthwise_backward_instances() {
-  return for_every_kernel<DepthwiseBackwardInstance, Family>("depthwise_backward_nhwc");
+  return all_of<DepthwiseBackwardInstance>(
+      {for_every_kernel<DepthwiseBackwardInstance, Family<false>>("depthwise_backward_nhwc"),
+       for_every_normalised_kernel<DepthwiseBackwardInstance, Family<true>>("depthwise_normalised_backward_nhwc")});
 }
 
 }  // namespace fused_sepconv

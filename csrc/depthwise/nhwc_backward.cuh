@@ -22,6 +22,10 @@
 // Where there is a mid-activation, grad_t = grad_output * mid_act'(t) is made of each row of grad_output as it arrives,
 // with t = depthwise(pre_act(x)) + bias computed again: the ring of x then has all rows under the window of grad_t.
 //
+// Normalised: z = scale * x + shift, and the ring beside x's has act(z), from which grad_weight is summed, 0 outside the
+// image. What goes out is dz = grad of act(z) * act'(z), and its sums, of dz and of dz * (x - mean), are a thread's like
+// those of the taps: the same partial sums in the same order. x - mean is taken first: x may lie far from zero.
+//
 // Floor. Device bytes: x + grad_output + grad_x, each once, and the windows' overlap where parts and tiles meet.
 // Arithmetic: two multiply-adds a tap: for 3x3 in bfloat16 about 36 instructions of a lane an element (18 of them
 // multiply-adds), 40 with relu before it, where an H200's SMs can issue 41 in the time of the bytes.
@@ -72,6 +76,30 @@ FSC_DEVICE void sum_over_warps(float* shared, const float (&sums)[count][Traits:
     out(index / Traits::kChunk, index % kWarpSize * Traits::kChannels + v, total);
   }
   __syncthreads();
+}
+
+// Adds to the sums of dz, and of dz * (x - mean).
+template <int kChannels>
+FSC_DEVICE void add_affine_sums(float (&sums)[2][kChannels], const float (&dz)[kChannels], const float (&x)[kChannels],
+                                const float (&mean)[kChannels]) {
+  FSC_UNROLL
+  for (int v = 0; v < kChannels; ++v) {
+    sums[0][v] += dz[v];
+    sums[1][v] += dz[v] * (x[v] - mean[v]);
+  }
+}
+
+// Which pixels of kRows x kColumns from a row and column on are in the image, row after row: a bit each.
+template <int kRows, int kColumns>
+FSC_DEVICE uint32_t pixels_inside(const PhaseAxis& vertical, const PhaseAxis& horizontal, int32_t row, int32_t column) {
+  static_assert(kRows * kColumns <= 32, "bits of a word");
+  uint32_t bits = 0;
+  FSC_UNROLL
+  for (int i = 0; i < kRows * kColumns; ++i) {
+    const bool inside = vertical.inside(row + i / kColumns) && horizontal.inside(column + i % kColumns);
+    bits |= inside ? 1u << i : 0u;
+  }
+  return bits;
 }
 
 // Makes grad_t of the rows of grad_output that have arrived: grad_output * mid_act'(t), in place, with t from the
@@ -173,13 +201,21 @@ depthwise_nhwc_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
   // result shows its derivative, and takes their place.
   const int warps = tiling.warps;
   const bool relu = shape.pre_activation == Activation::relu;
-  const bool beside = shape.pre_activation != Activation::none && !relu;
-  const bool mid = shape.mid_activation != Activation::none;
+  const bool beside = Traits::kNormalised || (shape.pre_activation != Activation::none && !relu);
+  const bool mid = !Traits::kNormalised && shape.mid_activation != Activation::none;
   const int x_window = Window::x_rows(mid);  // rows of x
   const int before = mid ? kReach : 0;       // of them, those before the group's own; columns likewise
   const RowRing<Traits> ring(shared, Window::columns_of(warps), Window::kCapacity);
   const RowRing<Traits> raw(shared + ring.size, Window::x_columns(warps, mid), 2 * x_window);
   const RowRing<Traits> active(beside ? raw.bytes + raw.size : raw.bytes, raw.columns, 2 * x_window);
+
+  const Prologue<Traits> prologue(params.affine, shape.pre_activation, first_channel, channels,
+                                  active.bytes + active.size);
+  float mean[kChannels];
+  FSC_UNROLL
+  for (int v = 0; v < kChannels; ++v)
+    mean[v] =
+        Traits::kNormalised && lane * kChannels < channels ? params.mean[first_channel + lane * kChannels + v] : 0;
 
   DepthwiseGroup group(tiling, begin);
   RowCopies<Traits> grads(params.grad_output, params.grad_output_steps, output_rows(shape, tiling, group),
@@ -204,9 +240,10 @@ depthwise_nhwc_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
   };
 
   float weight_sums[kKernel][kKernel][kChannels], bias_sums[1][kChannels];
+  float affine_sums[2][kChannels];  // of dz, and of dz * (x - mean)
   FSC_UNROLL
   for (int v = 0; v < kChannels; ++v) {
-    bias_sums[0][v] = 0;
+    bias_sums[0][v] = affine_sums[0][v] = affine_sums[1][v] = 0;
     FSC_UNROLL
     for (int tap = 0; tap < Traits::kTaps; ++tap) weight_sums[tap / kKernel][tap % kKernel][v] = 0;
   }
@@ -220,7 +257,15 @@ depthwise_nhwc_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
   async_copy_commit();
   for (int32_t left = static_cast<int32_t>(end - begin); left > 0; --left) {
     async_copy_wait<0>();
-    if (shape.pre_activation != Activation::none) {
+    uint32_t own_inside = 0;  // of the thread's pixels, a bit each
+    if (Traits::kNormalised) {
+      const PhaseAxis vertical = input_rows(shape, group), horizontal = input_columns(shape, group);
+      prologue.apply(raw, x_top, kRows, vertical, horizontal, first_row(), first_column(),
+                     static_cast<int32_t>(active.bytes - raw.bytes));
+      if (!relu)
+        own_inside =
+            pixels_inside<kRows, kColumns>(vertical, horizontal, first_row(), first_column() + warp * kColumns);
+    } else if (shape.pre_activation != Activation::none) {
       const int arrived = whole ? x_window : kRows;
       raw.for_each_own_piece(raw.after(x_top, x_window - arrived), arrived, [&](unsigned char* from) {
         activate_piece<Traits>(shape.pre_activation, from, active.bytes + (from - raw.bytes));
@@ -293,13 +338,20 @@ depthwise_nhwc_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
       FSC_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if ((r + kReach) / kStride != a) continue;  // the last output row that has it
-        FSC_UNROLL
-        for (int c = 0; c < kColumns; ++c) {
+        if (relu) {
           FSC_UNROLL
-          for (int v = 0; v < kChannels; ++v)
-            if (relu) grad_x[r][c][v] = differentiate(Activation::relu, grad_x[r][c][v], x[r][c][v]);
-          own_words(active, r, c)[lane] = Lane::pack(grad_x[r][c]);
+          for (int c = 0; c < kColumns; ++c) {
+            FSC_UNROLL
+            for (int v = 0; v < kChannels; ++v)
+              grad_x[r][c][v] = differentiate(Activation::relu, grad_x[r][c][v], x[r][c][v]);
+            if (!Traits::kNormalised) continue;
+            float at[kChannels];
+            Lane::unpack(own_words(raw, r, c)[lane], at);
+            add_affine_sums(affine_sums, grad_x[r][c], at, mean);  // nothing outside the image, where x[r][c] is 0
+          }
         }
+        FSC_UNROLL
+        for (int c = 0; c < kColumns; ++c) own_words(active, r, c)[lane] = Lane::pack(grad_x[r][c]);
       }
       const int owner_row = a * kStride - kReach / 2;  // of the group, by which output row a is counted
       if (owner_row < 0 || owner_row >= kRows) continue;
@@ -314,7 +366,7 @@ depthwise_nhwc_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
     }
 
     if (params.grad_x.data != nullptr) {
-      if (beside) {
+      if (Traits::kNormalised ? !relu : beside) {
         FSC_ROLLED
         for (int pixel = 0; pixel < kRows * kColumns; ++pixel) {
           Word* word = own_words(active, pixel / kColumns, pixel % kColumns) + lane;
@@ -322,7 +374,11 @@ depthwise_nhwc_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
           Lane::unpack(*word, grad);
           Lane::unpack(own_words(raw, pixel / kColumns, pixel % kColumns)[lane], at);
           FSC_UNROLL
-          for (int v = 0; v < kChannels; ++v) grad[v] = differentiate(shape.pre_activation, grad[v], at[v]);
+          for (int v = 0; v < kChannels; ++v) {
+            const float z = Traits::kNormalised ? prologue.argument(lane * kChannels + v, at[v]) : at[v];
+            grad[v] = differentiate(shape.pre_activation, grad[v], z);
+          }
+          if (own_inside >> pixel & 1) add_affine_sums(affine_sums, grad, at, mean);
           *word = Lane::pack(grad);
         }
       }
@@ -347,6 +403,10 @@ depthwise_nhwc_backward(const FSC_CONST_PARAM DepthwiseBackwardParams params) {
   if (params.partial_bias != nullptr)
     sum_over_warps<Traits>(sums, bias_sums, [&](int, int channel, float total) {
       if (channel < channels) params.partial_bias[part * shape.K + first_channel + channel] = total;
+    });
+  if (Traits::kNormalised)
+    sum_over_warps<Traits>(sums, affine_sums, [&](int i, int channel, float total) {
+      if (channel < channels) params.partial_affine[(2 * part + i) * shape.C + first_channel + channel] = total;
     });
 }
 

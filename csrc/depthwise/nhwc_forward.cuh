@@ -17,8 +17,11 @@
 // r, r + d/g, r + 2 d/g, ... of a phase r read rows s * r - pad + d * (s/g * q + i), i the tap: a convolution without
 // dilation and with stride s/g on every d-th row. The same for columns.
 //
+// Normalised: act(scale * x + shift) takes the pre-activation's place. A thread makes it of the pieces that it has copied
+// itself, before the barrier that shows them to others; what the image does not have stays zero.
+//
 // Floor. Device bytes: x + y, each once, and again the window's overlap (k - s rows or columns) where parts and tiles
-// meet. Arithmetic: for 3x3 in bfloat16 about 21 instructions of a lane an element (9 of them multiply-adds), 23 with
+// meet. Arithmetic: for 3x3 in bfloat16 about 19 instructions of a lane an element (9 of them multiply-adds), 21 with
 // relu before it, where an H200's SMs can issue 27 in the time of the bytes; 7x7 is bound by its 49 multiply-adds.
 #pragma once
 
@@ -85,6 +88,8 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     return reinterpret_cast<unsigned char*>(own_stage + (row * kColumns + column) * kWarpSize);
   };
 
+  const Prologue<Traits> prologue(params.affine, shape.pre_activation, first_channel, channels,
+                                  shared + ring.size + warps * kRows * kColumns * Traits::kPixelBytes);
   DepthwiseGroup current(tiling, begin), coming = current;
   RowCopies<Traits> copies(params.x, params.x_steps, input_rows(shape, coming), input_columns(shape, coming),
                            first_input, inputs);
@@ -109,8 +114,12 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
   async_copy_commit();
   for (int32_t left = static_cast<int32_t>(end - begin); left > 0; --left) {
     async_copy_wait<0>();
-    if (shape.pre_activation != Activation::none) {
-      const int arrived = whole ? Window::kRows : Window::kNewRows;
+    const int arrived = whole ? Window::kRows : Window::kNewRows;
+    if (Traits::kNormalised) {
+      prologue.apply(ring, ring.after(top, Window::kRows - arrived), arrived, input_rows(shape, current),
+                     input_columns(shape, current), current.group * Window::kNewRows + Window::kRows - arrived,
+                     current.tile * tiling.tile_columns * kStride, 0);
+    } else if (shape.pre_activation != Activation::none) {
       ring.for_each_own_piece(ring.after(top, Window::kRows - arrived), arrived, [&](unsigned char* piece) {
         activate_piece<Traits>(shape.pre_activation, piece, piece);
       });
@@ -143,7 +152,7 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
     }
     add_taps<kKernel, kStride>(sums, weights, [&](int a, float (&window)[Window::kColumns][kChannels]) {
       const unsigned char* pixels = ring.pixel(ring.after(top, a), warp * kColumns * kStride);
-      if (shape.multiplier == 1) {
+      if (Traits::kNormalised || shape.multiplier == 1) {
         FSC_UNROLL
         for (int b = 0; b < Window::kColumns; ++b)
           Lane::unpack(reinterpret_cast<const Word*>(pixels + b * Traits::kPixelBytes)[lane], window[b]);
@@ -158,18 +167,18 @@ depthwise_nhwc_forward(const FSC_CONST_PARAM DepthwiseForwardParams params) {
       }
     });
 
-    const bool relu = shape.mid_activation == Activation::relu && params.grad_output.data == nullptr;
+    const bool mid = !Traits::kNormalised && shape.mid_activation != Activation::none;
+    const bool relu = mid && shape.mid_activation == Activation::relu && params.grad_output.data == nullptr;
     FSC_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FSC_UNROLL
       for (int c = 0; c < kColumns; ++c) {
-        FSC_UNROLL
-        for (int v = 0; v < kChannels; ++v)
-          if (relu) sums[r][c][v] = activate(Activation::relu, sums[r][c][v]);
-        own_stage[(r * kColumns + c) * kWarpSize + lane] = Lane::pack(sums[r][c]);
+        Word word = Lane::pack(sums[r][c]);
+        if (relu) word = relu_word<Traits>(word);  // which rounding does not move across 0
+        own_stage[(r * kColumns + c) * kWarpSize + lane] = word;
       }
     }
-    if (shape.mid_activation != Activation::none && !relu) {
+    if (mid && !relu) {
       const int first_row = current.group * kRows;
       const int first_column = current.tile * tiling.tile_columns + warp * kColumns;
       const int tile_end = (current.tile + 1) * tiling.tile_columns;

@@ -26,10 +26,10 @@
 // positions and all channels; in the windows 32 positions and two channels a lane, a line of 128 bytes of x and grad_x
 // a warp, which wider accesses would not make fewer.
 //
-// What overlaps. Two blocks share an SM: one's matrix product runs beside the other's windows, which leave the tensor
+// Overlap. Two blocks share an SM: one's matrix product runs beside the other's windows, which leave the tensor
 // cores idle. The next slabs of grad_z are on their way during the windows, and x's pixels eight positions ahead.
 //
-// Why it is legal. grad_x[h] gathers dT[h + pad - d * i] over the taps, and the weight's gradient sums x[h] times the
+// Why it is right. grad_x[h] gathers dT[h + pad - d * i] over the taps, and the weight's gradient sums x[h] times the
 // same; each position is of one part, which adds its products. The bias's gradient adds dT where the position is its
 // own. No mid-activation: its derivative would need the depthwise result.
 //
@@ -310,7 +310,7 @@ class MmaBackwardInput {
     unsigned char* grad_x = opaque_global(static_cast<unsigned char*>(call_.grad_x) + own_channels);
     const bool lane_reads = has_channels(seat);
     const bool lane_writes = lane_reads && call_.grad_x != nullptr;
-    // Of the position that lies so many after the group's first: own is passed on as groups are.
+    // For the position that lies so many after the group's first: own is passed on as groups are.
     const auto offset_of = [&](int index) { return warp_shuffle(own, index); };
     const auto read_x = [&](int index, bool is_one) {
       const uint32_t offset = offset_of(index);

@@ -26,17 +26,17 @@
 // Lane w of a warp convolves word w of a slab (two channels of 16 bits, or one of float32) at 4 runs of 4 pixels: the
 // taps stay in its registers meanwhile, and all lanes together read 128 bytes of a pixel.
 //
-// Which pixel is called which row of the product is ours to choose, so long as t and z agree: both are laid out pixel
+// The order of the pixels in the product is ours to choose, so long as t and z agree: both are laid out pixel
 // after pixel. In 16 bits, chunk c of pixel p lies at chunk c ^ (p % 8) of its line, so that the 8 rows that ldmatrix
 // reads at once meet all banks. TF32 has no transposing load: lane (g, t) reads pixels t and t + 4 by itself, and as
-// chunk c lies at c ^ 2 * (p % 4), the lanes that one access serves meet all banks too.
+// chunk c lies at c ^ 2 * (p % 4), the lanes of one access meet all banks too.
 //
-// What overlaps. Tiles run through a ring of 2 to 4 stages; all but one of them are on their way. Half of the warps,
+// Overlap. Tiles run through a ring of 2 to 4 stages; all but one of them are on their way. Half of the warps,
 // two on each of the SM's four schedulers with the other two, convolve tile i and then multiply tile i - 1; the other
 // half multiply first: so at any time one half keeps the tensor cores busy and the other the CUDA cores. One barrier a
 // tile: t has two buffers, and grad_z of a tile is loaded one tile after its patch, as it is needed.
 //
-// Why it is legal. The pointwise convolution has no halo: a tile's products need the depthwise results of its own
+// Why it is right. The pointwise convolution has no halo: a tile's products need the depthwise results of its own
 // pixels only. Pixels that a tile has past its image count as zero in both operands: NaN times zero would be NaN.
 //
 // Floor. Device bytes: x + grad_z + the parts, written and read. The blocks of one part are neighbours: they read the
@@ -135,16 +135,16 @@ class MmaBackwardPointwiseWeight {
   FSC_DEVICE Item& item(int i) const {
     return reinterpret_cast<Item*>(shared_ + layout_.items)[i % MmaWeightLayout<Traits>::kItems];
   }
-  // Of each pixel of a tile's patch: where it is in its image of x, in units of 16 bytes, or kOutside.
+  // For each pixel of a tile's patch: where it is in its image of x, in units of 16 bytes, or kOutside.
   FSC_DEVICE int32_t* sources(int i) const {
     constexpr int kSources = MmaWeightLayout<Traits>::kSources;
     return reinterpret_cast<int32_t*>(shared_ + layout_.sources) + i % kSources * layout_.rows * layout_.columns;
   }
-  // Of each run of a tile: the first pixel of its patch that it reads, and how many of its pixels the image has.
+  // For each run of a tile: the first pixel of its patch that it reads, and how many of its pixels the image has.
   FSC_DEVICE uint32_t* windows(int i) const {
     return reinterpret_cast<uint32_t*>(shared_ + layout_.windows) + i % MmaWeightLayout<Traits>::kItems * tiles_.runs;
   }
-  // Of each run of a tile: where it is in its image of grad_z, in units of 16 bytes.
+  // For each run of a tile: where it is in its image of grad_z, in units of 16 bytes.
   FSC_DEVICE int32_t* grads(int i) const {
     return reinterpret_cast<int32_t*>(shared_ + layout_.grads) + i % MmaWeightLayout<Traits>::kItems * tiles_.runs;
   }
@@ -154,7 +154,7 @@ class MmaBackwardPointwiseWeight {
   // A place in a pixel's line is exchanged with another one's.
   FSC_DEVICE static unsigned swizzle(unsigned pixel) { return sizeof(Scalar) == 2 ? pixel % 8 * 16 : pixel % 4 * 32; }
 
-  // Which word of a line of t holds word `word` of a slab's channels. Pairs of channels of 16 are dealt out to two
+  // The word of a line of t that holds word `word` of a slab's channels. Pairs of channels of 16 are dealt out to two
   // products: lane (g, t) of the warp gets columns 2t and 2t + 1 of each, and with them 4 neighbouring channels, which
   // it stores at once.
   FSC_DEVICE static unsigned place_in_line(unsigned word) {
@@ -162,7 +162,7 @@ class MmaBackwardPointwiseWeight {
                                : word / 16 * 16 + word / 2 % 2 * 8 + word % 16 / 4 * 2 + word % 2;
   }
 
-  // What is the same for all tiles: the depthwise weights and biases as float32; and the first tile.
+  // Same for all tiles: the depthwise weights and biases as float32; and the first tile.
   FSC_DEVICE void prepare(int begin) {
     const Scalar* weight = static_cast<const Scalar*>(params_.depthwise_weight);
     const Scalar* bias = static_cast<const Scalar*>(params_.depthwise_bias);

@@ -1,6 +1,6 @@
 // depthwise.cuh - the depthwise convolution of a tile, as an operand of a matrix product in shared memory.
 //
-// What the tensor-core kernels share. x is in NHWC.
+// The depthwise part of the tensor-core kernels. x is in NHWC.
 //
 //   x (N, H, W, C)                   depthwise weight (K, taps), bias (K)
 //      | cp.async, 16 bytes a copy      | cp.async
@@ -41,7 +41,7 @@
 
 namespace fused_sepconv {
 
-// What a kernel's launch adds to its call.
+// The params that a kernel's launch adds to its call.
 template <class Traits>
 struct MmaDepthwiseParams {
   ConvShape shape;
@@ -296,7 +296,7 @@ class MmaDepthwise {
     constexpr int kSide = Traits::kKernel, kStep = Traits::kStride;
     constexpr int kRows = (Traits::kCellRows - 1) * kStep + kSide;
     constexpr int kColumns = (Traits::kCellColumns - 1) * kStep + kSide;
-    // What is added to the place of an even and an odd column where columns are exchanged as the cell's first are;
+    // The step from the place of an even and an odd column where columns are exchanged as the cell's first are;
     // where they are not, it is as for the other parity.
     const int exchange = kExchanges ? own.column / Traits::kCellColumns % 2 * Traits::kSlabBytes : 0;
     const unsigned char* even = patch + own.window + exchange;

@@ -22,13 +22,13 @@
 // memory. Its pixels are a row of all 16 cells. Features are named so that a lane's results are 16 neighbouring bytes
 // of y.
 //
-// What overlaps. Slabs (64 or 128 bytes of channels of a tile) run through a ring of stages. In one iteration, between
+// Overlap. Slabs (64 or 128 bytes of channels of a tile) run through a ring of stages. In one iteration, between
 // two barriers, all warps convolve slab i and multiply slab i - 1. Half of the warps, one on each of the SM's four
 // schedulers, convolve first, the other half multiply first: so at any time one half keeps the tensor cores busy and
 // the other the CUDA cores. A stage has a slab's patch and the features of the slab before, which are used in the same
 // iteration. Blocks are persistent: a tile's epilogue runs while the next tile's slabs arrive.
 //
-// Why it is legal. The pointwise convolution has no halo, so a tile needs the depthwise results of its own pixels only.
+// Why it is right. The pointwise convolution has no halo, so a tile needs the depthwise results of its own pixels only.
 // A dilated convolution is several undilated ones (phases.cuh), so that a patch never has holes.
 //
 // Floor. Device bytes: x + y + weights (+ residual). A tile reads its patch once a slab: halo pixels and later tiles
@@ -74,7 +74,7 @@ struct MmaForwardLayout {
   static int align(int value) { return (value + 127) / 128 * 128; }
 };
 
-// What a launch adds to the call: computed once on the host, and read from constant memory.
+// The launch's own params: computed once on the host, and read from constant memory.
 template <class Traits>
 struct MmaForwardParams {
   ForwardParams call;
@@ -257,7 +257,7 @@ class MmaForward {
         for (int tile = 0; tile < kRowTiles; ++tile)
           ldmatrix_x4(a[step][tile], rows + (row_of_ ^ (part * 64 + step * 32)) + tile * 16 * Traits::kSlabBytes);
       }
-      // Of a tile's features, that of its two or four neighbours have the same exchange of chunks.
+      // The features of its two or four neighbours in a tile have the same exchange of chunks.
       FSC_UNROLL
       for (int tile = 0; tile < kColumnTiles; ++tile) {
         const int first = tile / kTilesOfVectors * kGroup + tile % kTilesOfVectors * 2;

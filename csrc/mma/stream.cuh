@@ -78,7 +78,7 @@ struct MmaStream {
         by_phases_w(horizontal.phases),
         by_phases_h(vertical.phases) {}
 
-  // Of a position that is not negative; past the last one, n is past the last image.
+  // The place of a position that is not negative; past the last one, n is past the last image.
   struct Place {
     int32_t n, phase_h, phase_w, row, column;  // row and column: positions of the phase
     bool owned;                                // false in the columns that a strip has from its neighbour
@@ -148,7 +148,7 @@ struct PixelOffsets {
       : n(image.stride_n * element_bytes / 16),
         h(image.stride_h * element_bytes / 16),
         w(image.stride_w * element_bytes / 16) {}
-  // Of a pixel, kNone where it is outside of an image of so many rows and columns.
+  // The offset of a pixel, kNone where it is outside of an image of so many rows and columns.
   FSC_DEVICE uint32_t of(int32_t image, int32_t row, int32_t column, int32_t rows, int32_t columns) const {
     const bool inside = static_cast<uint32_t>(row) < static_cast<uint32_t>(rows) &&
                         static_cast<uint32_t>(column) < static_cast<uint32_t>(columns);
@@ -156,7 +156,7 @@ struct PixelOffsets {
   }
 };
 
-// What a launch adds to the call: computed once on the host, and read from constant memory.
+// The launch's own params: computed once on the host, and read from constant memory.
 template <class Traits>
 struct MmaInputLaunch {
   MmaInputParams call;

@@ -90,7 +90,7 @@ struct MmaTiles {
   }
 };
 
-// What a slab of a tile brings to shared memory, in bytes:
+// Bytes that a slab of a tile brings to shared memory:
 //
 //   0            the patch: the tile's input pixels, halo included, kSlabBytes each
 //   patch_bytes  the slab's depthwise weights, (channels, taps) as they lie in global memory

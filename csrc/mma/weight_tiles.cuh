@@ -182,7 +182,7 @@ struct MmaWeightLayout {
   static int align(int value) { return (value + 127) / 128 * 128; }
 };
 
-// What a launch adds to the call: computed once on the host, and read from constant memory.
+// The launch's own params: computed once on the host, and read from constant memory.
 template <class Traits>
 struct MmaWeightParams {
   BackwardParams call;

@@ -3,13 +3,19 @@
 // All 32 lanes call them together. Lane l has g = l / 4 and t = l % 4. An 8x8 matrix of 16-bit elements lies as
 // eight 16-byte rows in shared memory and as one register a lane: row g, columns 2t and 2t + 1.
 //
-//   mma operands, 16x8 product of depth K:    A (16 x K, row by row)       B (K x 8, column by column)   D (16 x 8)
-//     K = 16, 16-bit    a[0] rows g,   k 2t, 2t+1        b0 column g, k 2t, 2t+1       d[0], d[1] row g,   columns 2t,
-//     2t+1
-//                       a[1] rows g+8, k 2t, 2t+1        b1 column g, k 2t+8, 2t+9     d[2], d[3] row g+8, columns 2t,
-//                       2t+1 a[2] rows g,   k 2t+8, 2t+9 a[3] rows g+8, k 2t+8, 2t+9
-//     K = 8, tf32       a[0] row g, k t; a[1] row g+8, k t; a[2] row g, k t+4; a[3] row g+8, k t+4
-//                       b0 column g, k t; b1 column g, k t+4
+// clang-format off
+//   operands of mma, a 16x8 product of depth K:
+//
+//             A (16 x K, row by row)       B (K x 8, column by column)   D (16 x 8)
+//   16 bits,  a[0] row g,   k 2t, 2t+1     b0 column g, k 2t, 2t+1       d[0], d[1] row g,   columns 2t, 2t+1
+//   K = 16    a[1] row g+8, k 2t, 2t+1     b1 column g, k 2t+8, 2t+9     d[2], d[3] row g+8, columns 2t, 2t+1
+//             a[2] row g,   k 2t+8, 2t+9
+//             a[3] row g+8, k 2t+8, 2t+9
+//   tf32,     a[0] row g,   k t            b0 column g, k t              as above
+//   K = 8     a[1] row g+8, k t            b1 column g, k t+4
+//             a[2] row g,   k t+4
+//             a[3] row g+8, k t+4
+// clang-format on
 #pragma once
 
 #include <type_traits>
@@ -17,27 +23,6 @@
 #include "shared_address.h"
 
 namespace fused_sepconv {
-
-// Loads one matrix; lanes 0 to 7 give the addresses of its rows, the others any valid one.
-FSC_DEVICE void ldmatrix_x1(uint32_t& fragment, SharedAddress row, Site site = Site::here()) {
-#ifdef FSC_EMULATED
-  ::emulator::load_matrices(&fragment, 1, false, row, site);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];\n" : "=r"(fragment) : "r"(row) : "memory");
-#endif
-}
-
-// Loads two matrices; lanes 0 to 7 give the rows of the first, 8 to 15 of the second.
-FSC_DEVICE void ldmatrix_x2(uint32_t (&fragments)[2], SharedAddress row, Site site = Site::here()) {
-#ifdef FSC_EMULATED
-  ::emulator::load_matrices(fragments, 2, false, row, site);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
-               : "=r"(fragments[0]), "=r"(fragments[1])
-               : "r"(row)
-               : "memory");
-#endif
-}
 
 // Loads four matrices; lane 8m + r gives row r of matrix m.
 FSC_DEVICE void ldmatrix_x4(uint32_t (&fragments)[4], SharedAddress row, Site site = Site::here()) {
@@ -51,28 +36,7 @@ FSC_DEVICE void ldmatrix_x4(uint32_t (&fragments)[4], SharedAddress row, Site si
 #endif
 }
 
-// As ldmatrix_x1, transposing: the lane gets rows 2t and 2t + 1 of column g.
-FSC_DEVICE void ldmatrix_x1_trans(uint32_t& fragment, SharedAddress row, Site site = Site::here()) {
-#ifdef FSC_EMULATED
-  ::emulator::load_matrices(&fragment, 1, true, row, site);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];\n" : "=r"(fragment) : "r"(row) : "memory");
-#endif
-}
-
-// As ldmatrix_x2, transposing each matrix.
-FSC_DEVICE void ldmatrix_x2_trans(uint32_t (&fragments)[2], SharedAddress row, Site site = Site::here()) {
-#ifdef FSC_EMULATED
-  ::emulator::load_matrices(fragments, 2, true, row, site);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
-               : "=r"(fragments[0]), "=r"(fragments[1])
-               : "r"(row)
-               : "memory");
-#endif
-}
-
-// As ldmatrix_x4, transposing each matrix.
+// As ldmatrix_x4, transposing each matrix: the lane gets rows 2t and 2t + 1 of column g.
 FSC_DEVICE void ldmatrix_x4_trans(uint32_t (&fragments)[4], SharedAddress row, Site site = Site::here()) {
 #ifdef FSC_EMULATED
   ::emulator::load_matrices(fragments, 4, true, row, site);
@@ -99,29 +63,6 @@ FSC_DEVICE void stmatrix_x4(SharedAddress row, const uint32_t (&fragments)[4], S
   for (int m = 0; m < 4; ++m) {
     const SharedAddress own_row = __shfl_sync(0xffffffffu, row, 8 * m + lane / 4);
     asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(own_row + 4 * (lane % 4)), "r"(fragments[m]) : "memory");
-  }
-#endif
-}
-
-// As stmatrix_x4, transposing each matrix as it is stored.
-FSC_DEVICE void stmatrix_x4_trans(SharedAddress row, const uint32_t (&fragments)[4], Site site = Site::here()) {
-#ifdef FSC_EMULATED
-  ::emulator::store_matrices(fragments, 4, true, row, site);
-#elif __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(row), "r"(fragments[0]),
-               "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
-               : "memory");
-#else
-  const int lane = threadIdx.x % 32;
-  FSC_UNROLL
-  for (int m = 0; m < 4; ++m) {
-    const SharedAddress even_row = __shfl_sync(0xffffffffu, row, 8 * m + 2 * (lane % 4));
-    const SharedAddress odd_row = __shfl_sync(0xffffffffu, row, 8 * m + 2 * (lane % 4) + 1);
-    const int column = 2 * (lane / 4);
-    asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(even_row + column), "h"(static_cast<uint16_t>(fragments[m]))
-                 : "memory");
-    asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(odd_row + column), "h"(static_cast<uint16_t>(fragments[m] >> 16))
-                 : "memory");
   }
 #endif
 }

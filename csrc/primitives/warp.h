@@ -44,16 +44,4 @@ FSC_DEVICE T warp_sum(T value, Site site = Site::here()) {
   return value;
 }
 
-// The largest value of each group of `Width` neighbouring lanes.
-template <int Width = kWarpSize, class T>
-FSC_DEVICE T warp_max(T value, Site site = Site::here()) {
-  static_assert(Width >= 1 && Width <= kWarpSize && (Width & (Width - 1)) == 0, "a power of two up to 32");
-  FSC_UNROLL
-  for (int bits = Width / 2; bits > 0; bits /= 2) {
-    const T other = warp_shuffle_xor(value, bits, site);
-    value = value > other ? value : other;
-  }
-  return value;
-}
-
 }  // namespace fused_sepconv

@@ -6,21 +6,18 @@
 namespace fused_sepconv {
 namespace {
 
-template <class Scalar, class Compute, Layout layout>
-void run(const Instance& instance, const BackwardParams& params, Stream stream) {
+int64_t blocks(const BackwardParams& params) {
   const ConvShape& shape = params.shape;
-  const int64_t blocks = tiles(shape.N * shape.C * shape.H * shape.W, kBackwardInputThreads);
-  launch(instance.name.c_str(), simt_backward_input<Scalar, Compute, layout>,
-         {blocks, instance.threads, instance.shared_bytes}, stream, params);
+  return tiles(shape.N * shape.C * shape.H * shape.W, kBackwardInputThreads);
 }
 
 struct Family {
   template <class Scalar, class Compute, Layout layout>
   static BackwardInstance make(const std::string& name) {
-    auto made = make_instance<BackwardInstance, Scalar, Compute, simt_backward_input<Scalar, Compute, layout>>(
-        name, kBackwardInputThreads, 0);
+    auto made =
+        make_plain_instance<BackwardInstance, Scalar, Compute, simt_backward_input<Scalar, Compute, layout>, blocks>(
+            name, kBackwardInputThreads, 0);
     made.step = BackwardStep::input;
-    made.run = run<Scalar, Compute, layout>;
     return made;
   }
 };

@@ -7,20 +7,19 @@ namespace fused_sepconv {
 namespace {
 
 template <class Traits>
-void run(const Instance& instance, const BackwardParams& params, Stream stream) {
-  const int64_t blocks = tiles(params.shape.K, Traits::kColumns) * tiles(params.shape.F, Traits::kRows) * params.splits;
-  launch(instance.name.c_str(), simt_backward_pointwise_weight<Traits>,
-         {blocks, instance.threads, instance.shared_bytes}, stream, params);
+int64_t blocks(const BackwardParams& params) {
+  const ConvShape& shape = params.shape;
+  return tiles(shape.K, Traits::kColumns) * tiles(shape.F, Traits::kRows) * params.splits;
 }
 
 struct Family {
   template <class Scalar, class Compute, Layout layout>
   static BackwardInstance make(const std::string& name) {
     using Traits = SimtTraits<Scalar, Compute, layout>;
-    auto made = make_instance<BackwardInstance, Scalar, Compute, simt_backward_pointwise_weight<Traits>>(
-        name, Traits::kThreads, sizeof(SimtBackwardPointwiseWeightShared<Traits>));
+    auto made =
+        make_plain_instance<BackwardInstance, Scalar, Compute, simt_backward_pointwise_weight<Traits>, blocks<Traits>>(
+            name, Traits::kThreads, sizeof(SimtBackwardPointwiseWeightShared<Traits>));
     made.step = BackwardStep::pointwise_weight;
-    made.run = run<Traits>;
     return made;
   }
 };

@@ -7,21 +7,17 @@ namespace fused_sepconv {
 namespace {
 
 template <class Traits>
-void run(const Instance& instance, const ForwardParams& params, Stream stream) {
+int64_t blocks(const ForwardParams& params) {
   const ConvShape& shape = params.shape;
-  const int64_t blocks = tiles(shape.N * shape.out_h * shape.out_w, Traits::kRows) * tiles(shape.F, Traits::kColumns);
-  launch(instance.name.c_str(), simt_forward<Traits>, {blocks, instance.threads, instance.shared_bytes}, stream,
-         params);
+  return tiles(shape.N * shape.out_h * shape.out_w, Traits::kRows) * tiles(shape.F, Traits::kColumns);
 }
 
 struct Family {
   template <class Scalar, class Compute, Layout layout>
   static ForwardInstance make(const std::string& name) {
     using Traits = SimtTraits<Scalar, Compute, layout>;
-    auto made = make_instance<ForwardInstance, Scalar, Compute, simt_forward<Traits>>(
+    return make_plain_instance<ForwardInstance, Scalar, Compute, simt_forward<Traits>, blocks<Traits>>(
         name, Traits::kThreads, sizeof(SimtForwardShared<Traits>));
-    made.run = run<Traits>;
-    return made;
   }
 };
 

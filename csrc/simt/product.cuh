@@ -60,7 +60,7 @@ FSC_DEVICE void for_each_channel_and_pixel(const Body& body) {
     for_each<Traits, kPixels, kChannels>([&](int pixel, int channel) { body(channel, pixel); });
 }
 
-// Which corner of the tile a thread owns, and what it has of the product.
+// The corner of the tile that a thread owns, and its part of the product.
 template <class Traits>
 struct Corner {
   using Compute = typename Traits::Compute;

@@ -33,13 +33,13 @@ class Family:
 
 
 SEPARABLE_CONV2D = {
-    "reference": Family(pytorch.SeparableForward, pytorch.SeparableBackward),
-    "simt": Family(simt.Forward, simt.Backward),
-    "split": Family(split.Forward, split.Backward),
+    "pytorch": Family(pytorch.separable_forward, pytorch.separable_backward),
+    "simt": Family(simt.Forward, simt.prepare_backward),
+    "split": Family(split.Forward, split.prepare_backward),
     "mma": Family(mma.prepare_forward, mma.prepare_backward),
 }
 DEPTHWISE_CONV2D = {
-    "reference": Family(pytorch.DepthwiseForward, pytorch.DepthwiseBackward),
+    "pytorch": Family(pytorch.depthwise_forward, pytorch.depthwise_backward),
     "simt": Family(depthwise.Forward, depthwise.Backward),
     "depthwise": Family(depthwise.Forward, depthwise.Backward),
 }

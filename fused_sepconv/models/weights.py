@@ -33,20 +33,17 @@ KERAS_EPSILON, TIMM_EPSILON = 1e-3, 1e-5
 
 _BATCH_NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
 _WRAPPERS = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+")
-"""What DataParallel, Lightning and torch.compile put before every name."""
+"""Prefixes that DataParallel, Lightning and torch.compile put before every name."""
 _METADATA = "fused_sepconv.xception"
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a loader did. `str()` says it in words."""
+    """The result of a loader. `str()` says it in words."""
 
-    loaded: tuple[str, ...]
-    """The model's tensors that have new values."""
-    kept: tuple[str, ...]
-    """The model's tensors that the source has nothing for: a head, if anything."""
-    unused: tuple[str, ...]
-    """The source's that the model has no place for: a classifier, if anything."""
+    loaded: tuple[str, ...]  # the model's tensors that have new values
+    kept: tuple[str, ...]  # the model's tensors that the source has nothing for: a head, if anything
+    unused: tuple[str, ...]  # the source's that the model has no place for: a classifier, if anything
 
     def __str__(self) -> str:
         text = f"{len(self.loaded)} tensors loaded"

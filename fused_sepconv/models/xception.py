@@ -28,8 +28,7 @@ from fused_sepconv.models.max_pool import MaxPool3x3, check_padding
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.arguments import integer
 
-SMALLEST_IMAGE = 7
-"""Pixels a side: what the stem's two unpadded convolutions leave at least one pixel of."""
+SMALLEST_IMAGE = 7  # pixels a side: what the stem's two unpadded convolutions leave at least one pixel of
 
 _POOLS = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
 _GLOBAL_POOLS = (*_POOLS, "")

@@ -51,7 +51,7 @@ def path() -> str | None:
 
 
 def build_info() -> dict[str, Any] | None:
-    """What the native module was built from: version, architectures, nvcc, sources, and whether it is emulated."""
+    """The origin of the native module: version, architectures, nvcc, sources, and whether it is emulated."""
     module = load()
     return None if module is None else dict(module.build_info())
 
@@ -115,7 +115,7 @@ def _driver_figures(module: ModuleType) -> dict[str, dict[str, int]]:
 
 
 class _Answer(NamedTuple):
-    """What a device said to the module's probe; empty where the build runs there."""
+    """A device's answer to the module's probe; empty where the build runs there."""
 
     module: ModuleType
     reason: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import astuple, fields
 from functools import lru_cache
 from typing import Any
 
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from fused_sepconv.native import loader
-from fused_sepconv.planning.problem import DepthwiseProblem, NchwTiling, NhwcTiling, Problem
+from fused_sepconv.planning.problem import AnyTiling, DepthwiseProblem, NchwTiling, NhwcTiling, Problem
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual."""
 
 Strides = tuple[int, ...]
-NO_STRIDES = (0, 0, 0, 0)
-"""Strides of an image that is not there."""
+NO_STRIDES = (0, 0, 0, 0)  # strides of an image that is not there
 
 cuda_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 """The handle of PyTorch's current stream on a CUDA device, by its index."""
@@ -62,12 +61,14 @@ def conv_shape(problem: Problem | DepthwiseProblem) -> Any:
     return shape
 
 
+def tiling_of(tiling: AnyTiling | None, fields: int) -> tuple[int, ...]:
+    """A tiling's fields in their order, which is that of its struct in csrc/params.h; zeros for none."""
+    return (0,) * fields if tiling is None else astuple(tiling)[:fields]
+
+
 @lru_cache(maxsize=4096)
-def tilings_of(tiling: NhwcTiling | NchwTiling | None) -> tuple[Any, Any]:
-    """The tiling as csrc/params.h has it, for NHWC and for NCHW; all zeros for what the kernel does not use."""
-    native = loader.load()
-    made = native.NhwcTiling(), native.NchwTiling()
-    for kind, native_tiling in zip((NhwcTiling, NchwTiling), made, strict=True):
-        for field in fields(kind):
-            setattr(native_tiling, field.name, getattr(tiling, field.name) if isinstance(tiling, kind) else 0)
-    return made
+def tilings_of(tiling: NhwcTiling | NchwTiling | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A depthwise kernel's tiling for NHWC and for NCHW; zeros for the one that the kernel does not use."""
+    return tuple(
+        tiling_of(tiling if isinstance(tiling, kind) else None, len(fields(kind))) for kind in (NhwcTiling, NchwTiling)
+    )

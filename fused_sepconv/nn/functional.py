@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_sepconv.families.pytorch import convolutions
-from fused_sepconv.ops import autograd, eager, exporting
+from fused_sepconv.ops import autograd, backend, eager, exporting
 from fused_sepconv.ops.arguments import Pair, TensorSpec, normalise, normalise_depthwise, padding_sides, pair
-from fused_sepconv.ops.backend import default_backend
 from fused_sepconv.ops.operators import DEPTHWISE_CONV2D, SEPARABLE_CONV2D
 
 
@@ -58,7 +57,7 @@ def separable_conv2d(
     """
     tensors = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
     options = (stride, padding, dilation, pre_activation, mid_activation, activation)
-    y = eager.run(SEPARABLE_CONV2D, tensors, options, default_backend())
+    y = eager.run(SEPARABLE_CONV2D, tensors, options, backend.default)
     if y is not None:
         return y
     tracing = torch.jit.is_tracing()
@@ -81,7 +80,7 @@ def separable_conv2d(
     if tracing and exporting.traces_for_onnx():
         y = convolutions.forward(*call.tensors, *call.arguments)
     else:
-        y = autograd.separable_conv2d(*call.tensors, *call.arguments, default_backend())
+        y = autograd.separable_conv2d(*call.tensors, *call.arguments, backend.default)
     return y.squeeze(0) if call.unbatched else y
 
 
@@ -125,7 +124,7 @@ def depthwise_conv2d(
     Under autocast the tensors are cast as a convolution's would be. Differentiable any number of times, in both modes.
     """
     options = (stride, padding, dilation, pre_activation, activation)
-    y = eager.run(DEPTHWISE_CONV2D, (x, weight, bias), options, default_backend())
+    y = eager.run(DEPTHWISE_CONV2D, (x, weight, bias), options, backend.default)
     if y is not None:
         return y
     tracing = torch.jit.is_tracing()
@@ -137,7 +136,7 @@ def depthwise_conv2d(
     if tracing and exporting.traces_for_onnx():
         y = convolutions.depthwise_forward(*call.tensors, *call.arguments)
     else:
-        y = autograd.depthwise_conv2d(*call.tensors, *call.arguments, default_backend())
+        y = autograd.depthwise_conv2d(*call.tensors, *call.arguments, backend.default)
     return y.squeeze(0) if call.unbatched else y
 
 

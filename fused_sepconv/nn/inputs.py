@@ -1,4 +1,4 @@
-"""What modules ask of their input and of who compiles them, beyond what the functions ask."""
+"""Checks that modules make of their input and of who compiles them, beyond those of the functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What modules make of their padding: the part that `nn.Conv2d` can express, and padding with other than zeros."""
+"""Padding of modules: the part that `nn.Conv2d` can express, and padding with other than zeros."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_padding_mode(padding_mode: Any) -> str:
 
 
 def divide(padding: Padding | str, stride: Pair) -> tuple[Padding | str | None, Any]:
-    """What of a padding `nn.Conv2d` cannot express (None: nothing), and what it is given."""
+    """The part of a padding that `nn.Conv2d` cannot express (None: nothing), and what it is given."""
     if padding == "valid":
         return None, 0
     if padding == "same":

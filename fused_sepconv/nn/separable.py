@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class SeparableConv2d(nn.Module):
 
     Shape: x (N, C, H, W) or (C, H, W); the result (N, F, out_h, out_w) or (F, out_h, out_w), in x's memory format.
     """
+
+    _child_names: ClassVar[tuple[str, str]] = ("depthwise", "pointwise")
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class SeparableConv2d(nn.Module):
                 f"depthwise: expected as many groups as input channels ({depthwise.in_channels}), "
                 f"got groups = {depthwise.groups}"
             )
-        if not _is_pointwise(pointwise):
+        if not is_pointwise(pointwise):
             raise ValueError(
                 f"pointwise: expected a 1 x 1 convolution, stride 1, no padding, one group, got {pointwise}"
             )
@@ -143,18 +145,23 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual`, of the output's shape, is added before the last activation."""
-        depthwise, pointwise = self.depthwise, self.pointwise
+        depthwise, pointwise = self.halves()
         if _run_as_one(depthwise, pointwise):
             return separable_conv2d(**self._arguments(depthwise, pointwise, x, residual))
         return self._call_children(x, residual)
 
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """The two convolutions, or what was put in their place."""
+        depthwise, pointwise = self._child_names
+        return self._modules[depthwise], self._modules[pointwise]
+
     def runs_as_one(self) -> bool:
         """Whether nothing is attached to the children that calling `separable_conv2d` would pass over."""
-        return _run_as_one(self.depthwise, self.pointwise)
+        return _run_as_one(*self.halves())
 
     def call(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `separable_conv2d` that this module is, for an input."""
-        return self._arguments(self.depthwise, self.pointwise, x, residual)
+        return self._arguments(*self.halves(), x, residual)
 
     def _arguments(
         self, depthwise: nn.Conv2d, pointwise: nn.Conv2d, x: Tensor, residual: Tensor | None
@@ -194,10 +201,11 @@ class SeparableConv2d(nn.Module):
         x = ACTIVATIONS[self.pre_activation].forward(x)
         if self._own_padding is not None:
             x = self._padded(x, self._own_padding)
-        return self.pointwise(ACTIVATIONS[self.mid_activation].forward(self.depthwise(x)))
+        depthwise, pointwise = self.halves()
+        return pointwise(ACTIVATIONS[self.mid_activation].forward(depthwise(x)))
 
     def _padded(self, x: Tensor, padding: Any) -> Tensor:
-        conv = self.depthwise
+        conv, _ = self.halves()
         return pad_image(x, padding, conv.padding_mode, conv.kernel_size, conv.stride, conv.dilation)
 
     def extra_repr(self) -> str:
@@ -217,7 +225,8 @@ def _added(z: Tensor, residual: Tensor) -> Tensor:
     return z + residual.to(z.dtype)
 
 
-def _is_pointwise(conv: nn.Conv2d) -> bool:
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution sees each pixel by itself, and all channels of it."""
     return (
         conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
@@ -227,22 +236,16 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def _run_as_one(depthwise: nn.Module, pointwise: nn.Module) -> bool:
-    return (
-        _is_plain(depthwise)
-        and _is_plain(pointwise)
-        and depthwise.groups == depthwise.in_channels
-        and _is_pointwise(pointwise)
-    )
-
-
-def _is_plain(child: nn.Module) -> bool:
-    """Whether calling the child is nothing but its convolution: no subclass, hook or replaced forward."""
-    return (
-        type(child) is nn.Conv2d
-        and not child._forward_hooks
-        and not child._forward_pre_hooks
-        and not child._backward_hooks
-        and not child._backward_pre_hooks
-        and "forward" not in child.__dict__  # two questions: Dynamo before 2.13 can't trace the dictionary's keys()
-        and "_conv_forward" not in child.__dict__
-    )
+    """Whether calling both is nothing but their convolutions: no subclass, hook or replaced forward."""
+    for child in (depthwise, pointwise):
+        if (
+            type(child) is not nn.Conv2d
+            or child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+            or "forward" in child.__dict__  # two questions: Dynamo before 2.13 can't trace the dictionary's keys()
+            or "_conv_forward" in child.__dict__
+        ):
+            return False
+    return depthwise.groups == depthwise.in_channels and is_pointwise(pointwise)

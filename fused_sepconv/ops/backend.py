@@ -11,12 +11,8 @@ from contextlib import contextmanager
 
 BACKENDS = ("auto", "fused", "reference")
 
-_default = "auto"
-
-
-def default_backend() -> str:
-    """The backend of a call made now: "auto", "fused" or "reference"."""
-    return _default
+default = "auto"
+"""The backend of a call made now: "auto", "fused" or "reference". Calls read it here, without a function's cost."""
 
 
 @contextmanager
@@ -31,13 +27,13 @@ def use_backend(backend: str) -> Iterator[None]:
     Like PyTorch's own backend flags it is one setting for all threads: contexts of several threads that overlap leave
     whichever default the last of them to end had found.
     """
-    global _default
+    global default
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected one of {BACKENDS}, got {type(backend).__name__} {backend!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    previous, _default = _default, backend
+    previous, default = default, backend
     try:
         yield
     finally:
-        _default = previous
+        default = previous

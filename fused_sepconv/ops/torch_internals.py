@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 try:
@@ -29,6 +29,7 @@ __all__ = [
     "SingleLevelFunction",
     "are_functorch_transforms_active",
     "below_subclasses",
+    "has_global_hooks",
     "has_storage",
     "has_tangent",
     "in_forward_mode",
@@ -69,7 +70,7 @@ def may_skip_dispatcher() -> bool:
     return (
         not torch.compiler.is_compiling()
         and _complete
-        and not in_forward_mode()
+        and forward_ad._current_level < 0  # as `in_forward_mode`, without its call
         and not _function_modes()
         and not _C._autograd._profiler_enabled()
     )
@@ -90,6 +91,15 @@ def in_forward_mode() -> bool:
 def has_tangent(tensor: Tensor) -> bool:
     """Whether the tensor is dual. Costs a view of it."""
     return _unpack_dual(tensor, level=0).tangent is not None
+
+
+_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in _KINDS]  # as in 2.0 to 2.14
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks for all modules are registered."""
+    return any(_GLOBAL_HOOKS)
 
 
 def below_subclasses() -> AbstractContextManager[Any]:

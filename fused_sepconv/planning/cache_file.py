@@ -24,15 +24,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-Seconds = dict[str, float]
-"""What the candidates of a problem took, by `choice.identity`."""
+Seconds = dict[str, float]  # seconds that the candidates of a problem took, by `choice.identity`
 
 
 class Content(NamedTuple):
-    measurements: dict[str, Seconds]
-    """By problem."""
-    excluded: dict[str, str]
-    """Why a candidate must not run, by what `choice` calls it."""
+    measurements: dict[str, Seconds]  # by problem
+    excluded: dict[str, str]  # why a candidate must not run, by what `choice` calls it
 
 
 def folder() -> Path | None:

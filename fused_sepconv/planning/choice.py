@@ -1,4 +1,4 @@
-"""What "auto" runs on a GPU: the plan's choice at first, then what was measured there and proved right.
+"""The choice of "auto" on a GPU: the plan's at first, then what was measured there and proved right.
 
 From the third call of a problem on, the plan's best candidates and PyTorch's own convolutions run on tensors like the
 call's. `proof.py` compares their results; the fastest right one is kept, in the process and in a file under the user's
@@ -44,36 +44,28 @@ from fused_sepconv.planning.problem import ELEMENT_BYTES, Candidate, DepthwisePr
 VARIABLE = "FUSED_SEPCONV_AUTOTUNE"
 BUDGET_VARIABLE = "FUSED_SEPCONV_AUTOTUNE_SECONDS"
 
-MOST_CANDIDATES = 4
-"""That are measured of a plan; PyTorch's own convolutions are always among them."""
+MOST_CANDIDATES = 4  # measured candidates of a plan, at most; PyTorch's own convolutions are always among them
 FIRST_MEASURED_CALL = 3
-"""Of a problem: what comes once or twice would not earn the measurement back."""
+"""The call of a problem that is measured: one that comes once or twice would not earn the measurement back."""
 MOST_SIZES = 16
-"""That are measured of problems that differ in their sizes alone: where there are more, they change for ever."""
-BUDGET_SECONDS = 30.0
-"""For all measurements of a process, waiting for other processes included."""
-PATIENCE_SECONDS = 5.0
-"""To wait for another process that measures the same problem."""
-MOST_REMEMBERED = 4096
-"""Problems that are remembered at a time, and whose calls are counted."""
+"""Measured problems that differ in their sizes alone, at most: where there are more, they change for ever."""
+BUDGET_SECONDS = 30.0  # for all measurements of a process, waiting for other processes included
+PATIENCE_SECONDS = 5.0  # to wait for another process that measures the same problem
+MOST_REMEMBERED = 4096  # problems that are remembered at a time, and whose calls are counted
 
-Timer = Callable[[Callable[[], object]], float]
-"""Seconds that a call takes on the current device and stream."""
+Timer = Callable[[Callable[[], object]], float]  # seconds that a call takes on the current device and stream
 
 Trial = Callable[[Candidate, Any, Any, tuple], Any]
 """Runs a candidate: `trial(candidate, problem, arguments, tensors)` gives a tensor (forward) or a tuple (backward)."""
 
 AnyProblem = Problem | DepthwiseProblem
 
-generation = 0
-"""Grows whenever a decision that was settled before may have changed."""
+generation = 0  # grows whenever a decision that was settled before may have changed
 
 
 class Decision(NamedTuple):
-    candidate: Candidate
-    """What runs this call."""
-    settled: bool
-    """Whether it may be remembered, for the same problem, device and `flags`, until `generation` changes."""
+    candidate: Candidate  # the candidate that runs this call
+    settled: bool  # whether it may be remembered, for the same problem, device and `flags`, until `generation` changes
 
 
 def identity(candidate: Candidate) -> str:
@@ -100,8 +92,8 @@ _NOT_WHAT_RUNS = frozenset(
 def contenders(plan: Plan) -> list[Candidate]:
     """The candidates worth measuring: the fastest predicted, and always PyTorch's own convolutions."""
     able = [candidate for candidate in plan.candidates if not (candidate.refusal or candidate.excluded)]
-    reference = [candidate for candidate in able if candidate.family == "reference"]
-    others = [candidate for candidate in able if candidate.family != "reference"]
+    reference = [candidate for candidate in able if candidate.family == "pytorch"]
+    others = [candidate for candidate in able if candidate.family != "pytorch"]
     return [*others[: MOST_CANDIDATES - len(reference)], *reference]
 
 
@@ -110,7 +102,7 @@ def as_known(plan: Plan, seconds: Seconds, excluded: Mapping[str, str]) -> Plan:
     in the plan's order, then the excluded ones and those that can't run."""
 
     def known(candidate: Candidate) -> Candidate:
-        if candidate.refusal or candidate.family == "reference":
+        if candidate.refusal or candidate.family == "pytorch":
             reason = ""
         else:
             reason = excluded.get(candidate.name) or excluded.get(_failure(plan.problem, candidate), "")
@@ -127,12 +119,12 @@ def as_known(plan: Plan, seconds: Seconds, excluded: Mapping[str, str]) -> Plan:
 
 
 def _failure(problem: AnyProblem, candidate: Candidate) -> str:
-    """What an exclusion for one problem alone is filed under."""
+    """The key of an exclusion for one problem alone."""
     return f"{problem!r}: {identity(candidate)}"
 
 
 def describe_environment() -> dict[str, Any]:
-    """What a measurement holds for: this package and its kernels, PyTorch, and the current GPU with its driver."""
+    """A measurement holds for this: the package and its kernels, PyTorch, and the current GPU with its driver."""
     info = loader.build_info() or {}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
@@ -165,14 +157,28 @@ QUEUED_SECONDS = 3e-4  # of GPU work that waits before each run
 
 
 def cuda_seconds(call: Callable[[], object]) -> float:
-    """Median seconds of a call on the current CUDA stream.
+    """Median seconds of a call on the current CUDA stream."""
+    return median(cuda_samples(call))
 
-    Before each run a buffer twice the size of L2 is written and then read, until that takes QUEUED_SECONDS and as long
-    again as the host may take to ask for it. So no run finds its inputs in L2, no dirty line is written back at its
-    expense, and the host is ahead of the GPU: what the events enclose does not wait for launches.
+
+def cuda_samples(
+    call: Callable[[], object],
+    seconds: float = SPENT_SECONDS,
+    fewest: int = FEWEST,
+    most: int = MOST,
+    *,
+    cold: bool = True,
+) -> list[float]:
+    """Seconds of each of some calls on the current CUDA stream, `seconds` in all.
+
+    Before each cold call a buffer twice the size of L2 is written and then read, until that takes QUEUED_SECONDS and as
+    long again as the host may take to ask for it, and longer than the host takes for a call. So no call finds its
+    inputs in L2, no dirty line is written back at its expense, and the host is ahead of the GPU: what the events
+    enclose does not wait for launches.
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    flush = torch.empty(2 * properties.L2_cache_size // 8, dtype=torch.int64, device="cuda")
+    flush = torch.empty(2 * properties.L2_cache_size // 8, dtype=torch.int64, device="cuda") if cold else None
+    host = [0.0]
 
     def empty_l2() -> None:
         flush.zero_()
@@ -184,14 +190,19 @@ def cuda_seconds(call: Callable[[], object]) -> float:
             for _ in range(rounds):
                 empty_l2()
             start.record()
+            began = time.perf_counter()
             call()
+            host[0] = time.perf_counter() - began
             end.record()
         events[-1][1].synchronize()
         return [max(start.elapsed_time(end) / 1e3, 1e-9) for start, end in events]
 
-    rounds = math.ceil(2 * QUEUED_SECONDS / min(timed(empty_l2, 1, WARM_UP)))
-    expected = timed(call, rounds, WARM_UP)[-1]
-    return median(timed(call, rounds, min(max(int(SPENT_SECONDS / expected), FEWEST), MOST)))
+    def rounds() -> int:
+        return math.ceil(max(2 * QUEUED_SECONDS, 1.5 * host[0]) / sweep) if cold else 0
+
+    sweep = min(timed(empty_l2, 1, WARM_UP)) if cold else 0.0
+    expected = timed(call, rounds(), WARM_UP)[-1]
+    return timed(call, rounds(), min(max(int(seconds / expected), fewest), most))
 
 
 # The choice -----------------------------------------------------------------------------------------------------------
@@ -204,9 +215,8 @@ class Chooser:
     measures: bool = True
     timer: Timer = cuda_seconds
     folder: Path | None = field(default_factory=cache_file.folder)
-    """Of the cache file; None keeps everything in the process alone."""
-    environment: Callable[[], Mapping[str, Any]] = describe_environment
-    """Of the current device."""
+    """The cache file's; None keeps everything in the process alone."""
+    environment: Callable[[], Mapping[str, Any]] = describe_environment  # describes the current device
     budget: float = BUDGET_SECONDS
 
     spent: float = field(default=0.0, init=False)
@@ -262,7 +272,7 @@ class Chooser:
     ) -> None:
         """Keeps "auto" from a candidate on a device: the kernel where its result was wrong, else for this problem."""
         global generation
-        if candidate.family == "reference":
+        if candidate.family == "pytorch":
             return  # there must be something that runs
         what = candidate.name if wrong else _failure(problem, candidate)
         with self._lock:
@@ -344,7 +354,7 @@ class Chooser:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             own = tensors_like(problem, arguments, tensors)
             candidates = {identity(candidate): candidate for candidate in contenders(plan)}
-            (reference,) = (name for name, candidate in candidates.items() if candidate.family == "reference")
+            (reference,) = (name for name, candidate in candidates.items() if candidate.family == "pytorch")
             eager = proof.as_results(trial(candidates[reference], problem, arguments, own))
             results: dict[str, proof.Results] = {}
             for name, candidate in candidates.items():
@@ -454,7 +464,7 @@ def _capturing() -> bool:
 
 
 def _needed_bytes(problem: AnyProblem, tensors: tuple) -> int:
-    """Of device memory, at most: tensors like the call's, every candidate's result, intermediates, the proof's."""
+    """Device memory, at most: tensors like the call's, every candidate's result, intermediates, the proof's."""
     given = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
     intermediate = problem.pixels * problem.K * ELEMENT_BYTES[problem.dtype]
     result = problem.y_bytes if problem.direction == "forward" else problem.x_bytes
@@ -462,7 +472,7 @@ def _needed_bytes(problem: AnyProblem, tensors: tuple) -> int:
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Of device memory, what PyTorch's allocator keeps for later included."""
+    """Free device memory, with that which PyTorch's allocator keeps for later."""
     if device.type != "cuda":
         return math.inf
     free, _ = torch.cuda.mem_get_info(device)
@@ -504,12 +514,11 @@ def _from_environment() -> Chooser:
     return Chooser(value == "1", budget=budget)
 
 
-chooser = _from_environment()
-"""The process's."""
+chooser = _from_environment()  # the process's
 
 
 def decide(plan: Plan, device: torch.device, trial: Trial, arguments: Any, tensors: tuple) -> Decision:
-    """What "auto" runs for a call on a GPU, the current device; may measure first, on tensors of its own."""
+    """Decides what "auto" runs for a call on a GPU, the current device; may measure first, on tensors of its own."""
     return chooser.decide(plan, device, trial, arguments, tensors)
 
 

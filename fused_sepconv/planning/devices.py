@@ -1,4 +1,4 @@
-"""What a plan needs to know of a device, and the devices that predictions are made for."""
+"""The figures of a device that a plan needs, and the devices that predictions are made for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from fused_sepconv.native import loader
 
 REGISTERS_OF_AN_SM = 65_536
 RESERVED_SHARED_BYTES = 1024  # a block, by the system
+# Dynamic shared memory of a block, at most, of any supported device: `kLargestSharedBytes` in csrc/common/launch.h.
+LARGEST_SHARED_BYTES = 227 << 10
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ BLACKWELL_SYNC_FRACTION = HOPPER_SYNC_FRACTION / 2
 
 @dataclass(frozen=True)
 class _Generation:
-    """What an SM of a compute capability does in a cycle, which no attribute tells (CUDA C++ Programming Guide,
+    """Work of an SM of a compute capability in a cycle, which no attribute tells (CUDA C++ Programming Guide,
     "Arithmetic Instructions"; NVIDIA's architecture papers)."""
 
     fma_lanes: int

@@ -3,8 +3,9 @@
 `plan(problem, device, kernels)` asks every family in `families/` for its candidates, PyTorch's own two convolutions
 among them. A candidate that can't run carries its `refusal`. The fastest predicted one that can is chosen.
 
-Predictions count device bytes, flop, whole waves of blocks and launches. The fractions of a ceiling that a family
-reaches are assumptions until rows in benchmarks/results/ replace them; each says so where it stands.
+Predictions rank the candidates, and no more is asked of them, as the choice is measured on the user's GPU. They count
+device bytes, flop, whole waves of blocks and launches. The shares of a ceiling that kernels reach are assumed until
+`benchmarks/first_minutes.py --apply` puts measured ones in their place; each says so where it stands.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ class Plan:
 
     @property
     def chosen(self) -> Candidate:
-        """What "auto" runs."""
+        """The candidate that "auto" runs."""
         return self.candidates[0]
 
     @property
     def floor_seconds(self) -> float:
-        """What no kernel could beat on this device."""
+        """Seconds that no kernel could beat on this device."""
         return self.problem.floor_seconds(self.device)
 
     def choose(self, backend: str, family: str | None = None) -> Candidate:
-        """What a backend runs; under "fused" a RuntimeError with the reasons where no kernel can.
+        """The candidate that a backend runs; under "fused" a RuntimeError with the reasons where no kernel can.
 
         With `family`, "fused" runs that family's kernels where one of them can.
         """
@@ -62,15 +63,15 @@ class Plan:
         able = [
             candidate
             for candidate in self.candidates
-            if (candidate.family == "reference") == (backend == "reference") and not candidate.refusal
+            if (candidate.family == "pytorch") == (backend == "reference") and not candidate.refusal
         ]
         for candidate in sorted(able, key=lambda candidate: candidate.family != family):
             return candidate
         reasons = "; ".join(dict.fromkeys(c.refusal for c in self.candidates if c.refusal))
-        raise RuntimeError(f'use_backend("fused"): no kernel serves {self.problem}: {reasons}')
+        raise RuntimeError(f'use_backend("fused"): no kernel runs {self.problem}: {reasons}')
 
     def _why(self, candidate: Candidate) -> str:
-        """What bounds a candidate, and how far behind the chosen one that leaves it."""
+        """The bound of a candidate, and how far behind the chosen one that leaves it."""
         if candidate is self.chosen:
             return f"; bound by {candidate.bound}"
         times = [
@@ -106,7 +107,7 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem | DepthwiseProblem, device: Device, kernels: Kernels) -> Plan:
-    """The plan of a problem; never empty, as PyTorch's own convolutions serve every legal one."""
+    """The plan of a problem; never empty, as PyTorch's own convolutions run every valid one."""
     families = (depthwise,) if isinstance(problem, DepthwiseProblem) else FAMILIES
     candidates = [candidate for family in families for candidate in family.candidates(problem, device, kernels)]
     if device.source:

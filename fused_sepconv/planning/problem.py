@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fused_sepconv.planning.devices import Device
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
-LAUNCH_SECONDS = 3e-6
-"""Assumed, until measured: a kernel's share of launching and draining."""
-LIBRARY_BANDWIDTH = 0.85
-"""Assumed, until measured: what a plain kernel reaches of a copy's bandwidth."""
+INT32_MAX = 2**31 - 1  # the most blocks of a grid, and the largest coordinate of the kernels
+
+# `benchmarks/first_minutes.py --apply` puts what was measured in place of these.
+LAUNCH_SECONDS = 3e-6  # assumed, until measured: a kernel's share of launching and draining
+LIBRARY_BANDWIDTH = 0.85  # assumed, until measured: what a plain kernel reaches of a copy's bandwidth
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One call in one direction: everything that a choice of kernel may depend on. Sizes in elements."""
+TOO_LARGE = "a dimension is too large for 32-bit coordinates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Convolution:
+    """The fields of both problems. Sizes in elements."""
 
     direction: str  # "forward" or "backward"
     N: int
     C: int
     H: int
     W: int
-    F: int
     multiplier: int
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -35,10 +39,7 @@ class Problem:
     dtype: str
     layout: str  # "nhwc" or "nchw": which dimension of x is the fastest
     pre_activation: str | None = None
-    mid_activation: str | None = None
-    activation: str | None = None
-    residual: bool = False
-    tf32: bool = False  # float32 convolutions may use TF32
+    mid_activation: str | None = None  # of a depthwise convolution by itself: its activation
     aligned: bool = True  # x's address and strides allow accesses of 16 bytes along its fastest dimension
 
     @property
@@ -55,8 +56,18 @@ class Problem:
         """Output pixels of all images."""
         return self.N * self.out_h * self.out_w
 
+    @property
+    def reach(self) -> int:
+        """The largest coordinate that a kernel counts with, features left out."""
+        top, bottom, left, right = self.padding
+        return max(self.H + top + bottom, self.W + left + right, self.K, self.taps)
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
+
     def bytes_of(self, elements: int) -> int:
-        return elements * ELEMENT_BYTES[self.dtype]
+        return elements * self.element_bytes
 
     @property
     def x_bytes(self) -> int:
@@ -68,6 +79,25 @@ class Problem:
         return self.bytes_of(self.pixels * self.K)
 
     @property
+    def depthwise_flops(self) -> int:
+        """The taps of a forward; each gradient takes as many."""
+        return 2 * self.pixels * self.K * self.taps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(_Convolution):
+    """One call in one direction: everything that a choice of kernel may depend on."""
+
+    F: int
+    activation: str | None = None
+    residual: bool = False
+    tf32: bool = False  # float32 convolutions may use TF32
+
+    @property
+    def reach(self) -> int:
+        return max(super().reach, self.F)
+
+    @property
     def y_bytes(self) -> int:
         return self.bytes_of(self.pixels * self.F)
 
@@ -76,22 +106,18 @@ class Problem:
         return self.bytes_of(self.K * (self.taps + self.F))
 
     @property
-    def depthwise_flops(self) -> int:
-        return 2 * self.pixels * self.K * self.taps
-
-    @property
     def pointwise_flops(self) -> int:
         return 2 * self.pixels * self.K * self.F
 
     @property
     def least_bytes(self) -> int:
-        """What the call must move at the least: each of its tensors once, nothing of the depthwise result."""
+        """Bytes that the call must move at the least: each of its tensors once, nothing of the depthwise result."""
         if self.direction == "forward":
             return self.x_bytes + self.weight_bytes + self.y_bytes * (2 if self.residual else 1)
         return 2 * (self.x_bytes + self.weight_bytes) + self.y_bytes
 
     def floor_seconds(self, device: Device) -> float:
-        """What no kernel can beat on a device: moving, the product and the taps overlap, and each runs at its peak.
+        """Seconds that no kernel can beat: moving, product and taps overlap, and each runs at the device's peak.
 
         A backward has two products; the taps it has three times, as the depthwise result is computed again. Strict
         float32 has no tensor cores: the product is the CUDA cores' work, like the taps.
@@ -105,7 +131,7 @@ class Problem:
 
     def depthwise(self, direction: str) -> DepthwiseProblem:
         """The depthwise convolution in it, by itself."""
-        shared = {field.name: getattr(self, field.name) for field in fields(DepthwiseProblem)}
+        shared = {field.name: getattr(self, field.name) for field in fields(_Convolution)}
         return DepthwiseProblem(**{**shared, "direction": direction})
 
     def __str__(self) -> str:
@@ -113,60 +139,23 @@ class Problem:
         return f"{self.C}->{self.F}@{_size_and_kernel(self)}"
 
 
-@dataclass(frozen=True)
-class DepthwiseProblem:
-    """One call of a depthwise convolution by itself, in one direction; the fields are `Problem`'s."""
+@dataclass(frozen=True, kw_only=True)
+class DepthwiseProblem(_Convolution):
+    """One call of a depthwise convolution by itself, in one direction."""
 
-    direction: str
-    N: int
-    C: int
-    H: int
-    W: int
-    multiplier: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    out_h: int
-    out_w: int
-    dtype: str
-    layout: str
-    pre_activation: str | None = None
-    mid_activation: str | None = None  # `depthwise_conv2d`'s activation
-    aligned: bool = True
-
-    @property
-    def K(self) -> int:
-        return self.C * self.multiplier
-
-    @property
-    def taps(self) -> int:
-        return self.kernel[0] * self.kernel[1]
-
-    @property
-    def pixels(self) -> int:
-        return self.N * self.out_h * self.out_w
-
-    @property
-    def element_bytes(self) -> int:
-        return ELEMENT_BYTES[self.dtype]
-
-    @property
-    def x_bytes(self) -> int:
-        return self.N * self.C * self.H * self.W * self.element_bytes
+    normalised: bool = False  # x is scaled and shifted first, a channel (families/depthwise/normalised.py)
 
     @property
     def y_bytes(self) -> int:
-        return self.pixels * self.K * self.element_bytes
+        return self.intermediate_bytes
 
     @property
     def weight_bytes(self) -> int:
-        return self.K * self.taps * self.element_bytes
+        return self.bytes_of(self.K * self.taps)
 
     @property
     def flops(self) -> int:
-        """Of the forward; each gradient takes as many."""
-        return 2 * self.pixels * self.K * self.taps
+        return self.depthwise_flops
 
     @property
     def least_bytes(self) -> int:
@@ -191,7 +180,7 @@ def _size_and_kernel(problem: Problem | DepthwiseProblem) -> str:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which instances of the native module can run on a device; where none can, why."""
+    """The instances of the native module that can run on a device; where none can, why."""
 
     instances: frozenset[str]
     why_none: str = ""
@@ -283,12 +272,12 @@ AnyTiling = NhwcTiling | NchwTiling | MmaTiling | MmaWeightTiling | MmaInputTili
 
 
 def slowest(seconds: Mapping[str, float]) -> str:
-    """What takes longest, of what goes on side by side."""
+    """The name of what takes longest, of what goes on side by side."""
     return max(seconds, key=seconds.__getitem__)
 
 
 def mostly(steps: Iterable[tuple[str, float]]) -> str:
-    """What most of the time goes to, of steps that follow one another: (bound, seconds) of each."""
+    """The bound that most of the time goes to, of steps that follow one another: (bound, seconds) of each."""
     totals: dict[str, float] = {}
     for bound, seconds in steps:
         totals[bound] = totals.get(bound, 0.0) + seconds
@@ -296,17 +285,44 @@ def mostly(steps: Iterable[tuple[str, float]]) -> str:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Something that could run a problem, with its predicted cost on the plan's device, or why it can't."""
+class Work:
+    """A kernel's share of a candidate: what bounds it, its device memory in bytes, its flop, its predicted seconds."""
 
-    family: str  # "reference" or a family of kernels
-    name: str  # the instance, or "reference"
+    bound: str
+    bytes: int = 0
+    flops: int = 0
+    seconds: float = LAUNCH_SECONDS
+
+
+def elementwise(device: Device, byte_count: int, bound: str = "elementwise passes") -> Work:
+    """A pass of PyTorch's that moves so many bytes, or another kernel as plain."""
+    return Work(bound, byte_count, 0, LAUNCH_SECONDS + byte_count / (device.bandwidth * LIBRARY_BANDWIDTH))
+
+
+def combined(work: Sequence[Work]) -> dict[str, Any]:
+    """The fields of the candidate that runs these kernels one after another."""
+    return {
+        "bytes": sum(kernel.bytes for kernel in work),
+        "flops": sum(kernel.flops for kernel in work),
+        "predicted_seconds": sum(kernel.seconds for kernel in work),
+        "bound": mostly((kernel.bound, kernel.seconds) for kernel in work),
+    }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that could run a problem, with what it moves and computes on the plan's device, or why it can't."""
+
+    family: str  # "pytorch" or a family of kernels
+    name: str  # the instance, or "pytorch"
     bytes: int = 0  # device memory, read + written
     requested_bytes: int = 0  # what threads ask of memory, where it is known: the rest of it comes from L2
     flops: int = 0
     blocks: int = 0
     waves: float = 0.0  # blocks over those that the device holds at once
     shared_bytes: int = 0
+    # Ranks candidates: the sum over its kernels of a launch and of bytes or flop, whichever take longer, at the share
+    # of the device's ceiling that kernels of its kind reach. No latency is in it.
     predicted_seconds: float = float("inf")
     bound: str = ""  # what most of that time goes to
     measured_seconds: float | None = None  # on the device
@@ -320,3 +336,9 @@ class Candidate:
     steps: tuple[Candidate, ...] = ()
     pointwise: str = ""  # how PyTorch runs the 1x1, where it does
     note: str = ""  # what else is worth telling
+
+    @property
+    def work(self) -> Work:
+        """The whole of it, as a part of another candidate."""
+        bound = self.bound if self.steps else f"{self.bound} in {self.name}"
+        return Work(bound, self.bytes, self.flops, self.predicted_seconds)

@@ -30,14 +30,11 @@ from fused_sepconv.planning.problem import ELEMENT_BYTES, DepthwiseProblem, Prob
 
 FACTOR = 2.0
 WORST_FACTOR = 4.0
-HONEST = 16.0
-"""Times the rounding noise that PyTorch's own error may count for: its kernels have been wrong too."""
+HONEST = 16.0  # times the rounding noise that PyTorch's own error may count for: its kernels have been wrong too
 
-CHUNK_BYTES = 256 << 20
-"""Of float64 tensors at once; more only where one image is larger."""
+CHUNK_BYTES = 256 << 20  # most bytes of float64 tensors at once; more only where one image is larger
 
-JUMPS = frozenset({"relu", "relu6", "hardswish"})
-"""Activations whose derivative jumps."""
+JUMPS = frozenset({"relu", "relu6", "hardswish"})  # activations whose derivative jumps
 
 Results = tuple[Tensor | None, ...]
 
@@ -50,7 +47,7 @@ def as_results(result: Any) -> Results:
 def faults(
     problem: Problem | DepthwiseProblem, arguments: Any, tensors: tuple, eager: Results, ours: Mapping[str, Results]
 ) -> dict[str, str]:
-    """What is wrong with which of `ours`, results by name; `eager` is PyTorch's own of the same tensors."""
+    """The faults of `ours`, results by name; `eager` is PyTorch's own of the same tensors."""
     scales = [None if result is None else _Scale() for result in eager]
     errors = {name: [_Errors() for _ in eager] for name in ours}
     for position, part, truth in _truth(problem, arguments, tensors, eager):
@@ -75,7 +72,7 @@ def faults(
 
 @dataclass
 class _Errors:
-    """Of one result; NaN where it holds one, or where there is none to compare."""
+    """Errors of one result; NaN where it holds one, or where there is none to compare."""
 
     squares: float = 0.0
     worst: float = 0.0

@@ -1,4 +1,4 @@
-"""Which memory format a result has: x's for the output, its own input's for a gradient.
+"""The memory format of a result: x's for the output, its own input's for a gradient.
 
 The op's fake kernel and its real ones ask here, so that they agree to the last stride.
 """
@@ -79,10 +79,14 @@ def aligned(image: Tensor) -> bool:
         return False
     if memory_format_of(image) != torch.channels_last:
         return image.is_contiguous()
-    size = image.element_size()
-    steps = {dim: stride * size for dim, stride in enumerate(image.stride()) if dim != 1 and image.shape[dim] > 1}
-    reach = sum((image.shape[dim] - 1) * step for dim, step in steps.items() if dim > 1)
-    return image.stride(1) == 1 and all(step % 16 == 0 for step in steps.values()) and reach < 16 << 31
+    (n, _, height, width), strides, size = image.shape, image.stride(), image.element_size()
+    reach = 0
+    for length, stride, inside in ((n, strides[0], 0), (height, strides[2], 1), (width, strides[3], 1)):
+        if length > 1:
+            if stride * size % 16:
+                return False
+            reach += inside * (length - 1) * stride * size
+    return strides[1] == 1 and reach < 16 << 31
 
 
 def tf32() -> bool:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fused_sepconv.nn import separable
 from fused_sepconv.nn.functional import separable_conv2d
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.arguments import DTYPES
@@ -25,17 +26,13 @@ class AdoptedSeparableConv2d(SeparableConv2d):
         """From a module and the names of its two convolutions, children of it in the order in which it has them."""
         adopted = SeparableConv2d.from_convs(module.get_submodule(depthwise), module.get_submodule(pointwise))
         adopted.__class__ = AdoptedSequential if isinstance(module, nn.Sequential) else cls
-        del adopted.depthwise, adopted.pointwise
-        for name, child in module.named_children():
-            adopted.add_module(name, child)
-        adopted._child_names = (depthwise, pointwise)
+        adopted._child_names, adopted._modules = (depthwise, pointwise), module._modules.copy()
         adopted.training = module.training
         return adopted
 
     def __getattr__(self, name: str) -> Any:
-        names = self.__dict__.get("_child_names")
-        if names and name in ("depthwise", "pointwise"):
-            return self._modules[names[name == "pointwise"]]
+        if name in ("depthwise", "pointwise") and name not in self._modules:  # a child's own name comes first
+            return self.halves()[name == "pointwise"]
         return super().__getattr__(name)
 
 
@@ -52,7 +49,7 @@ class AdoptedSequential(AdoptedSeparableConv2d, nn.Sequential):
         return self._is_the_pair() and super().runs_as_one()
 
     def _is_the_pair(self) -> bool:
-        return tuple(self._modules) == self.__dict__.get("_child_names")
+        return tuple(self._modules) == self._child_names
 
     def extra_repr(self) -> str:
         return super().extra_repr() if self._is_the_pair() else ""
@@ -182,13 +179,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.padding in ((0, 0), "valid", "same")
-        and module.groups == 1
-    )
+    return isinstance(module, nn.Conv2d) and separable.is_pointwise(module)
 
 
 def is_plain(conv: nn.Conv2d) -> bool:

@@ -62,7 +62,7 @@ class FoldedSeparableConv2d(SeparableConv2d):
             return super().forward(x)
         whole = self.runs_as_one()
         call = self.call(x) if whole else {}
-        if whole and _fits(residual, call, self.pointwise.out_channels):
+        if whole and _fits(residual, call, self.halves()[1].out_channels):
             return separable_conv2d(**{**call, "residual": residual})
         z = separable_conv2d(**{**call, "activation": None}) if whole else self._children_result(x)
         z = z.add_(residual) if in_place else z + residual
@@ -220,11 +220,12 @@ def _separable_at(node: fx.Node, module: SeparableConv2d) -> Chain | None:
     """A `SeparableConv2d` as the beginning of a chain."""
     if not module.runs_as_one() or len(node.args) != 1 or node.kwargs:
         return None
-    padding = module.depthwise.padding
+    depthwise, pointwise = module.halves()
+    padding = depthwise.padding
     if module._own_padding is not None:
         padding = module._own_padding if module._own_padding == "same" else _sides(module._own_padding)
     mid, after = ([name] if name else [] for name in (module.mid_activation, module.activation))
-    return Chain(module, module.depthwise, module.pointwise, padding, module.pre_activation, mid, after, [], last=node)
+    return Chain(module, depthwise, pointwise, padding, module.pre_activation, mid, after, [], last=node)
 
 
 def _sides(padding: tuple[int, int, int, int]) -> Any:

@@ -16,7 +16,8 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from fused_sepconv.ops.torch_internals import has_global_hooks
 
 _CALL_IMPL, _WRAPPED_CALL_IMPL = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
 _SEQUENTIAL_FORWARD = nn.Sequential.forward.__code__
@@ -56,7 +57,7 @@ def next_module(
     None if that is not certain: because hooks look on, because the result goes elsewhere or is kept, or because the
     calling code is of a form that is not understood.
     """
-    if _has_any_global_hook():
+    if has_global_hooks():
         return None
     while (frame := caller_of(forward)) is not None and not is_looked_at(module):
         if frame.f_code is not _SEQUENTIAL_FORWARD:

@@ -157,7 +157,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _restore_pair(module: SeparableConv2d) -> None:
-    depthwise, pointwise, own = module.depthwise, module.pointwise, module._own_padding
+    (depthwise, pointwise), own = module.halves(), module._own_padding
     children = dict(module.named_children())
     if children.get("depthwise") is depthwise and children.get("pointwise") is pointwise:
         _pad_before(module, own)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import signal
-import time
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,11 +24,11 @@ from layers import NETWORKS, XCEPTION, Layer
 from networks import Network
 from peers import Implementation, eager, implementations
 from problem import DTYPES, GRADIENTS, LAYOUTS, PASSES, Problem
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_sepconv import SeparableConv2d
-from fused_sepconv.ops.backend import default_backend
+from fused_sepconv.ops import backend
 
 TINY = Layer(6, 10, 5, count=3)
 SETTINGS = suites.Settings(
@@ -91,12 +90,12 @@ def test_a_layer_computes_the_sizes_that_its_floor_counts():
     for layer in (layer for layers in NETWORKS.values() for layer in layers):
         problem = Problem(layer, 2, "bfloat16", "nhwc", "meta")
         inputs = problem.meta_inputs()
-        counted = floors.quantities(layer, 2, "bfloat16")
+        counted = floors.problem_of(layer, 2, "bfloat16", "forward")
         with FlopCounterMode(display=False) as flops:
             y = eager(*inputs[:3], problem.geometry)
         assert y.shape == inputs.grad_output.shape, layer
-        assert (counted.x, counted.y) == (inputs.x.nbytes, y.nbytes), layer
-        assert counted.product + counted.taps == flops.get_total_flops(), layer
+        assert (counted.x_bytes, counted.y_bytes) == (inputs.x.nbytes, y.nbytes), layer
+        assert counted.pointwise_flops + counted.depthwise_flops == flops.get_total_flops(), layer
 
 
 def test_ceilings_are_a_copy_and_products(monkeypatch):
@@ -220,7 +219,7 @@ class WrongInTraining(Small):
 
     def forward(self, x):
         y = super().forward(x)
-        return 2 * y - y.detach() if default_backend() == "auto" else y
+        return 2 * y - y.detach() if backend.default == "auto" else y
 
 
 def broken():
@@ -298,27 +297,6 @@ def test_a_host_row_for_each_implementation_and_pass_and_for_a_null_build_that_f
 
 def test_a_timing_is_median_and_interquartile_range():
     assert timing.summarize([5.0, 1.0, 2.0, 4.0, 3.0]) == timing.Timing(median_ms=3000.0, iqr_ms=2000.0, samples=5)
-
-
-def test_a_cold_call_finds_no_dirty_lines_and_a_queue(monkeypatch):
-    """Twice L2 is written, then read, for 0.3 ms at least, and for longer than the host needs for a call; on a GPU with
-    50 MB of L2 whose work is a list, and where every sweep of the flush takes 50 us."""
-    work, empty = [], torch.empty
-    event = SimpleNamespace(record=lambda: work.append("event"), elapsed_time=lambda end: 10 * 0.05)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50_000_000))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
-    monkeypatch.setattr(torch, "empty", lambda *size, device, **more: empty(*size, **more))
-    monkeypatch.setattr(Tensor, "zero_", lambda x: work.append(f"write {x.nbytes}"))
-    monkeypatch.setattr(torch, "sum", lambda x, dim, out: work.append(f"read {x.nbytes}"))
-    assert timing.Flush().sweep_seconds == pytest.approx(50e-6)
-    sampler = timing.CudaSampler("cold", seconds=0.01)
-    work.clear()
-    sampler._run(lambda: work.append("call"), 2)
-    assert work == [*["write 100000000", "read 100000000"] * 6, "event", "call", "event"] * 2
-    sampler(lambda: time.sleep(0.002))
-    assert sampler._queued >= 0.003
 
 
 # Runs

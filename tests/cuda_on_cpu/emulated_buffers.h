@@ -43,6 +43,7 @@ class EmulatedBuffers {
     read_depthwise_operands(params);
     read("depthwise_bias", params.depthwise_bias, shape.K);
     read("grad_output", params.grad_output.data, output_extent(params.grad_output, shape, shape.K));
+    read_affine(params);
     write("y", params.y.data, output_extent(params.y, shape, shape.K) * instance.scalar_bytes);
   }
 
@@ -52,7 +53,11 @@ class EmulatedBuffers {
     read("depthwise_bias", params.depthwise_bias, shape.K);
     read("grad_output", params.grad_output.data, output_extent(params.grad_output, shape, shape.K));
     write("grad_x", params.grad_x.data, input_extent(params.grad_x, shape) * instance.scalar_bytes);
-    const int64_t rows = int64_t{params.tiling.parts + params.planes.parts} * shape.K;  // one of the two is 0
+    read_affine(params);
+    read_floats("mean", params.mean, shape.C);
+    const int64_t parts = params.tiling.parts + params.planes.parts;  // one of the two is 0
+    write("partial_affine", params.partial_affine, parts * 2 * shape.C * instance.compute_bytes);
+    const int64_t rows = parts * shape.K;
     write("partial_weight", params.partial_weight, rows * shape.kernel_h * shape.kernel_w * instance.compute_bytes);
     write("partial_bias", params.partial_bias, rows * instance.compute_bytes);
   }
@@ -82,6 +87,12 @@ class EmulatedBuffers {
   }
 
   template <class Params>
+  void read_affine(const Params& params) {
+    read_floats("scale", params.affine.scale, params.shape.C);
+    read_floats("shift", params.affine.shift, params.shape.C);
+  }
+
+  template <class Params>
   void read_operands(const Params& params) {
     const ConvShape& shape = params.shape;
     read_depthwise_operands(params);
@@ -103,6 +114,9 @@ class EmulatedBuffers {
 
   void read(const char* name, const void* data, int64_t elements) {
     if (data != nullptr) scope_.input(name, data, elements * instance_.scalar_bytes);
+  }
+  void read_floats(const char* name, const float* data, int64_t count) {
+    if (data != nullptr) scope_.input(name, data, count * sizeof(float));
   }
   void write(const char* name, void* data, int64_t bytes) {
     if (data != nullptr) scope_.output(name, data, bytes);

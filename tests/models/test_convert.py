@@ -314,6 +314,17 @@ def test_a_model_in_training_stays_in_training():
     assert [name for name, module in model.named_modules() if not module.training] == ["1.after"]
 
 
+def test_a_child_s_own_name_comes_before_ours():
+    ours, theirs, report = swapped(nn.Sequential(Pair()))
+    assert report.replaced == ("0",)
+    assert ours[0].depthwise.kernel_size == ours.get_submodule("0.depthwise").kernel_size == (1, 1)
+    x = torch.randn(1, 8, 5, 5)
+    for model in (ours, torch.fx.symbolic_trace(ours), copy.deepcopy(ours)):
+        assert_same(model(x), theirs(x))
+    with pytest.raises(RuntimeError, match=r"cannot compile a AdoptedSeparableConv2d: call .*restore_convs\(model\)"):
+        torch.jit.script(ours)
+
+
 def test_the_model_itself_may_be_the_pair():
     ours, theirs, report = swapped(Pair())
     assert report.replaced == ("b",)

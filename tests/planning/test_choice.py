@@ -40,7 +40,7 @@ from tests.support.emulation import emulated_kernels
 H200 = DEVICES["H200"]
 CPU = torch.device("cpu")
 ENVIRONMENT = {"gpu": "a GPU, emulated", "driver": "1"}
-FAMILIES = ("reference", "simt", "split", "mma")
+FAMILIES = ("pytorch", "simt", "split", "mma")
 
 
 class Clock:
@@ -153,13 +153,14 @@ def test_from_the_third_call_on_what_took_least_runs(family, start):
     assert found[2:] == [(family, True)] * 2
     assert sorted(clock.timed) == sorted(("forward", family) for family in FAMILIES)
     assert chosen(*tensors).family == family
-    torch.testing.assert_close(y, fused_sepconv.reference.separable_conv2d(*tensors, padding=1), rtol=0.02, atol=0.05)
+    with fused_sepconv.use_backend("reference"):
+        torch.testing.assert_close(y, call(*tensors), rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("activations", [{}, {"activation": "relu"}, {"mid_activation": "relu6", "activation": "silu"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_backward_is_measured_too_and_its_right_kernels_are_found_right(dtype, activations, start):
-    clock = Clock("reference", backward="split")
+    clock = Clock("pytorch", backward="split")
     start(clock)
     tensors = [tensor.requires_grad_() for tensor in inputs(16, dtype, n=3)]
     for _ in range(3):
@@ -175,7 +176,7 @@ def test_a_backward_is_measured_too_and_its_right_kernels_are_found_right(dtype,
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)  # sums that cancel, in another order
 
 
-@pytest.mark.parametrize("fastest", ["reference", "simt", "depthwise"])
+@pytest.mark.parametrize("fastest", ["pytorch", "simt", "depthwise"])
 def test_a_depthwise_convolution_by_itself_is_measured_too(fastest, start):
     clock = Clock(fastest, backward=fastest)
     start(clock)
@@ -195,7 +196,7 @@ def test_at_most_four_are_measured_and_pytorch_is_one_of_them():
     refused = dataclasses.replace(first, name="refused", refusal="no")
     wrong = dataclasses.replace(first, name="wrong", excluded="wrong")
     found = contenders(dataclasses.replace(made, candidates=(refused, wrong, *crowd, *made.candidates)))
-    assert [candidate.name for candidate in found] == ["number 0", "number 1", "number 2", "reference"]
+    assert [candidate.name for candidate in found] == ["number 0", "number 1", "number 2", "pytorch"]
 
 
 def test_of_equal_times_the_plans_first_wins_and_what_can_not_run_does_not():
@@ -203,7 +204,7 @@ def test_of_equal_times_the_plans_first_wins_and_what_can_not_run_does_not():
     seconds = {identity(candidate): 1e-6 for candidate in made.candidates}
     assert choice.as_known(made, seconds, {}).chosen.name == made.chosen.name
     without = plan(MIDDLE, H200, Kernels(frozenset(), "none were built"))
-    assert choice.as_known(without, seconds, {}).chosen.family == "reference"
+    assert choice.as_known(without, seconds, {}).chosen.family == "pytorch"
 
 
 @pytest.mark.parametrize("flag", ["benchmark", "deterministic"])
@@ -290,13 +291,13 @@ def test_a_wrong_gradient_is_named(position, name, start):
 def test_a_wrong_result_of_pytorchs_own_excuses_no_other(start):
     start(Clock("simt"))
     with ExitStack() as stack:
-        for family in ("reference", "simt", "mma"):
+        for family in ("pytorch", "simt", "mma"):
             stack.enter_context(spoiled(family, lambda y: -y))
         said = stack.enter_context(pytest.warns(UserWarning))
         call(times=3)
     assert [str(warning.message).count("wrong result") for warning in said] == [1, 1]
     candidates = fused_sepconv.explain(*inputs(), padding=1).forward.candidates
-    assert {candidate.family for candidate in candidates if not candidate.excluded} == {"reference", "split"}
+    assert {candidate.family for candidate in candidates if not candidate.excluded} == {"pytorch", "split"}
 
 
 # Failing --------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
+import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from fused_sepconv.ops.arguments import Arguments
 from fused_sepconv.ops.problems import ALL_KERNELS, problem_of
 from fused_sepconv.planning.devices import DEVICES
 from fused_sepconv.planning.plan import plan
-from fused_sepconv.planning.problem import Kernels, Problem
+from fused_sepconv.planning.problem import AnyTiling, Kernels, Problem
 from tests.support.cases import CASES, Case, four_sides, pair
 from tests.support.emulation import emulated_kernels
 
@@ -60,9 +63,9 @@ def test_every_case_has_a_plan_in_both_directions():
         made = plan(problem(case, direction), H200, ALL_KERNELS)
         assert not made.chosen.refusal
         assert all(c.refusal or c.predicted_seconds > 0 for c in made.candidates)
-        assert made.choose("fused").family != "reference"
+        assert made.choose("fused").family != "pytorch"
         assert made.choose("fused", "simt").family == "simt"
-        assert made.choose("reference").family == "reference"
+        assert made.choose("reference").family == "pytorch"
         assert made.chosen.name in str(made)
 
 
@@ -81,7 +84,7 @@ def test_every_candidate_that_can_run_says_what_bounds_it():
 def test_without_kernels_the_reference_serves_and_the_reason_is_told():
     for case in CASES:
         made = plan(problem(case), H200, NO_KERNELS)
-        assert made.chosen.family == "reference", case
+        assert made.chosen.family == "pytorch", case
         assert "there are none" in str(made), case
         with pytest.raises(RuntimeError, match="there are none"):
             made.choose("fused")
@@ -131,7 +134,7 @@ def test_small_problems_still_fill_the_device_with_parts():
 def test_a_problem_too_large_for_a_grid_goes_to_the_reference():
     huge = dataclasses.replace(MIDDLE, N=2**31, H=4000, W=4000, out_h=4000, out_w=4000)
     made = plan(huge, H200, ALL_KERNELS)
-    assert made.chosen.family == "reference"
+    assert made.chosen.family == "pytorch"
     assert "grid" in str(made)
 
 
@@ -144,7 +147,7 @@ def test_a_large_problem_that_fits_is_not_refused():
 
 def test_a_dimension_past_32_bits_goes_to_the_reference():
     wide = dataclasses.replace(MIDDLE, N=1, C=1, F=1, H=1, W=2**31, out_h=1, out_w=2**31)
-    assert plan(wide, H200, ALL_KERNELS).chosen.family == "reference"
+    assert plan(wide, H200, ALL_KERNELS).chosen.family == "pytorch"
 
 
 def test_a_missing_instance_is_named():
@@ -163,6 +166,18 @@ def test_shared_memory_is_checked_against_the_device():
 def test_an_instance_leaves_room_for_the_blocks_the_plan_counts_on():
     for instance in simt.INSTANCES.values():
         assert 2 * instance.shared_bytes <= min(device.shared_bytes for device in DEVICES.values())
+
+
+@pytest.mark.parametrize("kind", typing.get_args(AnyTiling), ids=lambda kind: kind.__name__)
+def test_a_tiling_has_its_structs_fields_in_their_order(kind: type):
+    """Its values are handed over in that order."""
+    text = (Path(__file__).parents[2] / "csrc/params.h").read_text()
+    body = re.search(rf"struct {kind.__name__} {{(.*?)\n}};", text, re.DOTALL)[1]
+    declared = re.findall(r"int32_t ([\w, ]+);", re.sub(r"//.*", "", body))
+    names = [name.strip() for line in declared for name in line.split(",")]
+    assert names == [field.name for field in dataclasses.fields(kind)][: len(names)]
+    # The parts of a sum are `BackwardParams`'s own.
+    assert [field.name for field in dataclasses.fields(kind)][len(names) :] in ([], ["parts"])
 
 
 def test_plans_are_made_once():
@@ -192,12 +207,12 @@ def test_explain_predicts_for_a_device_that_is_not_here():
 def test_explain_predicts_nothing_for_a_device_without_figures():
     text = str(fused_sepconv.explain(*(torch.empty(t.shape) for t in meta_call()), padding=1))
     assert "predicted" not in text
-    assert "reference" in text
+    assert "pytorch" in text
 
 
 def test_explain_as_data_is_json():
     text = json.dumps(fused_sepconv.explain(*(torch.empty(t.shape) for t in meta_call())).as_dict(), allow_nan=False)
-    assert "reference" in text
+    assert "pytorch" in text
 
 
 def test_explain_checks_its_arguments_as_the_call_does():
@@ -236,4 +251,4 @@ def test_the_emulation_is_a_place_where_kernels_run():
     with emulated_kernels(checked=False):
         explanation = fused_sepconv.explain(tensors.pop("x"), **tensors, **case.options)
         assert explanation.forward.choose("fused").name.startswith("simt_forward")
-        assert explanation.forward.chosen.name == "reference"  # what "auto" runs on the CPU
+        assert explanation.forward.chosen.name == "pytorch"  # what "auto" runs on the CPU

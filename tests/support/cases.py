@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +71,25 @@ def depthwise_convolution(
     top, bottom, left, right = four_sides(padding, (x.shape[-2], x.shape[-1]), kernel, stride, dilation)
     image = F.pad(ACTIVATIONS[pre_activation](x), (left, right, top, bottom))
     return ACTIVATIONS[activation](F.conv2d(image, weight, bias, stride, 0, dilation, groups=x.shape[-3]))
+
+
+def normalised_convolution(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *,
+    pre_activation: str | None = None,
+) -> Tensor:
+    """The depthwise convolution of scale * x + shift, which is made in float32 where x is narrower."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale, shift = (each.to(wide).view(-1, 1, 1) for each in (scale, shift))
+    affine = (scale * x.to(wide) + shift).to(x.dtype)
+    return depthwise_convolution(affine, weight, bias, stride, padding, dilation, pre_activation=pre_activation)
 
 
 def two_convolutions(
@@ -225,6 +244,35 @@ def depthwise(cases: Sequence[Case]) -> tuple[DepthwiseCase, ...]:
         )  # fmt: skip
         halves.setdefault(replace(half, name=""), half)
     return tuple(halves.values())
+
+
+@dataclass(frozen=True)
+class NormalisedCase(DepthwiseCase):
+    """A depthwise convolution of a tensor that is scaled and shifted first, by a channel's own, 0 and negative too."""
+
+    operator: ClassVar[str] = "normalised_depthwise"
+    definition: ClassVar[Callable[..., Tensor]] = staticmethod(normalised_convolution)
+    inputs: ClassVar[tuple[str, ...]] = ("x", "scale", "shift", "weight", "bias")
+    activations: ClassVar[tuple[str, ...]] = ("pre_activation",)
+
+    def __str__(self) -> str:
+        return f"normalised: {self.name}"
+
+    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
+        tensors = super().tensors(seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        for name in ("scale", "shift"):
+            tensors[name] = torch.randn(self.C, generator=generator, dtype=torch.float64)
+        tensors["scale"][1::5] = 0.0
+        return {name: tensors[name] for name in self.inputs if name in tensors}
+
+
+def normalised(cases: Sequence[DepthwiseCase]) -> tuple[NormalisedCase, ...]:
+    """The same depthwise convolutions of a normalised tensor; without the activation of their result."""
+    return tuple(
+        NormalisedCase(**{**{field.name: getattr(case, field.name) for field in fields(case)}, "activation": None})
+        for case in cases
+    )
 
 
 # The ten distinct layers of Xception (34 in all), at their full size and one image. "relu" stands where the network

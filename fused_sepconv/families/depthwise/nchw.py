@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, gcd
 
+from fused_sepconv.families.depthwise.nhwc import normalised_bytes
 from fused_sepconv.planning.devices import Device
 from fused_sepconv.planning.problem import ELEMENT_BYTES, DepthwiseProblem, NchwTiling
 
@@ -17,6 +18,7 @@ PIECE = 16  # bytes of a copy: kPieceBytes
 # Instructions of a thread, as the disassembly of nvcc 13.0 for sm_100 counts them, the rare ways not taken.
 COPY_INSTRUCTIONS = 44  # of a piece of 16 bytes: its image and place, whether it is inside, the copy
 STORE_INSTRUCTIONS = 36
+NORMALISED_INSTRUCTIONS = 3  # of a value: it is converted, scaled, shifted
 ACTIVATION_INSTRUCTIONS = 25  # of a value: those that are more than a comparison
 
 # A thread's, at most, by kernel size: what the launch bounds leave.
@@ -32,11 +34,13 @@ class NchwTraits:
     stride: int  # after dilation is taken apart
     dilated: bool
     dtype: str
+    normalised: bool = False
 
     @property
     def name(self) -> str:
         kind = "dilated" if self.dilated else f"s{self.stride}"
-        return f"depthwise_{self.direction}_nchw_{self.kernel}x{self.kernel}_{kind}_{self.dtype}"
+        family = "depthwise_normalised" if self.normalised else "depthwise"
+        return f"{family}_{self.direction}_nchw_{self.kernel}x{self.kernel}_{kind}_{self.dtype}"
 
     @property
     def forward(self) -> bool:
@@ -170,11 +174,13 @@ class NchwCut:
         the ends of a run of rows."""
         p, size = self.problem, self.problem.element_bytes
         weights = self.tiling.parts * p.weight_bytes
+        affine = self.tiling.parts * normalised_bytes(p)
         if self.traits.forward:
             return {
                 "x": p.N * p.K * self.window_rows * p.W * size,
                 "depthwise_weight": weights,
                 "y": p.y_bytes,
+                "affine": affine,
             }
         x = p.N * p.K * self.x_window_rows * p.W * size if p.mid_activation else p.x_bytes
         return {
@@ -183,6 +189,7 @@ class NchwCut:
             "grad_output": p.N * p.K * self.window_rows * p.out_w * size,
             "grad_x": p.x_bytes,
             "partial_weight": 2 * self.tiling.parts * p.K * p.taps * 4,  # written, and read to be added
+            "affine": affine,
         }
 
     def bytes(self) -> int:
@@ -210,7 +217,8 @@ def _shared_bytes(problem: DepthwiseProblem, traits: NchwTraits, images: int, ro
     if traits.forward:
         return images * (2 * x + y) * PIECE
     sums = THREADS // 32 * problem.taps * 4
-    return max(sums, images * (2 * y + (2 if problem.pre_activation in (None, "relu") else 3) * x) * PIECE)
+    beside = traits.normalised or problem.pre_activation not in (None, "relu")
+    return max(sums, images * (2 * y + (3 if beside else 2) * x) * PIECE)
 
 
 def _span(problem: DepthwiseProblem, traits: NchwTraits, axis: int) -> tuple[int, int]:
@@ -283,6 +291,8 @@ def instructions_of_unit(cut: NchwCut) -> float:
     x, y = _pieces(p, traits, t.rows)
     values = PIECE // p.element_bytes
     activation = {None: 0, "relu": 30}.get(p.pre_activation, 30 + values * ACTIVATION_INSTRUCTIONS)
+    if traits.normalised:
+        activation += 20 + values * NORMALISED_INSTRUCTIONS
     total += turns(x) * (COPY_INSTRUCTIONS + activation)
     if traits.forward:
         total += turns(y) * STORE_INSTRUCTIONS
@@ -290,7 +300,9 @@ def instructions_of_unit(cut: NchwCut) -> float:
             total += turns(y * values) * (ACTIVATION_INSTRUCTIONS + 15)
         return total
     total += turns(y) * COPY_INSTRUCTIONS + turns(x) * STORE_INSTRUCTIONS
-    if p.pre_activation not in (None, "relu"):  # its derivative, an element at a time
+    if traits.normalised:  # its two sums
+        total += turns(x * values) * (6 if p.pre_activation == "relu" else 4)
+    if p.pre_activation != "relu" and (p.pre_activation or traits.normalised):  # its derivative, an element at a time
         total += turns(x * values) * (ACTIVATION_INSTRUCTIONS + 20)
     if p.mid_activation:
         rows = min(traits.window(p, t.rows), p.out_h)

@@ -14,6 +14,7 @@ from fused_sepconv.planning.problem import ELEMENT_BYTES, DepthwiseProblem, Nhwc
 COLUMNS = 4  # of a thread: kDepthwiseColumns in csrc/depthwise/nhwc.cuh
 WARP = 32
 COPY_INSTRUCTIONS = 8  # of a piece of 16 bytes: its addresses, whether it is inside, the copy
+NORMALISED_INSTRUCTIONS = 4  # of a value: it is read, scaled, shifted, made positive, stored
 ACTIVATION_INSTRUCTIONS = 25  # of a value: those that are more than a comparison
 
 
@@ -25,10 +26,12 @@ class Traits:
     kernel: int
     stride: int  # after dilation is taken apart
     dtype: str
+    normalised: bool = False
 
     @property
     def name(self) -> str:
-        return f"depthwise_{self.direction}_nhwc_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}"
+        family = "depthwise_normalised" if self.normalised else "depthwise"
+        return f"{family}_{self.direction}_nhwc_{self.kernel}x{self.kernel}_s{self.stride}_{self.dtype}"
 
     @property
     def forward(self) -> bool:
@@ -82,15 +85,15 @@ class Traits:
 
     def shared_bytes(self, warps: int, pre_activation: str | None, mid_activation: bool) -> int:
         """Dynamic shared memory of a block: two windows of rows, and a group of outputs on their way out (forward) or
-        two windows of x (backward), raw and active where the latter does not show the activation's derivative."""
+        two windows of x (backward), raw and active where the latter does not show all that the gradient needs."""
         columns = warps * COLUMNS
         pixels = 2 * self.window(self.rows) * self.window(columns)
         if self.forward:
             pixels += self.rows * columns
         else:
             x = self.x_window(self.rows, mid_activation) * self.x_window(columns, mid_activation)
-            pixels += (2 if pre_activation in (None, "relu") else 4) * x
-        return pixels * self.pixel_bytes
+            pixels += (2 if pre_activation in (None, "relu") and not self.normalised else 4) * x
+        return pixels * self.pixel_bytes + (2 * 4 * self.chunk if self.normalised else 0)  # its scale and shift
 
     def instructions(self, warps: int, pre_activation: str | None, mid_activation: bool) -> float:
         """Of a thread a group, about, as nvcc 13.0 makes them for sm_90a: window reads and conversions, multiply-adds,
@@ -114,7 +117,13 @@ class Traits:
                 read = ((rows - 1) * self.stride + self.kernel) * self.kernel * word
                 total += turns * (read + rows * self.lane_channels * (self.kernel**2 + 8) + 20)
         pieces = self.pixel_bytes / 16 / (WARP * warps)
-        if pre_activation:
+        if self.normalised:
+            simple = pre_activation in (None, "relu")
+            a_value = NORMALISED_INSTRUCTIONS + (0 if simple else ACTIVATION_INSTRUCTIONS)
+            total += activated * pieces * a_value * 16 / ELEMENT_BYTES[self.dtype]
+            if not self.forward:  # its two sums
+                total += values * (4 if pre_activation == "relu" else 10)
+        elif pre_activation:
             a_value = ACTIVATION_INSTRUCTIONS * 16 / ELEMENT_BYTES[self.dtype]
             total += activated * pieces * (15 if pre_activation == "relu" else a_value)
         return total + COPY_INSTRUCTIONS * copied * pieces
@@ -214,11 +223,13 @@ class Cut:
         chunks of a part are in flight together."""
         problem, pixels = self.problem, self.window_pixels()
         weights = self.tiling.parts * problem.weight_bytes
+        affine = self.tiling.parts * normalised_bytes(problem)
         if self.traits.forward:
             return {
                 "x": pixels * self.input_bytes_of_pixel,
                 "depthwise_weight": weights,
                 "y": problem.y_bytes,
+                "affine": affine,
             }
         x = self.x_window_pixels() * problem.C * problem.element_bytes if problem.mid_activation else problem.x_bytes
         return {
@@ -227,10 +238,17 @@ class Cut:
             "grad_output": pixels * problem.K * problem.element_bytes,
             "grad_x": problem.x_bytes,
             "partial_weight": 2 * self.tiling.parts * problem.K * problem.taps * 4,  # written, and read to be added
+            "affine": affine,
         }
 
     def bytes(self) -> int:
         return sum(self.bytes_by_tensor().values())
+
+
+def normalised_bytes(problem: DepthwiseProblem) -> int:
+    """What a part reads besides, where x is normalised: scale and shift, and in the backward the mean; and there its
+    partial sums, written, and read to be added."""
+    return problem.normalised * problem.C * 4 * (2 if problem.direction == "forward" else 3 + 2 * 2)
 
 
 def _inside(origin: int, pitch: int, size: int, first: int, count: int) -> int:

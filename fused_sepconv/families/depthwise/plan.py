@@ -15,11 +15,13 @@ from fused_sepconv.families.depthwise.nchw import NchwCut, NchwTraits
 from fused_sepconv.families.depthwise.nhwc import WARP, Cut, Traits
 from fused_sepconv.families.pytorch.plan import LIBRARY_DEPTHWISE_BANDWIDTH
 from fused_sepconv.families.simt import plan as simt
-from fused_sepconv.planning.devices import Device
+from fused_sepconv.planning.devices import LARGEST_SHARED_BYTES, Device
 from fused_sepconv.planning.problem import (
     ELEMENT_BYTES,
+    INT32_MAX,
     LAUNCH_SECONDS,
     LIBRARY_BANDWIDTH,
+    TOO_LARGE,
     Candidate,
     DepthwiseProblem,
     Instance,
@@ -40,29 +42,29 @@ GENERIC_FMA_FRACTION = 0.05  # assumed, until measured: each multiply-add has it
 
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = (3, 5, 7)
+NORMALISED_KERNELS = (3, 5)
 STRIDES = (1, 2)
-LARGEST_SHARED_BYTES = 227 << 10
-
-_INT32 = 2**31 - 1
 
 
 ALL_TRAITS = tuple(
-    Traits(direction, kernel, stride, dtype)
+    Traits(direction, kernel, stride, dtype, normalised)
+    for normalised in (False, True)
     for direction in ("forward", "backward")
-    for kernel in KERNELS
+    for kernel in (NORMALISED_KERNELS if normalised else KERNELS)
     for stride in STRIDES
     for dtype in DTYPES
 )
 
 PLANE_TRAITS = tuple(
-    NchwTraits(t.direction, t.kernel, t.stride, dilated, t.dtype)
+    NchwTraits(t.direction, t.kernel, t.stride, dilated, t.dtype, t.normalised)
     for t in ALL_TRAITS
-    for dilated in ((False, True) if t.stride == 1 else (False,))
+    for dilated in ((False, True) if t.stride == 1 and not t.normalised else (False,))
 )
 
 
 def _instance(traits: Traits) -> Instance:
-    shared_bytes = traits.shared_bytes(traits.max_warps, pre_activation="gelu", mid_activation=True)
+    mid_activation = not traits.normalised
+    shared_bytes = traits.shared_bytes(traits.max_warps, pre_activation="gelu", mid_activation=mid_activation)
     return Instance(traits.name, WARP * traits.max_warps, min(shared_bytes, LARGEST_SHARED_BYTES), traits.registers)
 
 
@@ -79,17 +81,22 @@ INSTANCES = {
 
 
 def candidates(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> list[Candidate]:
-    """PyTorch's own, the generic kernels and, each with its reason where it can't, a fast one."""
-    return [_reference(problem, device), _generic(problem, device, kernels), _fast(problem, device, kernels)]
+    """PyTorch's own, the generic kernels and, each with its reason where it can't, a fast one; of a normalised x the
+    last alone."""
+    if problem.normalised:
+        return [_fast(problem, device, kernels)]
+    return [_pytorch(problem, device), _generic(problem, device, kernels), _fast(problem, device, kernels)]
 
 
 def best(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
-    """The fast kernel where it can run, else the generic one; with a refusal where neither can."""
+    """The fast kernel where it can run or x is normalised, else the generic one; with a refusal where it can't."""
     fast = _fast(problem, device, kernels)
+    if problem.normalised:
+        return fast
     return _generic(problem, device, kernels) if fast.refusal else fast
 
 
-def _reference(problem: DepthwiseProblem, device: Device) -> Candidate:
+def _pytorch(problem: DepthwiseProblem, device: Device) -> Candidate:
     """PyTorch's own operators, one kernel each."""
     x, y = problem.x_bytes, problem.y_bytes
     # A backward has a kernel for the gradient of x and one for the weight's; autograd has kept the forward's results.
@@ -99,8 +106,8 @@ def _reference(problem: DepthwiseProblem, device: Device) -> Candidate:
     launches += (problem.pre_activation is not None) + (problem.mid_activation is not None)
     seconds = depthwise / LIBRARY_DEPTHWISE_BANDWIDTH + plain / LIBRARY_BANDWIDTH
     return Candidate(
-        family="reference",
-        name="reference",
+        family="pytorch",
+        name="pytorch",
         bytes=depthwise + plain,
         flops=flops,
         predicted_seconds=seconds / device.bandwidth + launches * LAUNCH_SECONDS,
@@ -178,10 +185,9 @@ def _after_a_step_through_mid(
 
 
 def _too_large(problem: DepthwiseProblem, blocks: int) -> str:
-    top, bottom, left, right = problem.padding
-    if max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.taps) > _INT32 // 2:
-        return "a dimension is too large for 32-bit coordinates"
-    return f"{blocks} blocks are more than a grid holds" if blocks > _INT32 else ""
+    if problem.reach > INT32_MAX // 2:
+        return TOO_LARGE
+    return f"{blocks} blocks are more than a grid holds" if blocks > INT32_MAX else ""
 
 
 # ---- the fast kernels
@@ -190,9 +196,9 @@ def _too_large(problem: DepthwiseProblem, blocks: int) -> str:
 def _fast(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
     key = (problem.direction, problem.kernel[0], inner_stride(problem)[0])
     if problem.layout == "nhwc":
-        traits = Traits(*key, problem.dtype)
+        traits = Traits(*key, problem.dtype, problem.normalised)
     else:
-        traits = NchwTraits(*key, problem.dilation != (1, 1), problem.dtype)
+        traits = NchwTraits(*key, problem.dilation != (1, 1), problem.dtype, problem.normalised)
     refusal = _fast_refusal(problem, traits, kernels)
     if refusal:
         return Candidate("depthwise", traits.name, refusal=refusal)
@@ -230,6 +236,8 @@ def _fast_refusal(problem: DepthwiseProblem, traits: Traits | NchwTraits, kernel
         return f"the fast depthwise kernels do not compute in {problem.dtype}"
     kh, kw = problem.kernel
     sh, sw = inner_stride(problem)
+    if problem.normalised and (reason := _normalised_refusal(problem)):
+        return reason
     if kh != kw or kh not in KERNELS:
         return f"the fast depthwise kernels are for 3x3, 5x5 and 7x7, not {kh}x{kw}"
     if sh != sw or sh not in STRIDES:
@@ -247,6 +255,17 @@ def _fast_refusal(problem: DepthwiseProblem, traits: Traits | NchwTraits, kernel
     if traits.name not in kernels.instances:
         return f"the native module has no instance {traits.name}"
     return _too_large(problem, 0)
+
+
+def _normalised_refusal(problem: DepthwiseProblem) -> str:
+    """Why the normalised kernels, of which there are fewer, can't run a problem in both directions."""
+    if problem.kernel[0] not in NORMALISED_KERNELS:
+        return f"the kernels that normalise their input are for 3x3 and 5x5, not {'x'.join(map(str, problem.kernel))}"
+    if problem.multiplier > 1 or inner_stride(problem) != problem.stride:
+        return "they are for a depth multiplier of 1, and strides that share no factor with dilation"
+    if problem.layout == "nchw" and problem.dilation != (1, 1):
+        return "they take no dilation in NCHW"
+    return "they take no activation of the result" if problem.mid_activation else ""
 
 
 def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | NchwCut) -> Candidate:
@@ -267,8 +286,8 @@ def _predict(problem: DepthwiseProblem, device: Device, cut: Cut | NchwCut) -> C
         columns_of_blocks = cut.chunks
     steps = min(steps, max(total, 1))
     byte_count, blocks = cut.bytes(), cut.blocks
-    # The backward's sums over the parts: of the weight, of the bias.
-    reductions = 0 if traits.forward else 2
+    # The backward's sums over the parts: of the weight, of the bias, of a normalised x.
+    reductions = 0 if traits.forward else 2 + traits.normalised
     overhead = (1 + reductions) * LAUNCH_SECONDS + reductions * tiling.parts * REDUCED_PART_SECONDS
     per_sm = device.blocks_per_sm(threads, traits.registers, tiling.shared_bytes)
     blocks_of_fullest = ceil(blocks / device.sms)

@@ -10,17 +10,18 @@ from __future__ import annotations
 from fused_sepconv.families.depthwise import plan as depthwise
 from fused_sepconv.families.mma import backward_input as mma_input
 from fused_sepconv.families.mma import backward_weight as mma_weight
+from fused_sepconv.families.pytorch.plan import product
 from fused_sepconv.families.split import plan as split
 from fused_sepconv.planning.devices import Device
-from fused_sepconv.planning.problem import Candidate, Kernels, Problem
+from fused_sepconv.planning.problem import Candidate, Kernels, Problem, combined
 from fused_sepconv.tensors.activations import ACTIVATIONS
 
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
-    """Backwards of NHWC; the forward is tensor.py's, and NCHW mma_nchw.py's.
+    """Backwards of NHWC; the forward is in forward.py, and NCHW in nchw.py.
 
     Their steps: the pointwise weight's gradient; the depthwise result, which runs only where z is computed again; and
-    what leads to x: mma_input.py's step, or after PyTorch's product the split family's.
+    what leads to x: backward_input.py's step, or after PyTorch's product the split family's.
     """
     if problem.direction != "backward" or problem.layout != "nhwc":
         return []
@@ -30,51 +31,24 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
     for step in (weight, again, one_pass if fused.refusal else fused):
         if step.refusal:
             return [Candidate("mma", weight.name, refusal=step.refusal)]
-    how, passes = split.pointwise(problem)
-    passes = [p for p in passes if p.name != split.WEIGHT_PASS]
-    product = [p for p in passes if p.name == split.INPUT_PASS]
-    unfused = _seconds([one_pass], product, problem, device)
-    found = []
-    if not fused.refusal:
-        passes_without = [p for p in passes if p.name != split.INPUT_PASS]
-        note = f"then {fused.name} in {fused.predicted_seconds * 1e6:.1f} us: {fused.note}"
-        found.append(_candidate(problem, device, weight, again, fused, passes_without, how, note))
-    if not one_pass.refusal:
-        note = f"then {how} and {one_pass.name} in {unfused * 1e6:.1f} us"
-        if fused.refusal:
-            note += f", as {fused.refusal}"
-        found.append(_candidate(problem, device, weight, again, one_pass, passes, how, note))
-    return found
-
-
-def _candidate(
-    problem: Problem,
-    device: Device,
-    weight: Candidate,
-    again: Candidate,
-    to_input: Candidate,
-    passes: list[split.Pass],
-    how: str,
-    note: str,
-) -> Candidate:
-    steps = [weight, to_input]
+    how, around = split.pointwise(problem), split.around(problem, device)
     if problem.activation and ACTIVATIONS[problem.activation].from_output is None:
-        steps.append(again)
-    return Candidate(
-        family="mma",
-        name=f"{weight.name} + {to_input.name}",
-        bytes=sum(step.bytes for step in steps) + sum(p.bytes for p in passes),
-        flops=sum(step.flops for step in steps) + sum(p.flops for p in passes),
-        blocks=weight.blocks,
-        waves=weight.waves,
-        shared_bytes=max(step.shared_bytes for step in steps),
-        predicted_seconds=_seconds(steps, passes, problem, device),
-        bound=split.bound(steps, passes, problem, device),
-        steps=(weight, again, to_input),
-        pointwise=how,
-        note=f"gradient of the pointwise weight in {weight.predicted_seconds * 1e6:.1f} us: {weight.note}; {note}",
-    )
-
-
-def _seconds(steps: list[Candidate], passes: list[split.Pass], problem: Problem, device: Device) -> float:
-    return sum(step.predicted_seconds for step in steps) + sum(p.seconds(problem, device) for p in passes)
+        around.append(again.work)
+    because = f", as {fused.refusal}" if fused.refusal else ""
+    ways = [(fused, around, f"{fused.name}: {fused.note}")]
+    ways.append((one_pass, [*around, product(problem, device)], f"{how} and {one_pass.name}{because}"))
+    return [
+        Candidate(
+            "mma",
+            f"{weight.name} + {to_input.name}",
+            **combined([weight.work, to_input.work, *others]),
+            blocks=weight.blocks,
+            waves=weight.waves,
+            shared_bytes=max(weight.shared_bytes, to_input.shared_bytes),
+            steps=(weight, again, to_input),
+            pointwise=how,
+            note=f"{weight.note}; then {then}",
+        )
+        for to_input, others, then in ways
+        if not to_input.refusal
+    ]

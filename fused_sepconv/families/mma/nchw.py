@@ -11,32 +11,30 @@ from dataclasses import replace
 from fused_sepconv.families.mma import backward as mma_backward
 from fused_sepconv.families.mma import forward as mma_forward
 from fused_sepconv.planning.devices import Device
-from fused_sepconv.planning.problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Problem, mostly
+from fused_sepconv.planning.problem import Candidate, Kernels, Problem, Work, combined, elementwise
 
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
-    """What the family has for the same problem in NHWC, with the conversions."""
+    """The family's candidates for the same problem in NHWC, with the conversions."""
     if problem.layout != "nchw":
         return []
-    family = mma_forward if problem.direction == "forward" else mma_backward
-    converted = replace(problem, layout="nhwc", aligned=True)  # a copy is aligned
+    forward = problem.direction == "forward"
+    images = [problem.x_bytes, problem.y_bytes, *([problem.y_bytes] if problem.residual and forward else [])]
+    if not forward:  # x, grad_z, grad_x
+        images.append(problem.x_bytes)
+    conversions = [elementwise(device, 2 * image, "conversion to NHWC and back") for image in images]
+    family = mma_forward if forward else mma_backward
     return [
-        found if found.refusal else _with_conversions(found, problem, device)
-        for found in family.candidates(converted, device, kernels)
+        found if found.refusal else _with(conversions, found)
+        for found in family.candidates(as_nhwc(problem), device, kernels)
     ]
 
 
-def _with_conversions(candidate: Candidate, problem: Problem, device: Device) -> Candidate:
-    if problem.direction == "forward":
-        images = [problem.x_bytes, problem.y_bytes] + [problem.y_bytes] * problem.residual
-    else:
-        images = [problem.x_bytes, problem.y_bytes, problem.x_bytes]  # x, grad_z, grad_x
-    moved = 2 * sum(images)
-    seconds = moved / (device.bandwidth * LIBRARY_BANDWIDTH)
-    return replace(
-        candidate,
-        bytes=candidate.bytes + moved,
-        predicted_seconds=candidate.predicted_seconds + len(images) * LAUNCH_SECONDS + seconds,
-        bound=mostly([(candidate.bound, candidate.predicted_seconds), ("conversion to NHWC and back", seconds)]),
-        note=f"{candidate.note}; converted to NHWC and back in {seconds * 1e6:.1f} us",
-    )
+def _with(conversions: list[Work], found: Candidate) -> Candidate:
+    work = combined([replace(found.work, bound=found.bound), *conversions])
+    return replace(found, **work, note=f"{found.note}; converted to NHWC and back")
+
+
+def as_nhwc(problem: Problem) -> Problem:
+    """The problem of the converted tensors: a copy is aligned."""
+    return replace(problem, layout="nhwc", aligned=True)

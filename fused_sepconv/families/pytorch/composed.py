@@ -13,11 +13,11 @@ from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import empty_output, output_strides
 
 
-def depthwise(arguments: Any, tensors: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
-    """act(depthwise(pre_act(x)) + bias), as a function of x, weight and bias."""
+def depthwise(arguments: Any, tensors: tuple[Tensor | None, ...], *activation: str | None) -> Callable[..., Tensor]:
+    """act(depthwise(pre_act(x)) + bias), as a function of x, weight and bias; `arguments` may be a problem."""
     x, weight = tensors[:2]
     convolve = _depthwise(arguments, x.shape[1])
-    activate = _activation(arguments.activation)
+    activate = _activation(*(activation or (arguments.activation,)))
     strides = _strides_of_output(arguments, x, weight, weight.shape[0])
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,7 +30,10 @@ def depthwise(arguments: Any, tensors: tuple[Tensor | None, ...]) -> Callable[..
 
 
 def separable(arguments: Any, tensors: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
-    """act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual), as a function of the six."""
+    """act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual), as a function of the six.
+
+    `arguments` may be a problem.
+    """
     x, depthwise_weight, pointwise_weight = tensors[:3]
     convolve = _depthwise(arguments, x.shape[1])
     activate_mid, activate = _activation(arguments.mid_activation), _activation(arguments.activation)

@@ -2,23 +2,21 @@
 
 `forward` and `backward` are the two directions of an already checked call of `separable_conv2d`, `depthwise_forward`
 and `depthwise_backward` those of `depthwise_conv2d`. They are made of PyTorch's differentiable operators: the backward
-of the backward is PyTorch's own too. The public functions over them are at the end.
+of the backward is PyTorch's own too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_sepconv.ops.arguments import Padding, Pair, normalise, normalise_depthwise
+from fused_sepconv.ops.arguments import Padding, Pair
 from fused_sepconv.tensors.activations import ACTIVATIONS
 
-Mask = Sequence[bool]
-"""Of each input, whether its gradient is asked for."""
+Mask = Sequence[bool]  # whether each input's gradient is asked for
 
 
 def forward(
@@ -157,59 +155,6 @@ class _Depthwise:
         if grad_x is not None:
             grad_x = self._pre.backward(_unpadded(grad_x, self._x, self._padding, self._symmetric), self._x)
         return grad_x, grad_weight, grad_bias
-
-
-def separable_conv2d(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Pair = 1,
-    padding: Any = 0,
-    dilation: int | Pair = 1,
-    *,
-    depthwise_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    pre_activation: str | None = None,
-    mid_activation: str | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    """`fused_sepconv.separable_conv2d` in PyTorch's own operators: same arguments, shapes and errors."""
-    call = normalise(
-        x,
-        depthwise_weight,
-        pointwise_weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        depthwise_bias=depthwise_bias,
-        residual=residual,
-        pre_activation=pre_activation,
-        mid_activation=mid_activation,
-        activation=activation,
-    )
-    y = forward(*call.tensors, *call.arguments)
-    return y.squeeze(0) if call.unbatched else y
-
-
-def depthwise_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Pair = 1,
-    padding: Any = 0,
-    dilation: int | Pair = 1,
-    *,
-    pre_activation: str | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    """`fused_sepconv.depthwise_conv2d` in PyTorch's own operators: same arguments, shapes and errors."""
-    call = normalise_depthwise(
-        x, weight, bias, stride, padding, dilation, pre_activation=pre_activation, activation=activation
-    )
-    y = depthwise_forward(*call.tensors, *call.arguments)
-    return y.squeeze(0) if call.unbatched else y
 
 
 def _padded(image: Tensor, padding: Padding) -> tuple[Tensor, Pair]:

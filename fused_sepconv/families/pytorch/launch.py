@@ -1,72 +1,43 @@
-"""Runs PyTorch's own convolutions as a family like the others."""
+"""Prepares PyTorch's own convolutions as a family like the others."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from fused_sepconv.families.pytorch import convolutions
+from fused_sepconv.families.pytorch import composed, convolutions
 from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Problem
-from fused_sepconv.tensors.memory_format import as_output
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def _separable_arguments(problem: Problem) -> tuple[Any, ...]:
-    activations = (problem.pre_activation, problem.mid_activation, problem.activation)
-    return (problem.stride, problem.padding, problem.dilation, *activations)
-
-
-def _depthwise_arguments(problem: DepthwiseProblem) -> tuple[Any, ...]:
-    return problem.stride, problem.padding, problem.dilation, problem.pre_activation, problem.mid_activation
-
-
-class SeparableForward:
+def separable_forward(candidate: Candidate, problem: Problem, tensors: tuple) -> Callable[..., Tensor]:
     """y of both convolutions."""
-
-    def __init__(self, candidate: Candidate, problem: Problem, tensors: tuple) -> None:
-        self._arguments = _separable_arguments(problem)
-
-    def __call__(self, *tensors: Tensor | None) -> Tensor:
-        return as_output(tensors[0], convolutions.forward(*tensors, *self._arguments))
+    return composed.separable(problem, tensors)
 
 
-class SeparableBackward:
+def separable_backward(
+    candidate: Candidate, problem: Problem, grad_output: Tensor, tensors: tuple, output: Any, mask: tuple
+) -> Callable[..., Gradients]:
     """The six gradients of both convolutions."""
-
-    def __init__(
-        self, candidate: Candidate, problem: Problem, grad_output: Tensor, tensors: tuple, output: Any, mask: tuple
-    ) -> None:
-        self._arguments, self._mask = _separable_arguments(problem), mask
-
-    def __call__(self, grad_output: Tensor, tensors: tuple, output: Tensor | None) -> Gradients:
-        return convolutions.backward(grad_output, *tensors, output, *self._arguments, self._mask)
+    places = (problem.pre_activation, problem.mid_activation, problem.activation)
+    arguments = (problem.stride, problem.padding, problem.dilation, *places, mask)
+    return lambda grad_output, tensors, output: convolutions.backward(grad_output, *tensors, output, *arguments)
 
 
-class DepthwiseForward:
+def depthwise_forward(candidate: Candidate, problem: DepthwiseProblem, tensors: tuple) -> Callable[..., Tensor]:
     """y of the depthwise convolution."""
-
-    def __init__(self, candidate: Candidate, problem: DepthwiseProblem, tensors: tuple) -> None:
-        self._arguments = _depthwise_arguments(problem)
-
-    def __call__(self, *tensors: Tensor | None) -> Tensor:
-        return as_output(tensors[0], convolutions.depthwise_forward(*tensors, *self._arguments))
+    return composed.depthwise(problem, tensors, problem.mid_activation)
 
 
-class DepthwiseBackward:
+def depthwise_backward(
+    candidate: Candidate, problem: DepthwiseProblem, grad_output: Tensor, tensors: tuple, output: Any, mask: tuple
+) -> Callable[..., Gradients]:
     """The three gradients of the depthwise convolution."""
-
-    def __init__(
-        self,
-        candidate: Candidate,
-        problem: DepthwiseProblem,
-        grad_output: Tensor,
-        tensors: tuple,
-        output: Any,
-        mask: tuple,
-    ) -> None:
-        self._arguments, self._mask = _depthwise_arguments(problem), mask
-
-    def __call__(self, grad_output: Tensor, tensors: tuple, output: Tensor | None) -> Gradients:
-        return convolutions.depthwise_backward(grad_output, *tensors, output, *self._arguments, self._mask)
+    places = problem.pre_activation, problem.mid_activation
+    arguments = (problem.stride, problem.padding, problem.dilation, *places, mask)
+    return lambda grad_output, tensors, output: convolutions.depthwise_backward(
+        grad_output, *tensors, output, *arguments
+    )

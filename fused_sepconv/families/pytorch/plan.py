@@ -1,9 +1,18 @@
-"""The reference as a family: PyTorch's own convolutions, which serve every legal problem."""
+"""PyTorch's own convolutions as a family: they run every valid problem."""
 
 from __future__ import annotations
 
 from fused_sepconv.planning.devices import Device
-from fused_sepconv.planning.problem import LAUNCH_SECONDS, LIBRARY_BANDWIDTH, Candidate, Kernels, Problem, mostly
+from fused_sepconv.planning.problem import (
+    LAUNCH_SECONDS,
+    LIBRARY_BANDWIDTH,
+    Candidate,
+    Kernels,
+    Problem,
+    Work,
+    combined,
+    elementwise,
+)
 
 # cuDNN's NHWC depthwise kernel has been measured 3.5 to 7 times slower than a plain good one (on a B200; see also
 # pytorch/pytorch#18631); PyTorch's native NCHW one is taken to be alike.
@@ -13,50 +22,29 @@ LIBRARY_MATRIX = 0.75  # assumed, until measured: cuBLAS on these shapes, of its
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
     """PyTorch's own operators, one kernel each: every tensor goes through device memory between them."""
-    x, t, y, weights = problem.x_bytes, problem.intermediate_bytes, problem.y_bytes, problem.weight_bytes
+    x, t, y = problem.x_bytes, problem.intermediate_bytes, problem.y_bytes
+    forward = problem.direction == "forward"
+    moved = x + t + problem.bytes_of(problem.K * problem.taps)
+    seconds = LAUNCH_SECONDS + moved / (device.bandwidth * LIBRARY_DEPTHWISE_BANDWIDTH)
+    depthwise = Work("the depthwise convolution", moved, problem.depthwise_flops, seconds)
+    # A backward has a kernel for the gradient of an input and one for the weight's; autograd has kept the forward's
+    # results. An activation reads its argument and writes, its backward reads the gradient besides.
+    kernels_each, passes = (1, 2) if forward else (2, 3)
+    work = [depthwise, product(problem, device)] * kernels_each
+    if problem.pre_activation:
+        work.append(elementwise(device, passes * x))
+    if problem.mid_activation:
+        work.append(elementwise(device, passes * t))
+    if problem.residual and forward:
+        work.append(elementwise(device, 3 * y))
+    if problem.activation:
+        work.append(elementwise(device, passes * y))
+    return [Candidate("pytorch", "pytorch", **combined(work))]
+
+
+def product(problem: Problem, device: Device) -> Work:
+    """PyTorch's 1x1, or one of its gradients."""
+    moved = problem.intermediate_bytes + problem.y_bytes + problem.bytes_of(problem.K * problem.F)
     matrix = device.matrix(problem.dtype, problem.tf32) * LIBRARY_MATRIX
-    passes: list[tuple[int, float, str]] = []  # (bytes, seconds, what) of each kernel
-
-    def elementwise(byte_count: int) -> None:
-        passes.append((byte_count, byte_count / (device.bandwidth * LIBRARY_BANDWIDTH), "elementwise passes"))
-
-    def depthwise(byte_count: int) -> None:
-        seconds = byte_count / (device.bandwidth * LIBRARY_DEPTHWISE_BANDWIDTH)
-        passes.append((byte_count, seconds, "the depthwise convolution"))
-
-    def pointwise(byte_count: int) -> None:
-        seconds = max(byte_count / (device.bandwidth * LIBRARY_BANDWIDTH), problem.pointwise_flops / matrix)
-        passes.append((byte_count, seconds, "the 1x1"))
-
-    if problem.direction == "forward":
-        if problem.pre_activation:
-            elementwise(2 * x)
-        depthwise(x + t)
-        if problem.mid_activation:
-            elementwise(2 * t)
-        pointwise(t + y + weights)
-        if problem.residual:
-            elementwise(3 * y)
-        if problem.activation:
-            elementwise(2 * y)
-    else:  # autograd has kept the results of the forward
-        if problem.activation:
-            elementwise(3 * y)
-        pointwise(y + t + weights)  # of the depthwise result
-        pointwise(y + t + weights)  # of the pointwise weight
-        if problem.mid_activation:
-            elementwise(3 * t)
-        depthwise(t + x)  # of x
-        depthwise(t + x)  # of the depthwise weight
-        if problem.pre_activation:
-            elementwise(3 * x)
-    sweeps = 1 if problem.direction == "forward" else 2
-    candidate = Candidate(
-        family="reference",
-        name="reference",
-        bytes=sum(byte_count for byte_count, _, _ in passes),
-        flops=sweeps * (problem.pointwise_flops + problem.depthwise_flops),
-        predicted_seconds=sum(seconds + LAUNCH_SECONDS for _, seconds, _ in passes),
-        bound=mostly((what, seconds) for _, seconds, what in passes),
-    )
-    return [candidate]
+    seconds = max(moved / (device.bandwidth * LIBRARY_BANDWIDTH), problem.pointwise_flops / matrix)
+    return Work("PyTorch's 1x1", moved, problem.pointwise_flops, LAUNCH_SECONDS + seconds)

@@ -5,38 +5,59 @@ Each class prepares its launches once, for a problem and the strides of its tens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_sepconv.families.backward import Backward, Gradients
 from fused_sepconv.native import loader
-from fused_sepconv.native.marshalling import Tensors, address, conv_shape, cuda_stream, stream_of, strides_of
-from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Problem, Splits
+from fused_sepconv.native.marshalling import (
+    Tensors,
+    address,
+    conv_shape,
+    cuda_stream,
+    stream_of,
+    strides_of,
+    tiling_of,
+)
+from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, MmaWeightTiling, Problem, Splits
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import output_strides
-
-Gradients = tuple[Tensor | None, ...]
 
 
 class Forward:
     """y of a fused forward, or, given grad_output, the gradient of the last activation's argument z."""
 
     def __init__(self, candidate: Candidate, problem: Problem, tensors: Tensors, grad_output: Tensor | None = None):
-        x, *_, residual = tensors
+        x, *weights, residual = tensors
         self._shape = (problem.N, problem.F, problem.out_h, problem.out_w)
         self._strides = output_strides(x, self._shape)
         self._index = x.device.index
+        # Whether all can be read where they are: the signature that this is prepared for decides.
+        given = residual if residual is None else self.image(residual)
+        self._in_place = given is residual and all(w is None or self.weight(w) is w for w in weights)
         self._launch = loader.load().ForwardLaunch(
             candidate.name,
             conv_shape(problem),
-            (0, 0, 0, 0),
+            tiling_of(candidate.tiling, 4),
             x.stride(),
-            strides_of(residual),
+            strides_of(given),
             strides_of(grad_output),
             self._strides,
         )
+
+    @staticmethod
+    def weight(weight: Tensor) -> Tensor:
+        """A weight or bias as the kernel reads it. It is small: one with odd strides is copied."""
+        return weight.contiguous()
+
+    @staticmethod
+    def image(image: Tensor) -> Tensor:
+        """A residual as the kernel reads it: in any strides."""
+        return image
 
     def __call__(
         self,
@@ -51,10 +72,11 @@ class Forward:
         y = torch.empty_strided(self._shape, self._strides, dtype=x.dtype, device=x.device)
         if not self._shape[0]:
             return y
-        # The weights are small: a view with odd strides is copied rather than strided through.
-        depthwise_weight, pointwise_weight = depthwise_weight.contiguous(), pointwise_weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        depthwise_bias = None if depthwise_bias is None else depthwise_bias.contiguous()
+        if not self._in_place:
+            depthwise_weight, pointwise_weight = self.weight(depthwise_weight), self.weight(pointwise_weight)
+            bias = None if bias is None else self.weight(bias)
+            depthwise_bias = None if depthwise_bias is None else self.weight(depthwise_bias)
+            residual = None if residual is None else self.image(residual)
         self._launch(
             x.data_ptr(),
             depthwise_weight.data_ptr(),
@@ -69,87 +91,101 @@ class Forward:
         return y
 
 
-class Backward:
-    """The gradients of a fused call, None where not asked for: the steps of `BackwardParams` in csrc/params.h."""
+def prepare_backward(
+    candidate: Candidate,
+    problem: Problem,
+    grad_output: Tensor,
+    tensors: Tensors,
+    output: Tensor | None,
+    mask: tuple[bool, ...],
+) -> Backward:
+    """The steps of `BackwardParams` in csrc/params.h."""
+    want_x, want_depthwise, want_pointwise, _, want_depthwise_bias, _ = mask
+    return Backward(
+        mask,
+        _ArgumentGradient(candidate, problem, grad_output, tensors, output),
+        _PointwiseWeightGradient(candidate, problem, tensors, mask) if want_pointwise else None,
+        _InputGradients(candidate, problem, tensors, mask) if want_x or want_depthwise or want_depthwise_bias else None,
+    )
+
+
+class _ArgumentGradient:
+    """grad_z; where it is not read from the output, by the forward kernel, which never rounds z on the way."""
 
     def __init__(
-        self,
-        candidate: Candidate,
-        problem: Problem,
-        grad_output: Tensor,
-        tensors: Tensors,
-        output: Tensor | None,
-        mask: tuple[bool, ...],
+        self, candidate: Candidate, problem: Problem, grad_output: Tensor, tensors: Tensors, output: Tensor | None
     ) -> None:
-        x, depthwise_weight, pointwise_weight, bias, depthwise_bias, _ = tensors
-        self._mask = mask
-        self._activation = ACTIVATIONS[problem.activation]
+        self._from_output = ACTIVATIONS[problem.activation].from_output
         self._again = None
-        if problem.activation is not None and (output is None or self._activation.from_output is None):
-            # The forward kernel, with grad_output: z is never rounded to the tensors' dtype on the way.
+        if problem.activation is not None and (output is None or self._from_output is None):
             forward = replace(candidate, name=candidate.name.replace("simt_backward", "simt_forward"))
             self._again = Forward(forward, problem, tensors, grad_output)
+
+    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> tuple[Tensor, None]:
+        if self._again is not None:
+            return self._again(*tensors, grad_output), None
+        return self._from_output(grad_output, output), None
+
+
+class _PointwiseWeightGradient:
+    def __init__(self, candidate: Candidate, problem: Problem, tensors: Tensors, mask: tuple[bool, ...]) -> None:
+        x, _, pointwise_weight, bias, _, _ = tensors
+        like = pointwise_weight, bias if mask[3] else None
+        self._sums = SplitSums("pointwise_weight", problem, x, candidate.pointwise_splits, *like)
+
+    def __call__(self, grad_z: Tensor, tensors: Tensors, v: None) -> Gradients:
+        return self._sums(tensors[0], contiguous_weights(tensors), grad_z=grad_z)
+
+
+class _InputGradients:
+    def __init__(self, candidate: Candidate, problem: Problem, tensors: Tensors, mask: tuple[bool, ...]) -> None:
+        x, depthwise_weight, _, _, depthwise_bias, _ = tensors
+        want_x, want_weight, _, _, want_bias, _ = mask
         self._shape = (problem.N, problem.K, problem.out_h, problem.out_w)
         self._strides = output_strides(x, self._shape)
-        want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, _ = mask
-        self._intermediate = self._input = self._depthwise = self._pointwise = None
-        if want_x or want_depthwise or want_depthwise_bias:
-            self._intermediate = Step("intermediate", problem, x)
-            self._input = Step("input", problem, x) if want_x else None
-            self._depthwise = SplitSums(
-                "depthwise_weight",
-                problem,
-                x,
-                candidate.depthwise_splits,
-                depthwise_weight if want_depthwise else None,
-                depthwise_bias if want_depthwise_bias else None,
-            )
-        if want_pointwise:
-            self._pointwise = SplitSums(
-                "pointwise_weight",
-                problem,
-                x,
-                candidate.pointwise_splits,
-                pointwise_weight,
-                bias if want_bias else None,
-            )
+        self._intermediate = Step("intermediate", problem, x)
+        self._input = Step("input", problem, x) if want_x else None
+        like = depthwise_weight if want_weight else None, depthwise_bias if want_bias else None
+        self._sums = SplitSums("depthwise_weight", problem, x, candidate.depthwise_splits, *like)
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
-        _, _, _, want_bias, _, want_residual = self._mask
-        x = tensors[0]
-        if self._again is not None:
-            grad_z = self._again(*tensors, grad_output)
-        elif self._activation.from_output is not None:
-            grad_z = self._activation.from_output(grad_output, output)
-        weights = [None if t is None else t.contiguous() for t in (tensors[1], tensors[2], tensors[4])]
-        grad_x = grad_depthwise = grad_depthwise_bias = grad_pointwise = grad_bias = None
-        if self._intermediate is not None:
-            grad_t = torch.empty_strided(self._shape, self._strides, dtype=x.dtype, device=x.device)
-            self._intermediate(x, weights, grad_z=grad_z, grad_t=grad_t)
-            if self._input is not None:
-                grad_x = torch.empty_like(x)
-                self._input(x, weights, grad_t=grad_t, grad_x=grad_x)
-            grad_depthwise, grad_depthwise_bias = self._depthwise(x, weights, grad_t=grad_t)
-        if self._pointwise is not None:
-            grad_pointwise, grad_bias = self._pointwise(x, weights, grad_z=grad_z)
-        elif want_bias:
-            grad_bias = grad_z.sum((0, 2, 3))
-        grad_residual = grad_z if want_residual else None
-        return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_residual
+    def __call__(self, grad_z: Tensor, tensors: Tensors) -> Gradients:
+        x, weights = tensors[0], contiguous_weights(tensors)
+        grad_t = torch.empty_strided(self._shape, self._strides, dtype=x.dtype, device=x.device)
+        self._intermediate(x, weights, grad_z=grad_z, grad_t=grad_t)
+        grad_x = None
+        if self._input is not None:
+            grad_x = torch.empty_like(x)
+            self._input(x, weights, grad_t=grad_t, grad_x=grad_x)
+        return grad_x, *self._sums(x, weights, grad_t=grad_t)
+
+
+def contiguous_weights(tensors: Tensors) -> list[Tensor | None]:
+    """depthwise_weight, pointwise_weight and depthwise_bias, contiguous."""
+    return [None if t is None else t.contiguous() for t in (tensors[1], tensors[2], tensors[4])]
 
 
 class Step:
-    """One launch of a backward. Its gradients may come in any strides: a launch is prepared for each that was met."""
+    """One launch of a backward. Its gradients may come in any strides: a launch is prepared for each that was met.
 
-    def __init__(self, name: str, problem: Problem | DepthwiseProblem, x: Tensor, splits: Splits | None = None) -> None:
-        self._instance = f"simt_backward_{name}_{problem.dtype}_{problem.layout}"
-        self._problem, self._splits, self._x_strides = problem, splits, x.stride()
+    `name` is that of a SIMT step, or with a tiling an instance.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        problem: Problem | DepthwiseProblem,
+        x: Tensor,
+        splits: Splits | None = None,
+        tiling: MmaWeightTiling | None = None,
+    ) -> None:
+        self._instance = name if tiling else f"simt_backward_{name}_{problem.dtype}_{problem.layout}"
+        self._problem, self._splits, self._x_strides, self._tiling = problem, splits, x.stride(), tiling
         self._launches: dict[tuple, Any] = {}
 
     def __call__(
         self,
         x: Tensor,
-        weights: list[Tensor | None],
+        weights: Sequence[Tensor | None],
         *,
         grad_z: Tensor | None = None,
         grad_t: Tensor | None = None,
@@ -167,7 +203,7 @@ class Step:
             launch = self._launches[strides] = loader.load().BackwardLaunch(
                 self._instance,
                 conv_shape(self._problem),
-                (0, 0, 0, 0, 0),
+                tiling_of(self._tiling, 5),
                 splits.pixels_per_part,
                 splits.parts,
                 self._x_strides,
@@ -196,24 +232,38 @@ class SplitSums:
         name: str,
         problem: Problem | DepthwiseProblem,
         x: Tensor,
-        splits: Splits | None,
+        splits: Splits,
         weight: Tensor | None,
         bias: Tensor | None,
+        tiling: MmaWeightTiling | None = None,
     ) -> None:
-        self._wanted = splits is not None and (weight is not None or bias is not None)
-        if self._wanted:
-            self._step = Step(name, problem, x, splits) if problem.N else None
-            self._sums = [None if like is None else Reduction(splits.parts, like) for like in (weight, bias)]
+        self._sums = Reductions(splits.parts, weight, bias)
+        self._step = Step(name, problem, x, splits, tiling) if problem.N else None
+        self._wanted = weight is not None or bias is not None
 
     def __call__(
-        self, x: Tensor, weights: list[Tensor | None], **gradients: Tensor
+        self, x: Tensor, weights: Sequence[Tensor | None], **gradients: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        if not self._wanted:
-            return None, None
-        if self._step is None:
-            return tuple(None if sums is None else sums.zeros(x) for sums in self._sums)
-        partials = [None if sums is None else sums.empty(x) for sums in self._sums]
+        if self._step is None or not self._wanted:
+            return self._sums.zeros(x)
+        partials = self._sums.empty(x)
         self._step(x, weights, **gradients, partial_weight=partials[0], partial_bias=partials[1])
+        return self._sums(partials)
+
+
+class Reductions:
+    """The ordered sums over parts of a weight's and a bias's gradient, None for None."""
+
+    def __init__(self, parts: int, weight: Tensor | None, bias: Tensor | None) -> None:
+        self._sums = [None if like is None else Reduction(parts, like) for like in (weight, bias)]
+
+    def empty(self, x: Tensor) -> list[Tensor | None]:
+        return [None if sums is None else sums.empty(x) for sums in self._sums]
+
+    def zeros(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return tuple(None if sums is None else sums.zeros(x) for sums in self._sums)
+
+    def __call__(self, partials: list[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         return tuple(None if sums is None else sums(part) for sums, part in zip(self._sums, partials, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The SIMT family: every legal problem in every dtype, on the CUDA cores (csrc/simt/*.cuh)."""
+"""The SIMT family: every valid problem in every dtype, on the CUDA cores (csrc/simt/*.cuh)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from math import ceil
 from fused_sepconv.planning.devices import Device
 from fused_sepconv.planning.problem import (
     ELEMENT_BYTES,
+    INT32_MAX,
     LAUNCH_SECONDS,
     LIBRARY_BANDWIDTH,
+    TOO_LARGE,
     Candidate,
     DepthwiseProblem,
     Instance,
     Kernels,
     Problem,
     Splits,
-    mostly,
+    Work,
+    combined,
+    elementwise,
     slowest,
 )
 
 FMA_FRACTION = 0.35  # assumed, until measured: register tiles of 4 x 4 and taps read through L1, of the FMA peak
 BLOCKS_PER_SM = 2  # what the launch bounds of the matrix products ask for; the lighter kernels hold more
 SPLIT_PIXELS = 256  # fewest output pixels that are worth a part of their own in a split sum
-
-_INT32 = 2**31 - 1
 
 # The SIMT family's block, `SimtTraits` in csrc/simt/product.cuh: a tile of 64 x 64, computed in slabs of 16.
 TILE = 64
@@ -56,49 +58,31 @@ INSTANCES = {instance.name: instance for instance in _instances()}
 
 
 def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candidate]:
-    """The SIMT family: every legal problem in every dtype, on the CUDA cores."""
+    """The fused forward, or a backward of one launch for each step of `BackwardParams` in csrc/params.h."""
     name = f"simt_{problem.direction}_{problem.dtype}_{problem.layout}"
     if refusal := _refusal(problem, name, device, kernels):
         return [Candidate("simt", name, refusal=refusal)]
-    predict = _forward if problem.direction == "forward" else _backward
-    return [predict(problem, name, device)]
-
-
-def _forward(problem: Problem, name: str, device: Device) -> Candidate:
-    ((byte_count, blocks, block_flops),) = _steps(problem, device)
-    return Candidate(
-        family="simt",
-        name=name,
-        bytes=byte_count,
-        flops=blocks * block_flops,
-        blocks=blocks,
-        waves=blocks / _concurrent(device),
-        shared_bytes=INSTANCES[name].shared_bytes,
-        predicted_seconds=_seconds(problem, device, byte_count, blocks, block_flops),
-        bound=_bound(problem, device, byte_count, blocks, block_flops),
-    )
-
-
-def _backward(problem: Problem, name: str, device: Device) -> Candidate:
-    """All gradients: the steps of `BackwardParams` in csrc/params.h, one launch each."""
     steps = _steps(problem, device)
-    seconds = sum(_seconds(problem, device, *step) for step in steps) + 4 * LAUNCH_SECONDS  # the reductions
-    if problem.activation:
-        seconds += LAUNCH_SECONDS + 3 * problem.y_bytes / (device.bandwidth * LIBRARY_BANDWIDTH)
+    work = [_work(problem, device, *step) for step in steps]
+    depthwise = pointwise = None
+    if problem.direction == "backward":
+        depthwise, pointwise = depthwise_splits(problem, device), _pointwise_splits(problem, device)
+        work += [Work("reductions")] * 4
+        if problem.activation:
+            work.append(elementwise(device, 3 * problem.y_bytes))
     blocks = sum(blocks for _, blocks, _ in steps)
-    return Candidate(
-        family="simt",
-        name=name,
-        bytes=sum(byte_count for byte_count, _, _ in steps) + (3 * problem.y_bytes if problem.activation else 0),
-        flops=sum(blocks * flops for _, blocks, flops in steps),
-        blocks=blocks,
-        waves=blocks / _concurrent(device),
-        shared_bytes=INSTANCES[f"simt_backward_intermediate_{problem.dtype}_{problem.layout}"].shared_bytes,
-        predicted_seconds=seconds,
-        bound=mostly((_bound(problem, device, *step), _seconds(problem, device, *step)) for step in steps),
-        depthwise_splits=depthwise_splits(problem, device),
-        pointwise_splits=_splits(problem, device, ceil(problem.K / TILE) * ceil(problem.F / TILE)),
-    )
+    return [
+        Candidate(
+            "simt",
+            name,
+            **combined(work),
+            blocks=blocks,
+            waves=blocks / _concurrent(device),
+            shared_bytes=max(INSTANCES[instance].shared_bytes for instance in _needed(problem, name)),
+            depthwise_splits=depthwise,
+            pointwise_splits=pointwise,
+        )
+    ]
 
 
 def _steps(problem: Problem, device: Device) -> list[tuple[int, int, int]]:
@@ -112,7 +96,7 @@ def _steps(problem: Problem, device: Device) -> list[tuple[int, int, int]]:
         return [(x + y * (2 if problem.residual else 1) + weights, pixel_tiles * feature_tiles, flops)]
 
     depthwise = depthwise_splits(problem, device)
-    pointwise = _splits(problem, device, channel_tiles * feature_tiles)
+    pointwise = _pointwise_splits(problem, device)
     compute_bytes = 8 if problem.dtype == "float64" else 4
     depthwise_partials = 2 * depthwise.parts * problem.K * (problem.taps + 1) * compute_bytes
     pointwise_partials = 2 * pointwise.parts * problem.F * (problem.K + 1) * compute_bytes
@@ -144,6 +128,10 @@ def depthwise_splits(problem: Problem | DepthwiseProblem, device: Device) -> Spl
     return _splits(problem, device, _depthwise_tiles(problem))
 
 
+def _pointwise_splits(problem: Problem, device: Device) -> Splits:
+    return _splits(problem, device, ceil(problem.K / TILE) * ceil(problem.F / TILE))
+
+
 def _depthwise_channels(problem: Problem | DepthwiseProblem) -> int:
     """Channels of a block of simt_backward_depthwise_weight: `SimtDepthwiseWeightTraits::kChannels`."""
     return 32 if problem.layout == "nhwc" else 4
@@ -157,21 +145,14 @@ def _concurrent(device: Device) -> int:
     return device.sms * BLOCKS_PER_SM
 
 
-def _seconds(problem: Problem, device: Device, byte_count: int, blocks: int, block_flops: int) -> float:
+def _work(problem: Problem, device: Device, byte_count: int, blocks: int, block_flops: int) -> Work:
     """A launch: bytes or arithmetic, whichever takes longer; the last wave of blocks takes as long as a full one."""
-    return LAUNCH_SECONDS + max(_times(problem, device, byte_count, blocks, block_flops).values())
-
-
-def _bound(problem: Problem, device: Device, byte_count: int, blocks: int, block_flops: int) -> str:
-    return slowest(_times(problem, device, byte_count, blocks, block_flops))
-
-
-def _times(problem: Problem, device: Device, byte_count: int, blocks: int, block_flops: int) -> dict[str, float]:
-    waves = ceil(blocks / _concurrent(device))
-    return {
+    whole = ceil(blocks / _concurrent(device)) * _concurrent(device) * block_flops
+    times = {
         "memory": byte_count / (device.bandwidth * LIBRARY_BANDWIDTH),
-        "arithmetic": waves * _concurrent(device) * block_flops / (device.fma(problem.dtype) * FMA_FRACTION),
+        "arithmetic": whole / (device.fma(problem.dtype) * FMA_FRACTION),
     }
+    return Work(slowest(times), byte_count, blocks * block_flops, LAUNCH_SECONDS + max(times.values()))
 
 
 def _splits(problem: Problem | DepthwiseProblem, device: Device, tiles: int) -> Splits:
@@ -183,20 +164,25 @@ def _splits(problem: Problem | DepthwiseProblem, device: Device, tiles: int) -> 
 
 def _refusal(problem: Problem, name: str, device: Device, kernels: Kernels) -> str:
     """Why the family can't run a problem on a device; empty if it can."""
-    suffix = f"_{problem.dtype}_{problem.layout}"
-    needed = [name]
-    if problem.direction == "backward":
-        steps = ("intermediate", "input", "depthwise_weight", "pointwise_weight")
-        needed = [f"simt_backward_{step}{suffix}" for step in steps] + [f"reduce_splits_{problem.dtype}"]
+    needed = _needed(problem, name)
     missing = [instance for instance in needed if instance not in kernels.instances]
     if missing:
         return kernels.why_none or f"the native module has no instance {missing[0]}"
     shared_bytes = max(INSTANCES[instance].shared_bytes for instance in needed)
     if shared_bytes > device.shared_bytes:
         return f"needs {shared_bytes} bytes of shared memory a block, {device.name} has {device.shared_bytes}"
-    top, bottom, left, right = problem.padding
-    reach = max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.F, problem.taps)
-    if reach > _INT32 // 2:
-        return "a dimension is too large for 32-bit coordinates"
+    if problem.reach > INT32_MAX // 2:
+        return TOO_LARGE
     blocks = max(blocks for _, blocks, _ in _steps(problem, device))
-    return f"{blocks} blocks are more than a grid holds" if blocks > _INT32 else ""
+    return f"{blocks} blocks are more than a grid holds" if blocks > INT32_MAX else ""
+
+
+def _needed(problem: Problem, name: str) -> list[str]:
+    """The instances that a call runs."""
+    if problem.direction == "forward":
+        return [name]
+    steps = ("intermediate", "input", "depthwise_weight", "pointwise_weight")
+    return [
+        *(f"simt_backward_{step}_{problem.dtype}_{problem.layout}" for step in steps),
+        f"reduce_splits_{problem.dtype}",
+    ]

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_sepconv.families.backward import Backward, Gradients
 from fused_sepconv.families.depthwise import launch as depthwise
 from fused_sepconv.native.marshalling import Tensors
 from fused_sepconv.planning.problem import Candidate, Problem
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import as_output, empty_output
-
-Gradients = tuple[Tensor | None, ...]
 
 _IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -52,39 +51,25 @@ class Forward:
         return as_output(x, z if self._activation is None else self._activation(z))
 
 
-class Backward:
-    """The six gradients, None where not asked for; the depthwise result is computed again at most once."""
-
-    def __init__(
-        self,
-        candidate: Candidate,
-        problem: Problem,
-        grad_output: Tensor,
-        tensors: Tensors,
-        output: Tensor | None,
-        mask: tuple[bool, ...],
-    ) -> None:
-        again, one_pass = candidate.steps
-        self._mask = mask
-        self._intermediate = Intermediate(again, problem, tensors)
-        self._argument = ArgumentGradient(candidate, problem, self._intermediate, output)
-        self._pointwise = Pointwise(candidate)
-        self._depthwise = DepthwiseBackward(one_pass, problem, tensors, mask)
-
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
-        want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = self._mask
-        grad_z, v = self._argument(grad_output, tensors, output)
-        if want_pointwise and v is None:
-            v = self._intermediate(tensors)
-        want_v = want_x or want_depthwise or want_depthwise_bias
-        grad_v, grad_pointwise, grad_bias = self._pointwise.backward(
-            grad_z, v, tensors[2], (want_v, want_pointwise, want_bias), tensors[0]
-        )
-        grad_x = grad_depthwise = grad_depthwise_bias = None
-        if want_v:
-            grad_x, grad_depthwise, grad_depthwise_bias = self._depthwise(grad_v, tensors)
-        grad_residual = grad_z if want_residual else None
-        return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_residual
+def prepare_backward(
+    candidate: Candidate,
+    problem: Problem,
+    grad_output: Tensor,
+    tensors: Tensors,
+    output: Tensor | None,
+    mask: tuple[bool, ...],
+) -> Backward:
+    """The depthwise result is computed again at most once."""
+    again, one_pass = candidate.steps
+    want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, _ = mask
+    intermediate = Intermediate(again, problem, tensors)
+    to_weight = to_input = None
+    if want_pointwise or want_bias:
+        to_weight = WeightGradients(candidate, intermediate, (want_pointwise, want_bias))
+    wanted = (want_x, want_depthwise, want_depthwise_bias)
+    if any(wanted):
+        to_input = InputGradients(candidate, one_pass, problem, tensors, wanted)
+    return Backward(mask, ArgumentGradient(candidate, problem, intermediate, output), to_weight, to_input)
 
 
 class Intermediate:
@@ -121,24 +106,33 @@ class ArgumentGradient:
         return self._activation.backward(grad_output, z if residual is None else z.add_(residual)), v
 
 
-class DepthwiseBackward:
-    """The gradients of x, the depthwise weight and its bias from grad_v, that of the 1x1's input."""
+class WeightGradients:
+    """The gradients of the pointwise weight and the last bias, by PyTorch."""
 
-    def __init__(self, step: Candidate, problem: Problem, tensors: Tensors, mask: tuple[bool, ...]) -> None:
-        x, depthwise_weight, _, _, depthwise_bias, _ = tensors
-        want_x, want_depthwise, _, _, want_depthwise_bias, _ = mask
-        self._run = depthwise.Backward(
-            step,
-            problem.depthwise("backward"),
-            None,
-            (x, depthwise_weight, depthwise_bias),
-            None,
-            (want_x, want_depthwise, want_depthwise_bias),
-        )
+    def __init__(self, candidate: Candidate, intermediate: Intermediate, mask: tuple[bool, bool]) -> None:
+        self._pointwise, self._intermediate, self._mask = Pointwise(candidate), intermediate, mask
 
-    def __call__(self, grad_v: Tensor, tensors: Tensors) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def __call__(self, grad_z: Tensor, tensors: Tensors, v: Tensor | None) -> Gradients:
+        if v is None and self._mask[0]:
+            v = self._intermediate(tensors)
+        return self._pointwise.backward(grad_z, v, tensors[2], (False, *self._mask), tensors[0])[1:]
+
+
+class InputGradients:
+    """The gradients of x, the depthwise weight and its bias: PyTorch's product, then the depthwise backward."""
+
+    def __init__(
+        self, candidate: Candidate, step: Candidate, problem: Problem, tensors: Tensors, mask: tuple[bool, bool, bool]
+    ) -> None:
         x, depthwise_weight, _, _, depthwise_bias, _ = tensors
-        return self._run(grad_v, (x, depthwise_weight, depthwise_bias), None)
+        self._pointwise = Pointwise(candidate)
+        own = x, depthwise_weight, depthwise_bias
+        self._depthwise = depthwise.Backward(step, problem.depthwise("backward"), None, own, None, mask)
+
+    def __call__(self, grad_z: Tensor, tensors: Tensors) -> Gradients:
+        x, depthwise_weight, pointwise_weight, _, depthwise_bias, _ = tensors
+        grad_v, _, _ = self._pointwise.backward(grad_z, None, pointwise_weight, (True, False, False), x)
+        return self._depthwise(grad_v, (x, depthwise_weight, depthwise_bias), None)
 
 
 class Pointwise:

@@ -50,11 +50,9 @@ def make() -> Iterator[Vector]:
         yield Vector(f"copy_{size}_bytes", [source], [np.zeros_like(source)])
         source = bits(2, 32, size, dtype=np.uint8)
         yield Vector(f"async_copy_{size}", [source], [np.zeros_like(source)])
-    for count in (1, 2, 4):
-        for suffix in ("", "_trans"):
-            yield Vector(f"ldmatrix_x{count}{suffix}", [bits(4, 8, 8)], [np.zeros((32, count), np.uint32)])
     for suffix in ("", "_trans"):
-        yield Vector(f"stmatrix_x4{suffix}", [bits(32, 4, dtype=np.uint32)], [np.zeros((4, 8, 8), np.uint16)])
+        yield Vector(f"ldmatrix_x4{suffix}", [bits(4, 8, 8)], [np.zeros((32, 4), np.uint32)])
+    yield Vector("stmatrix_x4", [bits(32, 4, dtype=np.uint32)], [np.zeros((4, 8, 8), np.uint16)])
     for _ in range(8):
         halves = [floats(16, 16).astype(np.float16), floats(8, 16).astype(np.float16)]
         yield Vector("mma_m16n8k16_f16", [*halves, floats(16, 8)], [floats(16, 8)])
@@ -69,8 +67,8 @@ def make() -> Iterator[Vector]:
         yield Vector(kernel, [values], outputs, [len(values) // 2])
     yield Vector("convert_tf32", [any_float], [np.zeros(len(any_float), np.uint32)], [len(any_float)])
     for kernel in ("reduce_float_32", "reduce_float_8"):
-        yield Vector(kernel, [floats(32)], [floats(32, 2)])
-    yield Vector("reduce_double_32", [random.standard_normal(32)], [np.zeros((32, 2))])
+        yield Vector(kernel, [floats(32)], [floats(32)])
+    yield Vector("reduce_double_32", [random.standard_normal(32)], [np.zeros(32)])
     yield Vector("exchange", [bits(32, dtype=np.int32)], [np.zeros((32, 8), np.int32)])
     yield Vector("ring", [floats(9, 64)], [floats(9, 64)], [9], threads=128)
 

@@ -2,8 +2,8 @@
 // is 1.
 //
 // The line that a report must name ends in "BUG <kernel>".
+#include "named_barrier.h"
 #include "primitives/async_copy.h"
-#include "primitives/barrier.h"
 #include "primitives/matrix.h"
 #include "primitives/vector.h"
 #include "primitives/warp.h"
@@ -228,7 +228,7 @@ FSC_KERNEL(32, 1) index_past_array(FSC_CONST_PARAM const Arguments arguments) {
 }
 const Registration index_past_array_("index_past_array", index_past_array);
 
-// Loads an 8x8 matrix whose rows are numbers[0] bytes apart.
+// Loads four times an 8x8 matrix whose rows are numbers[0] bytes apart.
 struct Matrix {
   alignas(16) uint16_t values[8 * 64];
 };
@@ -236,9 +236,10 @@ FSC_KERNEL(32, 1) load_with_pitch(FSC_CONST_PARAM const Arguments arguments) {
   FSC_SHARED(Matrix, shared);
   for (int i = threadIdx.x; i < 8 * 64; i += 32) shared.values[i] = static_cast<uint16_t>(i);
   __syncwarp();
-  uint32_t fragment;
-  ldmatrix_x1(fragment, shared_address(shared.values) + threadIdx.x % 8 * arguments.numbers[0]);  // BUG load_with_pitch
-  arguments.array<uint32_t>(0)[threadIdx.x] = fragment;
+  uint32_t fragments[4];
+  ldmatrix_x4(fragments,
+              shared_address(shared.values) + threadIdx.x % 8 * arguments.numbers[0]);  // BUG load_with_pitch
+  arguments.array<uint32_t>(0)[threadIdx.x] = fragments[0];
 }
 const Registration load_with_pitch_("load_with_pitch", load_with_pitch, sizeof(Matrix));
 

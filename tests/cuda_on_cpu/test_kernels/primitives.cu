@@ -1,8 +1,8 @@
 // primitives.cu - one kernel a primitive: inputs in array 0 (and 1), results in the last array.
 //
 // The same kernels make the conformance vectors on a GPU, so they are plain functions of their inputs.
+#include "named_barrier.h"
 #include "primitives/async_copy.h"
-#include "primitives/barrier.h"
 #include "primitives/convert.h"
 #include "primitives/matrix.h"
 #include "primitives/shared_address.h"
@@ -64,46 +64,35 @@ FSC_DEVICE void fill_tile(Tile16& tile, const uint16_t* values) {
   __syncwarp();
 }
 
-// Fragments of Count matrices, as every lane gets them.
-template <int Count, bool Transposed>
+// Fragments of four matrices, as every lane gets them.
+template <bool Transposed>
 FSC_KERNEL(32, 1)
 load_fragments(FSC_CONST_PARAM const Arguments arguments) {
   FSC_SHARED(Tile16, shared);
   fill_tile(shared, arguments.array<uint16_t>(0));
-  const SharedAddress row = shared_address(&shared.values[threadIdx.x % (8 * Count) * 8]);
-  uint32_t fragments[Count];
-  if constexpr (Count == 1 && !Transposed) ldmatrix_x1(fragments[0], row);
-  if constexpr (Count == 1 && Transposed) ldmatrix_x1_trans(fragments[0], row);
-  if constexpr (Count == 2 && !Transposed) ldmatrix_x2(fragments, row);
-  if constexpr (Count == 2 && Transposed) ldmatrix_x2_trans(fragments, row);
-  if constexpr (Count == 4 && !Transposed) ldmatrix_x4(fragments, row);
-  if constexpr (Count == 4 && Transposed) ldmatrix_x4_trans(fragments, row);
-  for (int m = 0; m < Count; ++m) arguments.array<uint32_t>(1)[threadIdx.x * Count + m] = fragments[m];
+  const SharedAddress row = shared_address(&shared.values[threadIdx.x * 8]);
+  uint32_t fragments[4];
+  if constexpr (Transposed)
+    ldmatrix_x4_trans(fragments, row);
+  else
+    ldmatrix_x4(fragments, row);
+  for (int m = 0; m < 4; ++m) arguments.array<uint32_t>(1)[threadIdx.x * 4 + m] = fragments[m];
 }
-const Registration ldmatrix_1("ldmatrix_x1", load_fragments<1, false>, sizeof(Tile16));
-const Registration ldmatrix_2("ldmatrix_x2", load_fragments<2, false>, sizeof(Tile16));
-const Registration ldmatrix_4("ldmatrix_x4", load_fragments<4, false>, sizeof(Tile16));
-const Registration ldmatrix_1_trans("ldmatrix_x1_trans", load_fragments<1, true>, sizeof(Tile16));
-const Registration ldmatrix_2_trans("ldmatrix_x2_trans", load_fragments<2, true>, sizeof(Tile16));
-const Registration ldmatrix_4_trans("ldmatrix_x4_trans", load_fragments<4, true>, sizeof(Tile16));
+const Registration ldmatrix("ldmatrix_x4", load_fragments<false>, sizeof(Tile16));
+const Registration ldmatrix_trans("ldmatrix_x4_trans", load_fragments<true>, sizeof(Tile16));
 
 // Four matrices from every lane's fragments, back to rows.
-template <bool Transposed>
 FSC_KERNEL(32, 1)
 store_fragments(FSC_CONST_PARAM const Arguments arguments) {
   FSC_SHARED(Tile16, shared);
   uint32_t fragments[4];
   for (int m = 0; m < 4; ++m) fragments[m] = arguments.array<uint32_t>(0)[threadIdx.x * 4 + m];
   const SharedAddress row = shared_address(&shared.values[threadIdx.x * 8]);
-  if constexpr (Transposed)
-    stmatrix_x4_trans(row, fragments);
-  else
-    stmatrix_x4(row, fragments);
+  stmatrix_x4(row, fragments);
   __syncwarp();
   for (int i = 0; i < 8; ++i) arguments.array<uint16_t>(1)[threadIdx.x * 8 + i] = shared.values[threadIdx.x * 8 + i];
 }
-const Registration stmatrix_4("stmatrix_x4", store_fragments<false>, sizeof(Tile16));
-const Registration stmatrix_4_trans("stmatrix_x4_trans", store_fragments<true>, sizeof(Tile16));
+const Registration stmatrix("stmatrix_x4", store_fragments, sizeof(Tile16));
 
 enum class Format { f16, bf16, tf32 };
 
@@ -152,13 +141,12 @@ FSC_KERNEL(32, 1) convert_tf32(FSC_CONST_PARAM const Arguments arguments) {
 }
 const Registration convert_tf32_registration("convert_tf32", convert_tf32);
 
-// Every lane's sum and largest value of groups of Width lanes.
+// Every lane's sum of groups of Width lanes.
 template <class T, int Width>
 FSC_KERNEL(32, 1)
 reduce_warp(FSC_CONST_PARAM const Arguments arguments) {
   const T value = arguments.array<T>(0)[threadIdx.x];
-  arguments.array<T>(1)[2 * threadIdx.x] = warp_sum<Width>(value);
-  arguments.array<T>(1)[2 * threadIdx.x + 1] = warp_max<Width>(value);
+  arguments.array<T>(1)[threadIdx.x] = warp_sum<Width>(value);
 }
 const Registration reduce_float_32("reduce_float_32", reduce_warp<float, 32>);
 const Registration reduce_float_8("reduce_float_8", reduce_warp<float, 8>);

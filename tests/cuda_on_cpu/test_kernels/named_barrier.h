@@ -1,7 +1,8 @@
-// barrier.h - barriers of a part of the block. Barrier 0 of all threads is __syncthreads(), which kernels use as such.
+// named_barrier.h - barriers of a part of the block, as a kernel of specialised warps would have them. None of csrc
+// has.
 #pragma once
 
-#include "platform.h"
+#include "primitives/platform.h"
 
 namespace fused_sepconv {
 
