@@ -29,7 +29,7 @@
 // Overlap. Two blocks share an SM: one's matrix product runs beside the other's windows, which leave the tensor
 // cores idle. The next slabs of grad_z are on their way during the windows, and x's pixels eight positions ahead.
 //
-// Why it is legal. grad_x[h] gathers dT[h + pad - d * i] over the taps, and the weight's gradient sums x[h] times the
+// Why it is right. grad_x[h] gathers dT[h + pad - d * i] over the taps, and the weight's gradient sums x[h] times the
 // same; each position is of one part, which adds its products. The bias's gradient adds dT where the position is its
 // own. No mid-activation: its derivative would need the depthwise result.
 //

@@ -29,14 +29,14 @@
 // The order of the pixels in the product is ours to choose, so long as t and z agree: both are laid out pixel
 // after pixel. In 16 bits, chunk c of pixel p lies at chunk c ^ (p % 8) of its line, so that the 8 rows that ldmatrix
 // reads at once meet all banks. TF32 has no transposing load: lane (g, t) reads pixels t and t + 4 by itself, and as
-// chunk c lies at c ^ 2 * (p % 4), the lanes that one access serves meet all banks too.
+// chunk c lies at c ^ 2 * (p % 4), the lanes of one access meet all banks too.
 //
 // Overlap. Tiles run through a ring of 2 to 4 stages; all but one of them are on their way. Half of the warps,
 // two on each of the SM's four schedulers with the other two, convolve tile i and then multiply tile i - 1; the other
 // half multiply first: so at any time one half keeps the tensor cores busy and the other the CUDA cores. One barrier a
 // tile: t has two buffers, and grad_z of a tile is loaded one tile after its patch, as it is needed.
 //
-// Why it is legal. The pointwise convolution has no halo: a tile's products need the depthwise results of its own
+// Why it is right. The pointwise convolution has no halo: a tile's products need the depthwise results of its own
 // pixels only. Pixels that a tile has past its image count as zero in both operands: NaN times zero would be NaN.
 //
 // Floor. Device bytes: x + grad_z + the parts, written and read. The blocks of one part are neighbours: they read the

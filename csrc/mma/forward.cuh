@@ -28,7 +28,7 @@
 // the other the CUDA cores. A stage has a slab's patch and the features of the slab before, which are used in the same
 // iteration. Blocks are persistent: a tile's epilogue runs while the next tile's slabs arrive.
 //
-// Why it is legal. The pointwise convolution has no halo, so a tile needs the depthwise results of its own pixels only.
+// Why it is right. The pointwise convolution has no halo, so a tile needs the depthwise results of its own pixels only.
 // A dilated convolution is several undilated ones (phases.cuh), so that a patch never has holes.
 //
 // Floor. Device bytes: x + y + weights (+ residual). A tile reads its patch once a slab: halo pixels and later tiles

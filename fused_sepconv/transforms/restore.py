@@ -152,7 +152,7 @@ def _restore_pair(module: SeparableConv2d) -> None:
     # In place of somebody else's module that called the two and nothing else, in this order.
     names = {child: name for name, child in children.items()}
     module._modules = {names[child]: child for child in (depthwise, pointwise)}
-    for name in ("_own_padding", "_child_names", "pre_activation", "mid_activation", "activation"):
+    for name in ("_own_padding", "_child_names", "pre_activation", "mid_activation", "activation", "save_intermediate"):
         module.__dict__.pop(name, None)
     _become(module, nn.Sequential)
 
