@@ -153,7 +153,8 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual`, of the output's shape, is added before the last activation."""
-        depthwise, pointwise = self.halves()
+        first, second = self._child_names  # as `halves`, without its call
+        depthwise, pointwise = self._modules[first], self._modules[second]
         if _run_as_one(depthwise, pointwise):
             return separable_conv2d(**self._arguments(depthwise, pointwise, x, residual))
         return self._call_children(x, residual)

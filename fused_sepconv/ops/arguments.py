@@ -68,7 +68,7 @@ class Call(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """What the checks look at in a tensor; hashable, so that the checks of a repeated call are looked up."""
+    """The part of a tensor that the checks look at; hashable, so that those of a repeated call are looked up."""
 
     shape: torch.Size
     dtype: torch.dtype

@@ -197,7 +197,7 @@ def _vjp(function: Any, primals: tuple[Tensor, ...], cotangents: tuple[Tensor, .
 
 @contextmanager
 def _below_autograd() -> Iterator[None]:
-    """Where a Function's forward calls its op for the value."""
+    """A context in which a Function's forward calls its op for the value."""
     if not are_functorch_transforms_active():
         with AutoDispatchBelowAutograd():
             yield
@@ -238,7 +238,7 @@ def _entrance(operator: Operator) -> Callable[..., Tensor]:
 
 
 def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite: Any) -> Any:
-    """What the op does at PyTorch's Autograd key: apply the function, once, at the level being processed."""
+    """Makes the op's kernel at PyTorch's Autograd key: it applies the function once, at the level being processed."""
 
     # A Function's apply would hand the call to the whole stack of transforms again, in 2.14 its base class's with it.
     steps = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward")}

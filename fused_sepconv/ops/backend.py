@@ -1,4 +1,4 @@
-"""Which implementation a call asks for: the process-wide default that `use_backend` sets.
+"""The implementation that calls ask for: the process-wide default that `use_backend` sets.
 
 The default is read once, when a call is made, and travels from there as the op's `backend` argument: a backward runs
 on another thread, possibly after the context has ended, and still does what its forward was asked for.

@@ -84,16 +84,13 @@ class Prepared:
         self._chosen: dict[Any, tuple[Candidate, Any]] = {}
         self._forward: RunForward | None = None
         self._saving: RunForward | None = None
-        self._saves: dict[tuple[bool, ...], bool] = {}
+        self.saves_for: dict[tuple[bool, ...], bool] = {}  # what `saves` has answered
         self._backwards: dict[tuple, RunBackward] = {}
 
     def saves(self, tensors: tuple[Tensor | None, ...], mask: tuple[bool, ...]) -> bool:
         """Whether the forward saves the depthwise result for the gradients that the mask asks for."""
-        found = self._saves.get(mask)
-        if found is None:
-            found = self._saves[mask] = saving.saves(
-                self.operator, tensors, self.arguments, self.backend, self.save, mask
-            )
+        found = saving.saves(self.operator, tensors, self.arguments, self.backend, self.save, mask)
+        self.saves_for[mask] = found
         return found
 
     def forward(self, *tensors: Tensor | None) -> Tensor:
@@ -232,7 +229,7 @@ def signature(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def flags(x: Tensor, backend: str) -> tuple[Any, ...]:
-    """What changes a choice besides the call: PyTorch's flags, a family asked for, what was measured since."""
+    """Values that change a choice besides the call: PyTorch's flags, a family asked for, a newer measurement."""
     if x.device.type in MEASURED:
         found = (
             launching.wish.family,

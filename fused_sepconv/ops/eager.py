@@ -133,8 +133,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, prepared: Prepared, value: Route, *tensors: Tensor | None) -> Tensor:
-        intermediate = None
-        if prepared.saves(tensors, ctx.needs_input_grad[2:]):
+        intermediate, mask = None, ctx.needs_input_grad[2:]
+        if prepared.saves_for.get(mask) or (mask not in prepared.saves_for and prepared.saves(tensors, mask)):
             y, intermediate = prepared.forward_saving(*tensors)
         else:
             y = value(*tensors)

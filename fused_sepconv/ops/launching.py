@@ -1,4 +1,4 @@
-"""What every launch needs: which kernels can run where, and a call as the native module takes it."""
+"""Finds which kernels can run where, and what runs a problem there."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def choose(
     arguments: Any = None,
     tensors: tuple[Tensor | None, ...] = (),
 ) -> choice.Decision:
-    """What runs a problem on a device under a backend.
+    """Chooses what runs a problem on a device under a backend.
 
     `trial(candidate, problem, arguments, tensors)` runs a candidate: with it, what "auto" chooses from can be measured
     on tensors like these.

@@ -54,14 +54,14 @@ class Operator:
 
     name: str
     inputs: tuple[str, ...]
-    """As the schema declares them."""
+    """Declarations, as in the schema."""
     arguments: type[Arguments] | type[DepthwiseArguments]
     features: int
     """The position among the inputs of the weight whose dimension 0 is the output's channels."""
     problem_of: Callable[..., Any]
     """The problem of a direction, for checked tensors and arguments."""
     families: Mapping[str, Family]
-    """What may run it, by the names that plans use."""
+    """The families that may run it, by the names that plans use."""
     normalise: Callable[[tuple, tuple], Arguments | DepthwiseArguments]
     """The checked arguments of a user's tensors and options."""
     check: Callable[[tuple, tuple], object]
@@ -87,7 +87,7 @@ class Operator:
 
     @cached_property
     def count(self) -> int:
-        """Of inputs."""
+        """The number of inputs."""
         return len(self.inputs)
 
     @cached_property
@@ -103,7 +103,7 @@ class Operator:
 
     @property
     def schemas(self) -> tuple[str, str]:
-        """Of the operator and its backward."""
+        """The operator's and its backward's."""
         inputs = ", ".join(self.inputs)
         types = {"stride": "SymInt[2]", "padding": "SymInt[4]", "dilation": "SymInt[2]"}
         arguments = ", ".join(f"{types.get(name, 'str?')} {name}" for name in self.arguments._fields)
@@ -317,7 +317,7 @@ for _operator in OPERATORS:
 
 
 def _depthwise_flops(weight: Sequence[int], output: Sequence[int]) -> int:
-    """Of one depthwise convolution, whose output may be given by the shape of what follows it."""
+    """Flops of a depthwise convolution, whose output may be given by the shape of what follows it."""
     channels, _, kernel_h, kernel_w = weight
     n, _, out_h, out_w = output
     return 2 * n * out_h * out_w * channels * kernel_h * kernel_w

@@ -17,7 +17,7 @@ DepthwiseTensors = tuple[Tensor, Tensor, Tensor | None]
 """x, weight, bias."""
 
 ALL_KERNELS = Kernels(frozenset(INSTANCES))
-"""What a complete build has; predictions for a device that is not here assume it."""
+"""The kernels of a complete build; predictions for a device that is not here assume them."""
 
 
 def problem_of(direction: str, tensors: Tensors, arguments: Arguments) -> Problem:

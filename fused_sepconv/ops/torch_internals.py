@@ -53,7 +53,7 @@ _NAMES = (
     "_len_torch_function_stack",
 )
 _complete = all(hasattr(_C, name) for name in _NAMES) and hasattr(forward_ad, "_current_level")
-"""Where a name is missing, every call goes through the dispatcher: as right, and slower."""
+"""False where a name is missing: every call goes through the dispatcher then, as right, and slower."""
 
 tensor_keys = getattr(_C, "_dispatch_keys", None)
 """A tensor's dispatch keys: wrappers, lazy negation and the like have keys of their own. Read with `raw_repr()`."""
@@ -106,7 +106,7 @@ def has_global_hooks() -> bool:
 
 
 def below_subclasses() -> AbstractContextManager[Any]:
-    """Where a kernel works: a tensor subclass's own `__torch_function__` and `new_empty` are not asked again."""
+    """A context for kernels: a tensor subclass's own `__torch_function__` and `new_empty` are not asked again."""
     return _C.DisableTorchFunctionSubclass()
 
 

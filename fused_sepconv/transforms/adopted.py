@@ -19,11 +19,11 @@ from fused_sepconv.transforms.lookahead import next_module
 
 
 class AdoptedSeparableConv2d(SeparableConv2d):
-    """In place of a module that did nothing but call the two: its children keep their names, and so their keys."""
+    """Stands where a module did nothing but call the two. Its children keep their names, and so their keys."""
 
     @classmethod
     def adopt(cls, module: nn.Module, depthwise: str, pointwise: str) -> AdoptedSeparableConv2d:
-        """From a module and the names of its two convolutions, children of it in the order in which it has them."""
+        """Makes one of a module, by the names of its two convolutions; all its children stay, in their order."""
         adopted = SeparableConv2d.from_convs(module.get_submodule(depthwise), module.get_submodule(pointwise))
         adopted.__class__ = AdoptedSequential if isinstance(module, nn.Sequential) else cls
         adopted._child_names, adopted._modules = (depthwise, pointwise), module._modules.copy()
@@ -37,7 +37,7 @@ class AdoptedSeparableConv2d(SeparableConv2d):
 
 
 class AdoptedSequential(AdoptedSeparableConv2d, nn.Sequential):
-    """In place of an `nn.Sequential` of the two: one still, to be indexed, sliced, iterated over and added to."""
+    """Stands where an `nn.Sequential` of the two was, and is one: indexed, sliced, iterated over and added to."""
 
     def __init__(self, *args: Any) -> None:
         nn.Sequential.__init__(self, *args)  # what a slice of it is made by: an `nn.Sequential` like any other

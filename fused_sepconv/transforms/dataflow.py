@@ -1,4 +1,4 @@
-"""What follows what in a model: `torch.fx` graphs of as much of its forward as can be traced.
+"""Finds what follows what in a model: `torch.fx` graphs of as much of its forward as can be traced.
 
 A model is traced whole where that works. Where a forward looks at values or shapes to decide what to do, its children
 are traced one by one instead: what such a forward does between them is not known, and nothing is concluded from it.
@@ -32,7 +32,7 @@ IN_PLACE = {
     f"__i{name}__": getattr(operator, f"i{name}")
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 }
-"""What `x += y` and its like are called, and do."""
+"""The methods behind `x += y` and its like, and their functions."""
 
 
 class _Proxy(fx.Proxy):
@@ -48,7 +48,7 @@ for _name, _function in IN_PLACE.items():
 
 
 class Trace(NamedTuple):
-    """What a module's forward does. Its graph's targets are names in the module itself."""
+    """The graph of a module's forward. Its targets are names in the module itself."""
 
     graph: fx.Graph
     called: set[nn.Module]

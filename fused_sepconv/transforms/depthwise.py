@@ -15,7 +15,7 @@ from fused_sepconv.transforms.report import ReplacementReport, check_model
 
 
 class _DropIn:
-    """What stands in a model for PyTorch's convolution: made as that one is, and that one where it isn't depthwise.
+    """Stands for PyTorch's convolution: made by the same arguments, and the same where it isn't depthwise.
 
     Tools make more of a model's layers by `type(layer)(in_channels, out_channels, kernel_size, ...)`.
     """

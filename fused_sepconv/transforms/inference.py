@@ -135,7 +135,7 @@ class Chain:
     """A pair and the modules round it that it can take in."""
 
     head: nn.Module
-    """Where it will run: the depthwise convolution, or a `SeparableConv2d`."""
+    """The module that will run it: the depthwise convolution, or a `SeparableConv2d`."""
     depthwise: nn.Conv2d
     pointwise: nn.Conv2d
     padding: Any
@@ -296,7 +296,7 @@ def _split(operations: list[Operation]) -> Split | None:
 
 
 def _operations(module: Any) -> list[Operation] | None:
-    """What a module does in evaluation, if it can be folded; None if not."""
+    """The operations of a module in evaluation; None if they can't be folded."""
     name = class_name(module)
     if isinstance(module, _NOTHING) or name in _NOTHING_NAMES:
         return []
@@ -311,7 +311,7 @@ def _operations(module: Any) -> list[Operation] | None:
 
 
 def _own_operations(conv: nn.Conv2d) -> list[Operation] | None:
-    """What a convolution does after convolving: detectron2's has a norm and an activation inside."""
+    """The operations inside a convolution, after it: detectron2's has a norm and an activation."""
     if is_plain(conv):
         return []
     if class_name(conv) != "detectron2.layers.wrappers.Conv2d":

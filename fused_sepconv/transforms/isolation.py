@@ -39,7 +39,7 @@ class Twin:
                 module.__dict__["training"] = training
 
     def state(self) -> list[Any]:
-        """What running the copy may change, to be compared with what it is later."""
+        """All that running the copy may change, to be compared with the same later."""
         return [_state(copied) for copied in self._copies.values()] + [_random_state()[:2]]
 
     def _copy(self, value: Any) -> Any:
@@ -148,7 +148,7 @@ def _random_state() -> tuple:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Whatever random numbers are drawn within, those after it are what they would have been."""
+    """Keeps the random numbers after it what they would have been, whatever is drawn within."""
     _, python, numpy = _random_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):

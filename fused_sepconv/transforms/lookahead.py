@@ -33,9 +33,9 @@ class Handover(NamedTuple):
     """A call of one argument whose result is the one argument of the next call, and is read nowhere else."""
 
     caller: Path
-    """What is called."""
+    """The module that is called."""
     taker: Path
-    """What is called with its result."""
+    """The module that is called with its result."""
 
 
 def module_caller(frame: FrameType | None) -> FrameType | None:
@@ -136,14 +136,14 @@ class _Step(NamedTuple):
     """LOAD and STORE are those of local variables, whatever the instruction's own name."""
     value: Any
     effect: int
-    """By how much it makes the stack higher."""
+    """Entries that it adds to the stack."""
     target: int | None
     """The offset that it may jump to."""
 
 
 @lru_cache(maxsize=4096)
 def _handover(code: CodeType, offset: int) -> Handover | None:
-    """What happens to the result of the call at an offset of a function's code, if it is a handover."""
+    """The handover that the call at an offset of a function's code is, if it is one."""
     try:
         steps = _steps(code)
     except ValueError:  # an instruction whose effect on the stack `dis` does not know
@@ -194,7 +194,7 @@ def _steps(code: CodeType) -> list[_Step]:
 
 
 def _called(steps: list[_Step], i: int) -> Path | None:
-    """What a step calls with one positional argument; None if it does not, or calls no attribute of a variable."""
+    """The path that a step calls with one positional argument; None for any other step or callee."""
     if steps[i].name not in _CALLS or steps[i].value != 1:
         return None
     height, i = 0, i - 2 if steps[i - 1].name == "PRECALL" else i - 1

@@ -1,4 +1,4 @@
-"""What a function that swaps a model's modules did, and what it left alone."""
+"""The report of a function that swaps a model's modules: what it did, and what it left alone."""
 
 from __future__ import annotations
 

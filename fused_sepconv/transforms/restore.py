@@ -53,7 +53,7 @@ def restore_convs(model: nn.Module) -> ReplacementReport:
 
 
 class PlainSeparableConv2d(nn.Module):
-    """What a `SeparableConv2d` computes, in two convolutions and PyTorch's operators between them."""
+    """Computes a `SeparableConv2d` by two convolutions and PyTorch's operators between them."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv = self.depthwise
@@ -67,7 +67,7 @@ class PlainSeparableConv2d(nn.Module):
 
 
 class PlainDepthwiseConv2d(nn.Conv2d):
-    """What a `DepthwiseConv2d` computes and `nn.Conv2d` does not."""
+    """An `nn.Conv2d` with the activations and paddings of a `DepthwiseConv2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = activated(x, self.pre_activation)
@@ -77,7 +77,7 @@ class PlainDepthwiseConv2d(nn.Conv2d):
 
 
 class PlainDepthwiseConv1d(nn.Conv1d):
-    """What a `DepthwiseConv1d` computes and `nn.Conv1d` does not."""
+    """An `nn.Conv1d` with the activations and paddings of a `DepthwiseConv1d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = activated(x, self.pre_activation)

@@ -59,7 +59,7 @@ def replace_separable_convs(model: nn.Module) -> ReplacementReport:
 
 
 def separable_children(model: nn.Module) -> set[nn.Module]:
-    """What is inside the `SeparableConv2d`s of a model, and runs already."""
+    """The modules inside the `SeparableConv2d`s of a model, which run as one already."""
     return {child for m in model.modules() if isinstance(m, SeparableConv2d) for child in m.modules() if child is not m}
 
 
@@ -124,7 +124,7 @@ def _is_nothing_else(module: nn.Module, depthwise: nn.Conv2d, pointwise: nn.Conv
 
 
 def _public_names(module: nn.Module) -> set[str]:
-    """What a module offers beyond its forward and what any `nn.Module` (or `nn.Sequential`) does."""
+    """Names that a module offers beyond its forward and those of any `nn.Module` (or `nn.Sequential`)."""
     own = [vars(base) for base in type(module).__mro__ if not base.__module__.startswith("torch.nn.")]
     names = {name for namespace in (*own, vars(module)) for name in namespace if not name.startswith("_")}
     return names - vars(nn.Module).keys() - {"forward", "training"}
@@ -179,7 +179,7 @@ def why_not(flow: Dataflow, depthwise: nn.Conv2d) -> str:
 
 
 def _reader(flow: Dataflow, root: nn.Module, node: fx.Node) -> str:
-    """What reads a result: the module in whose forward it does, such as a squeeze-and-excitation block."""
+    """The reader of a result: the module in whose forward it is, such as a squeeze-and-excitation block."""
     if node.op == "call_module":
         return flow.names[root.get_submodule(node.target)]
     stack = list(node.meta.get("nn_module_stack", {}).values())
