@@ -121,7 +121,7 @@ def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, lay
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.dtypes(torch.float16, torch.bfloat16)  # float32 is above
-@pytest.mark.cases(DEPTHWISE)
+@pytest.mark.cases(LIGHT, full=DEPTHWISE)
 def test_as_close_as_eager_in_16_bits(plain, case, dtype, layout):
     tensors = inputs(case, dtype, layout)
     with launching.preferring("depthwise"):
