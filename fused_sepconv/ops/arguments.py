@@ -63,6 +63,8 @@ class Call(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     arguments: Arguments | DepthwiseArguments
     unbatched: bool
+    save: bool | None = None
+    """`save_intermediate`; None is "auto"."""
 
 
 class TensorSpec(NamedTuple):
@@ -163,6 +165,16 @@ def check_activation(name: str, value: Any) -> str | None:
     return value
 
 
+def check_save(value: Any) -> bool | None:
+    """`save_intermediate` as the operator takes it: None for "auto"."""
+    if value is True or value is False:
+        return value
+    if isinstance(value, str) and value == "auto":
+        return None
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f'save_intermediate: expected "auto", True or False, got {_describe(value)}')
+
+
 def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair) -> Pair:
     """(H, W) of the output: floor((in + before + after - dilation * (kernel - 1) - 1) / stride) + 1."""
     top, bottom, left, right = padding
@@ -186,12 +198,14 @@ def normalise(
     pre_activation: str | None = None,
     mid_activation: str | None = None,
     activation: str | None = None,
+    save_intermediate: Any = "auto",
 ) -> Call:
     """The arguments of `separable_conv2d` as a checked call, cast to autocast's dtype where autocast is on.
 
     The casts come before the op, where autograd sees them: an autocast rule registered on the op would leave its
     backward without them.
     """
+    save = check_save(save_intermediate)
     unbatched = _is_dense(x) and x.dim() == 3
     if unbatched:
         x = x.unsqueeze(0)
@@ -207,7 +221,7 @@ def normalise(
         check_activation("activation", activation),
     )
     arguments = (check if _is_traced(specs) else check_cached)(*specs, *options)
-    return Call(tensors, arguments, unbatched)
+    return Call(tensors, arguments, unbatched, save)
 
 
 def normalise_depthwise(

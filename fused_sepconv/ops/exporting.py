@@ -30,7 +30,7 @@ def _forward(operator: Operator) -> Callable[..., Tensor]:
     count, (forward, _) = operator.count, operator.reference
 
     def convolutions(*args: Any) -> Tensor:
-        (x, *weights), (stride, padding, dilation, *activations) = args[:count], args[count:-1]
+        (x, *weights), (stride, padding, dilation, *activations) = args[:count], args[count : operator.arity - 1]
         if any(isinstance(side, torch.SymInt) for side in padding):
             # Which sides are equal would be asked of the sizes. (Every activation leaves a 0 as it is.)
             top, bottom, left, right = padding

@@ -3,12 +3,14 @@
 import itertools
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_sepconv import separable_conv2d, use_backend
+from fused_sepconv.native import marshalling
 from fused_sepconv.ops import calls, eager, launching
 from fused_sepconv.tensors.memory_format import output_strides
 from tests.support.cases import two_convolutions
@@ -142,3 +144,16 @@ def test_threads_prepare_and_forget_at_once(monkeypatch):
     for thread in threads:
         thread.join()
     assert not failures and len(eager._routes) <= 4
+
+
+@pytest.mark.quick
+def test_the_native_module_is_told_the_device_where_pytorchs_guard_binds_none(monkeypatch):
+    """Before CUDA 12 cudaSetDevice leaves the thread another device's context, on which our runtime would launch."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(marshalling.loader, "load", lambda: SimpleNamespace(set_device=told.append))
+    for binds, expected in ((True, []), (False, [1])):
+        monkeypatch.setattr(marshalling, "GUARD_BINDS", binds)
+        with launching.on_device(torch.device("cuda", 1)), launching.on_device(torch.device("cpu")):
+            assert told == expected

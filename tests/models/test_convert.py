@@ -124,6 +124,11 @@ class Pair(nn.Module):
         return self.depthwise(self.b(x))
 
 
+class Named(Pair):
+    def forward(self, features, scale=None):
+        return self.depthwise(self.b(features))
+
+
 class Longer(nn.Module):
     """A pair in the midst of a forward, with a method of its own."""
 
@@ -232,6 +237,7 @@ TAKEN = {
         lambda: nn.Sequential(nn.Sequential(nn.ReLU(), depthwise()), nn.Sequential(pointwise(), nn.ReLU())),
         "block.0.1",
     ),
+    "in a forward with arguments of its own": (Named, "block.b"),
     "in a longer forward": (Longer, "block.conv_dw"),
     "a depth multiplier and a dilation": (
         lambda: nn.Sequential(nn.Conv2d(8, 16, 3, padding=2, dilation=2, groups=8), pointwise(16)),
