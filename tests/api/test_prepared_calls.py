@@ -71,7 +71,7 @@ STATES = {
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(("first", "then"), itertools.permutations(STATES, 2))
+@pytest.mark.parametrize(("first", "then"), list(itertools.permutations(STATES, 2)))
 def test_a_state_that_changes_between_calls_is_another_call(first, then, monkeypatch):
     monkeypatch.setattr(calls, "MEASURED", ("cpu", "cuda"))  # PyTorch's flags are then part of the key, as on a GPU
     for state in (first, then, first):
