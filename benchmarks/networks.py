@@ -84,6 +84,19 @@ def networks(layouts: Sequence[str], peers: Iterable[str]) -> list[Network]:
     return found
 
 
+def recomputing(network: Network) -> Network:
+    """The network with `save_intermediate=False`."""
+
+    def build() -> nn.Module:
+        model = network.build()
+        for module in model.modules():
+            if isinstance(module, fused_sepconv.SeparableConv2d):
+                module.save_intermediate = False
+        return model
+
+    return replace(network, impl=f"{network.impl}-recompute", build=build)
+
+
 @dataclass(frozen=True)
 class Run:
     """A network on a device, and one call of it: an inference, or a training step with mixed precision."""

@@ -12,7 +12,7 @@ import torch
 from check import RESULTS, Check, network_faults
 from floors import Ceilings
 from layers import NETWORKS, Layer
-from networks import IMAGE_SIZE, Network, Run, networks, random_batch
+from networks import IMAGE_SIZE, Network, Run, networks, random_batch, recomputing
 from peers import Implementation, implementations
 from problem import Inputs, Problem, convolution_flags, prepare
 from record import Row, layer_row, make_row
@@ -185,13 +185,13 @@ def time_host(settings: Settings) -> Iterator[Row]:
 
 
 def network_steps(
-    run: Callable[..., Iterator[Row]], rows: int, settings: Settings, layouts: Sequence[str], peers: Sequence[str]
+    run: Callable[..., Iterator[Row]], rows: int, settings: Settings, compared: Sequence[Network]
 ) -> list[Step]:
     return [
         Step(f"{network.name} {network.impl}", rows, partial(run, network, dtype, batch, settings))
         for dtype in settings.dtypes
         for batch in settings.batches
-        for network in networks(layouts, peers)
+        for network in compared
     ]
 
 
@@ -214,7 +214,7 @@ def network_and_batch(network: Network, dtype: str, batch: int, device: str) -> 
 def model_suite(settings: Settings) -> list[Step]:
     """Every network in every dtype and batch, in inference and in training, where these passes are asked for."""
     rows = len(MODEL_PASSES.keys() & set(settings.passes))
-    return network_steps(time_network, rows, settings, settings.model_layouts, settings.peers)
+    return network_steps(time_network, rows, settings, networks(settings.model_layouts, settings.peers))
 
 
 def time_network(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:
@@ -286,8 +286,10 @@ def saved_bytes(forward: Callable[[], Result], parameters: Collection[Tensor]) -
 
 
 def memory_suite(settings: Settings) -> list[Step]:
-    """A training step of each network, in one layout: memory does not depend on it."""
-    return network_steps(network_memory, 1, settings, settings.layouts[-1:], ())
+    """A training step of each network, in one layout: memory does not depend on it; ours with the depthwise results
+    saved, where that is faster, and without."""
+    compared = networks(settings.layouts[-1:], ())
+    return network_steps(network_memory, 1, settings, [*compared, recomputing(compared[-1])])
 
 
 def network_memory(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from fused_sepconv._version import __version__
 from fused_sepconv.explain import explain
 from fused_sepconv.nn.depthwise import DepthwiseConv1d, DepthwiseConv2d
 from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
+from fused_sepconv.nn.norm_units import norm_depthwise_conv2d, norm_separable_conv2d
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.autograd import DepthwiseConv2dFunction, SeparableConv2dFunction
 from fused_sepconv.ops.backend import use_backend
@@ -23,6 +24,8 @@ __all__ = [
     "depthwise_conv2d",
     "explain",
     "models",
+    "norm_depthwise_conv2d",
+    "norm_separable_conv2d",
     "optimize_for_inference",
     "replace_depthwise_convs",
     "replace_separable_convs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_sepconv.nn.depthwise import DepthwiseConv
 from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
 from fused_sepconv.nn.separable import SeparableConv2d
-from fused_sepconv.ops import launching, problems
+from fused_sepconv.ops import launching, problems, saving
 from fused_sepconv.ops.arguments import Call, DepthwiseArguments, normalise, normalise_depthwise
 from fused_sepconv.ops.backend import use_backend
+from fused_sepconv.ops.operators import SEPARABLE_CONV2D
 from fused_sepconv.planning.devices import DEVICES
-from fused_sepconv.planning.plan import Plan, plan
+from fused_sepconv.planning.plan import Plan, plan, saving_pays
+from fused_sepconv.planning.problem import Problem
 from fused_sepconv.transforms.adopted import DepthwiseOfPair, PointwiseOfPair
 
 
@@ -32,18 +34,29 @@ class Explanation:
     """
 
     forward: Plan
+    """Without gradients."""
     backward: Plan
+    saving: Plan | None = None
+    """The forward with gradients, where it saves the depthwise result for the backward."""
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of the depthwise result, where it is saved."""
+        return 0 if self.saving is None else self.saving.problem.intermediate_bytes
 
     def __str__(self) -> str:
-        return f"{self.forward}\n{self.backward}"
+        lines = [str(self.forward), str(self.backward)]
+        if self.saving is not None:
+            lines.insert(1, f"with gradients, {self.saved_bytes / 1e6:.1f} MB saved for the backward: {self.saving}")
+        return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        plans = asdict(self)
+        plans = {name: value for name, value in asdict(self).items() if value is not None}
         for plan_data in plans.values():
             for candidate in plan_data["candidates"]:
                 if candidate["refusal"]:
                     candidate["predicted_seconds"] = None  # JSON has no infinity
-        return plans
+        return {**plans, "saved_bytes": self.saved_bytes}
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,11 @@ class ModelExplanation:
         return sum(layer.backward.chosen.predicted_seconds for _, layer in self.layers)
 
     @property
+    def saved_bytes(self) -> int:
+        """Of all depthwise results that a training step saves, where it asks for every gradient."""
+        return sum(layer.saved_bytes for _, layer in self.layers)
+
+    @property
     def forward_floor_seconds(self) -> float:
         """The sum of what no kernels could beat."""
         return sum(layer.forward.floor_seconds for _, layer in self.layers)
@@ -83,6 +101,8 @@ class ModelExplanation:
             f"forward {self.forward_seconds * 1e6:.1f} us (floor {self.forward_floor_seconds * 1e6:.1f}), "
             f"backward {self.backward_seconds * 1e6:.1f} us (floor {self.backward_floor_seconds * 1e6:.1f})"
         )
+        if self.saved_bytes:
+            lines.append(f"training saves {self.saved_bytes / 1e6:.1f} MB of depthwise results (save_intermediate)")
         lines.append(f"the whole model: {self.multiply_adds / 1e9:.3f} G multiply-adds forward")
         return "\n".join(lines)
 
@@ -91,6 +111,7 @@ class ModelExplanation:
             "layers": {name: layer.as_dict() for name, layer in self.layers},
             "children_called": list(self.children_called),
             "multiply_adds": self.multiply_adds,
+            "saved_bytes": self.saved_bytes,
             "forward_seconds": self.forward_seconds,
             "backward_seconds": self.backward_seconds,
             "forward_floor_seconds": self.forward_floor_seconds,
@@ -134,13 +155,26 @@ def _explain_call(call: Call, device: str | None) -> Explanation:
     plans = []
     depthwise = isinstance(call.arguments, DepthwiseArguments)
     problem_of = problems.depthwise_problem_of if depthwise else problems.problem_of
-    for direction in ("forward", "backward"):
-        problem = problem_of(direction, call.tensors, call.arguments)
+    forward, backward = (problem_of(direction, call.tensors, call.arguments) for direction in ("forward", "backward"))
+    wanted = [forward, backward]
+    if not depthwise and _saves(call, forward, device):
+        wanted = [forward, replace(backward, saved=True), replace(forward, saved=True)]
+    for problem in wanted:
         if device is None:
             plans.append(launching.plan_for(problem, call.tensors[0].device))
         else:
             plans.append(plan(problem, DEVICES[device], problems.ALL_KERNELS))
     return Explanation(*plans)
+
+
+def _saves(call: Call, forward: Problem, device: str | None) -> bool:
+    """Whether the call saves its depthwise result, where all gradients are asked for."""
+    if device is None:
+        mask = tuple(tensor is not None for tensor in call.tensors)
+        return saving.saves(SEPARABLE_CONV2D, call.tensors, call.arguments, "auto", call.save, mask)
+    if call.save is not None:
+        return call.save
+    return saving_pays(forward, DEVICES[device], problems.ALL_KERNELS, "auto")
 
 
 class _NoModules(nullcontext):

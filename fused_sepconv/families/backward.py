@@ -27,7 +27,9 @@ class Backward:
     to_input: Callable[[Tensor, Tensors], Gradients] | None
     """(grad_z, tensors) → the gradients of x, depthwise_weight and depthwise_bias."""
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
+    def __call__(
+        self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, kept: Tensor | None = None
+    ) -> Gradients:
         _, _, _, want_bias, _, want_residual = self.mask
         grad_z, v = self.argument(grad_output, tensors, output)
         grad_pointwise = grad_bias = grad_x = grad_depthwise = grad_depthwise_bias = None

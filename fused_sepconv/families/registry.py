@@ -4,6 +4,9 @@
 the strides and dtypes of the tensors given, and make something that runs on every later call like this one:
 `run(*tensors)` gives the output, `run(grad_output, tensors, output)` the gradients, None where the mask does not ask.
 `output` is the forward's result where the last activation's derivative is read from it, else None.
+
+Where the problem is `saved`, a forward gives (output, kept), and a backward is called with `kept` as its last argument:
+the depthwise result, v, or t where the mid-activation's derivative needs t.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from fused_sepconv.families.pytorch import launch as pytorch
 from fused_sepconv.families.simt import launch as simt
 from fused_sepconv.families.split import launch as split
 
-RunForward = Callable[..., Tensor]
-RunBackward = Callable[[Tensor, tuple[Any, ...], "Tensor | None"], "tuple[Tensor | None, ...]"]
+RunForward = Callable[..., Any]
+RunBackward = Callable[..., "tuple[Tensor | None, ...]"]
 
 
 @dataclass(frozen=True)

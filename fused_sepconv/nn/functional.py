@@ -26,6 +26,7 @@ def separable_conv2d(
     pre_activation: str | None = None,
     mid_activation: str | None = None,
     activation: str | None = None,
+    save_intermediate: bool | str = "auto",
 ) -> Tensor:
     """Depthwise separable convolution: a k x k depthwise convolution and the 1 x 1 pointwise convolution after it.
 
@@ -44,6 +45,10 @@ def separable_conv2d(
         residual: the output's shape, added before the last activation.
         pre_activation, mid_activation, activation: None, "relu", "relu6", "elu", "silu", "hardswish" or "gelu", on x
             as it is read, between the two convolutions, and on the output.
+        save_intermediate: whether the backward is given the depthwise result, as large as that convolution's output,
+            or computes it again. "auto": saved where the backward would otherwise run the depthwise convolution again,
+            and saving is faster by the plan (`explain` tells). True: wherever it can be had. False: never. Nothing is
+            saved under `torch.func`'s transforms.
 
     Returns:
         (N, F, out_h, out_w), or (F, out_h, out_w) for an unbatched x, where
@@ -56,7 +61,7 @@ def separable_conv2d(
     Under autocast the tensors are cast as a convolution's would be. Differentiable any number of times, in both modes.
     """
     tensors = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
-    options = (stride, padding, dilation, pre_activation, mid_activation, activation)
+    options = (stride, padding, dilation, pre_activation, mid_activation, activation, save_intermediate)
     y = eager.run(SEPARABLE_CONV2D, tensors, options, backend.default)
     if y is not None:
         return y
@@ -76,11 +81,13 @@ def separable_conv2d(
         pre_activation=pre_activation,
         mid_activation=mid_activation,
         activation=activation,
+        save_intermediate=save_intermediate,
     )
     if tracing and exporting.traces_for_onnx():
         y = convolutions.forward(*call.tensors, *call.arguments)
     else:
-        y = autograd.separable_conv2d(*call.tensors, *call.arguments, backend.default)
+        save = () if call.save is None else (call.save,)
+        y = autograd.separable_conv2d(*call.tensors, *call.arguments, backend.default, *save)
     return y.squeeze(0) if call.unbatched else y
 
 

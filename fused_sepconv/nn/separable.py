@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_sepconv.nn.functional import separable_conv2d
 from fused_sepconv.nn.inputs import check_channels, padding_sides_of, refuse_script
 from fused_sepconv.nn.padding import check_padding_mode, divide, pad_image
-from fused_sepconv.ops.arguments import Padding, Pair, check_activation, integer, padding_form, pair
+from fused_sepconv.ops.arguments import Padding, Pair, check_activation, check_save, integer, padding_form, pair
 from fused_sepconv.tensors.activations import ACTIVATIONS
 
 # torch.fx leaves them as one call in what it traces: what they look at in x, a traced x has not.
@@ -42,11 +42,14 @@ class SeparableConv2d(nn.Module):
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         pre_activation, mid_activation, activation: None, "relu", "relu6", "elu", "silu", "hardswish" or "gelu": on the
             input, between the convolutions, and on the output.
+        save_intermediate: "auto", True or False: whether the backward is given the depthwise result, or computes it
+            again (`separable_conv2d` says when). It may be set at any time.
         device, dtype: of the parameters.
 
     Shape: x (N, C, H, W) or (C, H, W); the result (N, F, out_h, out_w) or (F, out_h, out_w), in x's memory format.
     """
 
+    save_intermediate: bool | str = "auto"  # of a module that was pickled before there was a choice
     _child_names: ClassVar[tuple[str, str]] = ("depthwise", "pointwise")
 
     def __init__(
@@ -65,6 +68,7 @@ class SeparableConv2d(nn.Module):
         pre_activation: str | None = None,
         mid_activation: str | None = None,
         activation: str | None = None,
+        save_intermediate: bool | str = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,7 +92,7 @@ class SeparableConv2d(nn.Module):
             **factory,
         )
         pointwise = nn.Conv2d(intermediate, integer("out_channels", out_channels, 1), 1, bias=bias, **factory)
-        self._init(depthwise, pointwise, own_padding, pre_activation, mid_activation, activation)
+        self._init(depthwise, pointwise, own_padding, pre_activation, mid_activation, activation, save_intermediate)
 
     @classmethod
     def from_convs(
@@ -99,6 +103,7 @@ class SeparableConv2d(nn.Module):
         pre_activation: str | None = None,
         mid_activation: str | None = None,
         activation: str | None = None,
+        save_intermediate: bool | str = "auto",
     ) -> SeparableConv2d:
         """Adopts two existing convolutions, which become the children: their parameters are shared, not copied.
 
@@ -124,7 +129,7 @@ class SeparableConv2d(nn.Module):
                 f"got {pointwise.in_channels}"
             )
         module = cls.__new__(cls)
-        module._init(depthwise, pointwise, None, pre_activation, mid_activation, activation)
+        module._init(depthwise, pointwise, None, pre_activation, mid_activation, activation, save_intermediate)
         return module
 
     def _init(
@@ -135,6 +140,7 @@ class SeparableConv2d(nn.Module):
         pre_activation: str | None,
         mid_activation: str | None,
         activation: str | None,
+        save_intermediate: bool | str,
     ) -> None:
         nn.Module.__init__(self)
         self.depthwise, self.pointwise = depthwise, pointwise
@@ -142,6 +148,8 @@ class SeparableConv2d(nn.Module):
         self.pre_activation = check_activation("pre_activation", pre_activation)
         self.mid_activation = check_activation("mid_activation", mid_activation)
         self.activation = check_activation("activation", activation)
+        check_save(save_intermediate)
+        self.save_intermediate = save_intermediate
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual`, of the output's shape, is added before the last activation."""
@@ -186,6 +194,7 @@ class SeparableConv2d(nn.Module):
             "pre_activation": self.pre_activation,
             "mid_activation": self.mid_activation,
             "activation": self.activation,
+            "save_intermediate": self.save_intermediate,
         }
 
     def _call_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -215,6 +224,8 @@ class SeparableConv2d(nn.Module):
             "mid_activation": self.mid_activation,
             "activation": self.activation,
         }
+        if self.save_intermediate != "auto":
+            shown["save_intermediate"] = self.save_intermediate
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
 
 

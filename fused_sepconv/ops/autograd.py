@@ -9,7 +9,8 @@ that is being processed, and calls the op again below autograd for the value. So
 Inside a forward-mode level the kernel is PyTorch's own operators, which carry tangents in every order: a forward-mode
 derivative never runs our kernels, and is never silently zero.
 
-Saved between forward and backward: the inputs, and the output where the last activation's derivative is read from it.
+Saved between forward and backward: the inputs, the output where the last activation's derivative is read from it, and
+the depthwise result where `saving.py` says so.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fused_sepconv.ops import operators
-from fused_sepconv.ops.operators import Operator
+from fused_sepconv.ops import operators, saving
+from fused_sepconv.ops.arguments import hashable
+from fused_sepconv.ops.operators import Operator, without_autocast
 from fused_sepconv.ops.torch_internals import (
     AutoDispatchBelowAutograd,
     SingleLevelFunction,
     are_functorch_transforms_active,
+    below_subclasses,
     has_tangent,
     in_forward_mode,
     set_forward_mode_enabled,
@@ -242,9 +245,7 @@ def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite
     single_level = type(function.__name__, (SingleLevelFunction,), steps)
 
     def kernel(*args: Any) -> Any:
-        # A graph that is being traced makes dual tensors without entering the level in Python: the tensors alone tell.
-        # (Not asked of ordinary tensors, in whose eager calls the level tells: asking costs 20 % of a call.)
-        if in_forward_mode() or any(_is_traced(arg) and has_tangent(arg) for arg in args):
+        if _is_dual(args):
             return composite(*args)
         if not _records(args):
             with AutoDispatchBelowAutograd():
@@ -257,18 +258,61 @@ def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite
     return kernel
 
 
+def _saving_kernel(operator: Operator, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`kernel`, and what the op does instead where the depthwise result is saved for the backward.
+
+    Then it is the depthwise operator and PyTorch's 1x1, as the families that save are, and autograd saves what lies
+    between. (Under `torch.func` nothing is saved: a Function at one level may save its inputs and outputs alone.)
+    """
+    count, arity = operator.count, operator.arity
+
+    def saving_kernel(*args: Any) -> Tensor:
+        args, save = args[:arity], args[arity] if len(args) > arity else None
+        if _records(args[:count]) and not (are_functorch_transforms_active() or _is_dual(args)):
+            tensors, arguments, backend = args[:count], operator.arguments(*hashable(args[count:-1])), args[-1]
+            mask = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
+            if saving.saves(operator, tensors, arguments, backend, save, mask):
+                return _two_steps(tensors, arguments, backend)
+        return kernel(*args)
+
+    return saving_kernel
+
+
+def _two_steps(tensors: tuple[Tensor | None, ...], arguments: Any, backend: str) -> Tensor:
+    """A separable convolution as two operators that autograd differentiates."""
+    x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
+    *how, pre_activation, mid_activation, activation = arguments
+    if residual is not None and residual.dtype != x.dtype:  # which PyTorch's addition would promote
+        raise TypeError(f"residual: expected x's dtype {x.dtype}, got {residual.dtype}")
+    mid = ACTIVATIONS[mid_activation]
+    inside, after = (mid_activation, ACTIVATIONS[None]) if mid.from_output is not None else (None, mid)
+    with below_subclasses(), without_autocast(x):
+        depthwise = operators.DEPTHWISE_CONV2D.forward
+        v = after.forward(depthwise(x, depthwise_weight, depthwise_bias, *how, pre_activation, inside, backend))
+        z = torch.conv2d(v, pointwise_weight, bias)
+        y = ACTIVATIONS[activation].forward(z if residual is None else z + residual)
+        return y.contiguous(memory_format=memory_format_of(x))
+
+
+def _is_dual(args: tuple) -> bool:
+    # A graph that is being traced makes dual tensors without entering the level in Python: the tensors alone tell.
+    # (Not asked of ordinary tensors, in whose eager calls the level tells: asking costs 20 % of a call.)
+    return in_forward_mode() or any(_is_traced(arg) and has_tangent(arg) for arg in args)
+
+
 def _forward_composite(operator: Operator) -> Callable[..., Tensor]:
     forward, _ = operator.reference
 
     def composite(*args: Any) -> Tensor:
-        *call, _backend = args
+        call = args[: operator.arity - 1]
         # Not `as_output`: its copy_ into a new tensor could not be batched.
         return forward(*call).contiguous(memory_format=memory_format_of(args[0]))
 
     return composite
 
 
-def _backward_composite(operator: Operator) -> Callable[..., operators.Gradients]:
+def backward_composite(operator: Operator) -> Callable[..., operators.Gradients]:
+    """The operator's backward in PyTorch's own operators."""
     _, backward = operator.reference
 
     def composite(*args: Any) -> operators.Gradients:
@@ -283,9 +327,12 @@ def _register(forward: type[_Forward], backward: type[_Backward]) -> None:
     operator = forward.operator
     for op, function, composite in (
         (operator.forward, forward, _forward_composite(operator)),
-        (operator.backward, backward, _backward_composite(operator)),
+        (operator.backward, backward, backward_composite(operator)),
     ):
-        operators.LIBRARY.impl(op._schema.name, _autograd_kernel(op, function, composite), "Autograd")
+        kernel = _autograd_kernel(op, function, composite)
+        if op is operator.forward and operator.saves_intermediate:
+            kernel = _saving_kernel(operator, kernel)
+        operators.LIBRARY.impl(op._schema.name, kernel, "Autograd")
 
 
 _register(SeparableConv2dFunction, SeparableConv2dBackwardFunction)

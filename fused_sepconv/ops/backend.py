@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 BACKENDS = ("auto", "fused", "reference")
 
 default = "auto"
 """The backend of a call made now: "auto", "fused" or "reference". Calls read it here, without a function's cost."""
+
+
+def asks_the_plan(x: Tensor, backend: str) -> bool:
+    """Whether a kernel could run: when it is asked for, or on a GPU; on the CPU a well-kept library beats our own."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    return backend == "fused" or (backend == "auto" and x.is_cuda)
 
 
 @contextmanager

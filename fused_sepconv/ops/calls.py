@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fused_sepconv.families.registry import RunBackward, RunForward
-from fused_sepconv.ops import launching
+from fused_sepconv.native.marshalling import GUARD_BINDS
+from fused_sepconv.ops import launching, saving
 from fused_sepconv.planning import choice
 from fused_sepconv.planning.problem import Candidate
 from fused_sepconv.tensors.memory_format import tf32
@@ -30,7 +32,8 @@ MOST = 4096
 MEASURED = ("cuda",)
 """Types of devices on which a choice may be measured."""
 
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+# -1 is no device: each launch then makes its own the current one.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice" if GUARD_BINDS else "", lambda: -1)
 _deterministic = torch._C._get_deterministic_algorithms
 _cudnn_benchmark, _cudnn_deterministic = torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic
 _cudnn_enabled = torch._C._get_cudnn_enabled
@@ -45,6 +48,16 @@ def clear() -> None:
         _calls.clear()
 
 
+def look_up(key: tuple) -> Any:
+    """What `remember` was given under a key."""
+    return _calls.get(key)
+
+
+def remember(key: tuple, value: Any) -> Any:
+    """Keeps a value beside the prepared calls; returns it."""
+    return keep(_calls, key, value)
+
+
 def keep(cache: dict[tuple, Any], key: tuple, value: Any) -> Any:
     """Puts a value into a bounded cache; returns it."""
     with _lock:
@@ -57,36 +70,67 @@ def keep(cache: dict[tuple, Any], key: tuple, value: Any) -> Any:
 class Prepared:
     """A checked call of an operator, on tensors of one signature, under one backend: both directions of it."""
 
-    def __init__(self, operator: Operator, tensors: tuple[Tensor | None, ...], arguments: tuple, backend: str) -> None:
-        self.operator, self.arguments, self.backend = operator, arguments, backend
+    def __init__(
+        self,
+        operator: Operator,
+        tensors: tuple[Tensor | None, ...],
+        arguments: tuple,
+        backend: str,
+        save: bool | None = None,
+    ) -> None:
+        self.operator, self.arguments, self.backend, self.save = operator, arguments, backend, save
         self._index = tensors[0].device.index if tensors[0].is_cuda else None
         self._device = tensors[0].device
         self._chosen: dict[Any, tuple[Candidate, Any]] = {}
         self._forward: RunForward | None = None
+        self._saving: RunForward | None = None
+        self._saves: dict[tuple[bool, ...], bool] = {}
         self._backwards: dict[tuple, RunBackward] = {}
+
+    def saves(self, tensors: tuple[Tensor | None, ...], mask: tuple[bool, ...]) -> bool:
+        """Whether the forward saves the depthwise result for the gradients that the mask asks for."""
+        found = self._saves.get(mask)
+        if found is None:
+            found = self._saves[mask] = saving.saves(
+                self.operator, tensors, self.arguments, self.backend, self.save, mask
+            )
+        return found
 
     def forward(self, *tensors: Tensor | None) -> Tensor:
         """The output."""
-        run = self._forward or self._prepare_forward(tensors)
+        return self._run_forward(self._forward or self._prepare_forward(tensors), tensors)
+
+    def forward_saving(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output, and the depthwise result for `backward`, of a call that `saves`."""
+        return self._run_forward(self._saving or self._prepare_forward(tensors, saved=True), tensors)
+
+    def _run_forward(self, run: RunForward, tensors: tuple[Tensor | None, ...]) -> Any:
         try:
             if self._index is None or self._index == _current_device():
                 return run(*tensors)
-            with torch.cuda.device(self._index):
+            with launching.on_device(self._device):
                 return run(*tensors)
         except RuntimeError as error:
             raise self._named(error, run) from error
 
     def backward(
-        self, grad_output: Tensor, tensors: tuple[Tensor | None, ...], output: Tensor | None, mask: tuple[bool, ...]
+        self,
+        grad_output: Tensor,
+        tensors: tuple[Tensor | None, ...],
+        output: Tensor | None,
+        mask: tuple[bool, ...],
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """A gradient for each tensor, None where the mask does not ask."""
-        key = (*_signature(grad_output), *(() if output is None else _signature(output)), mask)
-        run = self._backwards.get(key) or self._prepare_backward(key, grad_output, tensors, output, mask)
+        """A gradient for each tensor, None where the mask does not ask; `kept` is what `forward_saving` gave."""
+        key = (*signature(grad_output), *(() if output is None else signature(output)), mask, kept is None)
+        saved = kept is not None
+        run = self._backwards.get(key) or self._prepare_backward(key, grad_output, tensors, output, mask, saved)
+        given = (grad_output, tensors, output, kept) if saved else (grad_output, tensors, output)
         try:
             if self._index is None or self._index == _current_device():
-                return run(grad_output, tensors, output)
-            with torch.cuda.device(self._index):
-                return run(grad_output, tensors, output)
+                return run(*given)
+            with launching.on_device(self._device):
+                return run(*given)
         except RuntimeError as error:
             raise self._named(error, run) from error
 
@@ -107,18 +151,25 @@ class Prepared:
             self._chosen.clear()
         self._chosen[run] = candidate, problem
 
-    def _prepare_forward(self, tensors: tuple[Tensor | None, ...]) -> RunForward:
-        problem = self.operator.problem_of("forward", tensors, self.arguments)
+    def _problem(self, direction: str, tensors: tuple[Tensor | None, ...], saved: bool) -> Any:
+        problem = self.operator.problem_of(direction, tensors, self.arguments)
+        return replace(problem, saved=True) if saved else problem
+
+    def _prepare_forward(self, tensors: tuple[Tensor | None, ...], saved: bool = False) -> RunForward:
+        problem = self._problem("forward", tensors, saved)
 
         def trial(candidate: Candidate, problem: Any, arguments: Any, own: tuple) -> Tensor:
             with self._naming(candidate, problem):
-                return self.operator.families[candidate.family].forward(candidate, problem, own)(*own)
+                made = self.operator.families[candidate.family].forward(candidate, problem, own)(*own)
+            return made[0] if saved else made
 
         with launching.on_device(tensors[0].device):
             decision = launching.choose(problem, tensors[0].device, self.backend, trial, self.arguments, tensors)
             run = self.operator.families[decision.candidate.family].forward(decision.candidate, problem, tensors)
         self._note(run, decision.candidate, problem)
-        if decision.settled:
+        if decision.settled and saved:
+            self._saving = run
+        elif decision.settled:
             self._forward = run
         return run
 
@@ -129,20 +180,25 @@ class Prepared:
         tensors: tuple[Tensor | None, ...],
         output: Tensor | None,
         mask: tuple[bool, ...],
+        saved: bool,
     ) -> RunBackward:
         x = tensors[0]
-        problem = self.operator.problem_of("backward", tensors, self.arguments)
+        problem = self._problem("backward", tensors, saved)
         shape = (problem.N, getattr(problem, "F", problem.K), problem.out_h, problem.out_w)
         _check_like("grad_output", grad_output, x, shape)
         if output is not None:
             _check_like("output", output, x, shape)
         wanted = self.operator.tuned_gradients
+        kept: list[Tensor] = []  # what the forward of a trial's tensors saves
 
         def trial(candidate: Candidate, problem: Any, arguments: Any, own: tuple) -> tuple[Tensor | None, ...]:
             grad, *inputs, y = own
+            if saved and not kept:
+                kept.append(self.operator.composed(arguments, inputs, True)(*inputs)[1])
             family = self.operator.families[candidate.family]
             with self._naming(candidate, problem):
-                return family.backward(candidate, problem, grad, tuple(inputs), y, wanted)(grad, tuple(inputs), y)
+                run = family.backward(candidate, problem, grad, tuple(inputs), y, wanted)
+                return run(grad, tuple(inputs), y, *kept)
 
         with launching.on_device(x.device):
             everything = (grad_output, *tensors, output)
@@ -157,19 +213,21 @@ class Prepared:
         return run
 
 
-def find(operator: Operator, tensors: tuple[Tensor | None, ...], arguments: tuple, backend: str) -> Prepared:
+def find(
+    operator: Operator, tensors: tuple[Tensor | None, ...], arguments: tuple, backend: str, save: bool | None = None
+) -> Prepared:
     """The prepared call of checked tensors and arguments; ValueError or TypeError where they are not right."""
-    key: list[Any] = [operator.name, arguments, backend, *flags(tensors[0], backend)]
+    key: list[Any] = [operator.name, arguments, backend, save, *flags(tensors[0], backend)]
     for tensor in tensors:
-        key += (None,) if tensor is None else _signature(tensor)
+        key += (None,) if tensor is None else signature(tensor)
     found = _calls.get(key := tuple(key))
     if found is None:
         operator.check(tensors, arguments)
-        found = keep(_calls, key, Prepared(operator, tensors, arguments, backend))
+        found = keep(_calls, key, Prepared(operator, tensors, arguments, backend, save))
     return found
 
 
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
+def signature(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
 
 

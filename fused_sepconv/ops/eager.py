@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_sepconv.ops import autograd, calls, operators
+from fused_sepconv.ops.arguments import check_save
 from fused_sepconv.ops.backend import BACKENDS
 from fused_sepconv.ops.calls import Prepared
 from fused_sepconv.ops.operators import Operator
@@ -87,7 +88,8 @@ def _route(operator: Operator, tensors: tuple, options: tuple, backend: str) -> 
     if torch.is_autocast_enabled(x.device.type):
         return _Autocast(operator, options, backend, x.device.type)
     arguments = operator.normalise(tensors, options)
-    prepared = calls.find(operator, tensors, arguments, backend)
+    save = check_save(options[-1]) if operator.saves_intermediate else None
+    prepared = calls.find(operator, tensors, arguments, backend, save)
     value = prepared.forward if operators.asks_the_plan(x, backend) else operator.composed(arguments, tensors)
     return _Direct(prepared, value)
 
@@ -107,7 +109,8 @@ class _Autocast:
             y = run(self._operator, cast, self._options, self._backend)
             if y is None:
                 arguments = self._operator.normalise(cast, self._options)
-                y = self._operator.forward(*cast, *arguments, self._backend)
+                save = (check_save(self._options[-1]),) if self._operator.saves_intermediate else ()
+                y = self._operator.forward(*cast, *arguments, self._backend, *save)
         return y
 
 
@@ -130,21 +133,26 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, prepared: Prepared, value: Route, *tensors: Tensor | None) -> Tensor:
-        y = value(*tensors)
+        intermediate = None
+        if prepared.saves(tensors, ctx.needs_input_grad[2:]):
+            y, intermediate = prepared.forward_saving(*tensors)
+        else:
+            y = value(*tensors)
         ctx.prepared = prepared
-        ctx.save_for_backward(*autograd.saved(prepared.operator, tensors, y, prepared.arguments.activation))
+        kept = autograd.saved(prepared.operator, tensors, y, prepared.arguments.activation)
+        ctx.save_for_backward(*kept, intermediate)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         prepared = ctx.prepared
         operator, arguments, backend = prepared.operator, prepared.arguments, prepared.backend
-        kept, mask = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        (*kept, intermediate), mask = ctx.saved_tensors, ctx.needs_input_grad[2:]
 
         def run(tensors: list[Tensor | None], output: Tensor | None, mask: tuple[bool, ...]) -> Any:
             if _differentiates_plainly(grad_output, *tensors):
-                call = calls.find(operator, tuple(tensors), arguments, backend)
-                found = list(call.backward(grad_output, tuple(tensors), output, mask))
+                call = calls.find(operator, tuple(tensors), arguments, backend, prepared.save)
+                found = list(call.backward(grad_output, tuple(tensors), output, mask, intermediate))
                 for image in operator.images:
                     if found[image] is not None:
                         found[image] = as_gradient(tensors[image], found[image])

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_sepconv.native import loader
 from fused_sepconv.native.marshalling import on_device
 from fused_sepconv.planning import choice
+from fused_sepconv.planning import plan as plans
 from fused_sepconv.planning.devices import DEVICES, Device, cuda_device
 from fused_sepconv.planning.plan import Plan, plan
 from fused_sepconv.planning.problem import DepthwiseProblem, Kernels, Problem
@@ -58,6 +59,15 @@ def choose(
     return choice.Decision(planned.choose(backend, wish.family), settled=True)
 
 
+def saving_pays(problem: Problem, device: torch.device, backend: str, forced: bool = False) -> bool:
+    """Whether a call whose forward is `problem` saves the depthwise result: where that is faster by the plan, or with
+    `forced` wherever a forward that can runs."""
+    here = _here(device.type, device.index)
+    if not forced:
+        return plans.saving_pays(problem, *here, backend, wish.family)
+    return plan(replace(problem, saved=True), *here).runs(backend)
+
+
 def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:
     """The plan of a problem where its tensors are, with what was measured of it and excluded there."""
     planned = plan(problem, *_here(device.type, device.index))
@@ -67,8 +77,12 @@ def plan_for(problem: Problem | DepthwiseProblem, device: torch.device) -> Plan:
         return choice.recall(planned, device)
 
 
-def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
+def device_and_kernels(device: torch.device) -> tuple[Device, Kernels]:
     """A device's ceilings, and the kernels that can run on its tensors."""
+    return _here(device.type, device.index)
+
+
+def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
     if device_type == "cuda" and torch.version.hip is None:
         index = torch.cuda.current_device() if index is None else index
         return cuda_device(index), _cuda_kernels(index)

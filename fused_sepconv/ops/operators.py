@@ -34,7 +34,7 @@ from fused_sepconv.ops.arguments import (
     normalise_depthwise,
     output_size,
 )
-from fused_sepconv.ops.backend import BACKENDS
+from fused_sepconv.ops.backend import asks_the_plan
 from fused_sepconv.ops.torch_internals import below_subclasses
 from fused_sepconv.tensors.memory_format import as_gradient, as_output, empty_output
 
@@ -74,6 +74,8 @@ class Operator:
     """Forward and backward in PyTorch's own convolutions."""
     residual: int | None = None
     """The position of the input that is added before the last activation."""
+    saves_intermediate: bool = False
+    """Whether it has a depthwise result that may be saved for the backward, and an argument that says so."""
 
     @cached_property
     def forward(self) -> torch._ops.OpOverload:
@@ -89,6 +91,12 @@ class Operator:
         return len(self.inputs)
 
     @cached_property
+    def arity(self) -> int:
+        """Of inputs, arguments and the backend: what the operator takes but for `save_intermediate`, which only its
+        derivative reads."""
+        return self.count + len(self.arguments._fields) + 1
+
+    @cached_property
     def images(self) -> tuple[int, ...]:
         """The positions of the inputs that are batches of images."""
         return (0,) if self.residual is None else (0, self.residual)
@@ -99,24 +107,28 @@ class Operator:
         inputs = ", ".join(self.inputs)
         types = {"stride": "SymInt[2]", "padding": "SymInt[4]", "dilation": "SymInt[2]"}
         arguments = ", ".join(f"{types.get(name, 'str?')} {name}" for name in self.arguments._fields)
+        # Left out by programs that were exported before it was there.
+        save = ", bool? save_intermediate=None" if self.saves_intermediate else ""
         # A gradient that output_mask does not ask for is an empty tensor of shape (0,). (Not a list, and never
         # undefined: legacy vmap, behind is_grads_batched, falls back for nothing but plain tensors.)
         gradients = ", ".join(["Tensor"] * self.count)
         return (
-            f"{self.name}({inputs}, {arguments}, str backend) -> Tensor",
+            f"{self.name}({inputs}, {arguments}, str backend{save}) -> Tensor",
             f"{self.name}_backward(Tensor grad_output, {inputs}, Tensor? output, {arguments}, str backend, "
             f"bool[{self.count}] output_mask) -> ({gradients})",
         )
 
 
+TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    # The output's memory format is x's, so a compiler must not change x's on the way.
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
+
+
 def _define(operator: Operator) -> None:
-    tags = (
-        torch.Tag.pt2_compliant_tag,
-        # The output's memory format is x's, so a compiler must not change x's on the way.
-        getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
-    )
     for schema in operator.schemas:
-        LIBRARY.define(schema, tags=tags)
+        LIBRARY.define(schema, tags=TAGS)
     _implement(operator)
     _register_fakes(operator)
     _register_vmap(operator)
@@ -130,23 +142,23 @@ def _implement(operator: Operator) -> None:
     reference_forward, reference_backward = operator.reference
 
     def forward(*args: Any) -> Tensor:
-        tensors, arguments, backend = args[:count], args[count:-1], args[-1]
+        tensors, arguments, backend = args[:count], args[count : operator.arity - 1], args[operator.arity - 1]
         x = tensors[0]
         if asks_the_plan(x, backend):
-            with below_subclasses(), _without_autocast(x):  # the split family runs PyTorch's own 1x1
+            with below_subclasses(), without_autocast(x):  # the split family runs PyTorch's own 1x1
                 call = calls.find(operator, tensors, operator.arguments(*hashable(arguments)), backend)
                 return call.forward(*tensors)
         # The one thing that PyTorch's operators would promote.
         if residual is not None and tensors[residual] is not None and tensors[residual].dtype != x.dtype:
             raise TypeError(f"residual: expected x's dtype {x.dtype}, got {tensors[residual].dtype}")
-        with below_subclasses(), _without_autocast(x):
+        with below_subclasses(), without_autocast(x):
             return as_output(x, reference_forward(*tensors, *arguments))
 
     def backward(grad_output: Tensor, *args: Any) -> Gradients:
         tensors, output, arguments = args[:count], args[count], args[count + 1 : -2]
         backend, output_mask = args[-2:]
         x = tensors[0]
-        with below_subclasses(), _without_autocast(x):
+        with below_subclasses(), without_autocast(x):
             if asks_the_plan(x, backend):
                 call = calls.find(operator, tensors, operator.arguments(*hashable(arguments)), backend)
                 gradients = call.backward(grad_output, tensors, output, tuple(output_mask))
@@ -164,14 +176,7 @@ def _implement(operator: Operator) -> None:
     LIBRARY.impl(f"{operator.name}_backward", backward, "CompositeExplicitAutograd")
 
 
-def asks_the_plan(x: Tensor, backend: str) -> bool:
-    """Whether a kernel could run: when it is asked for, or on a GPU; on the CPU a well-kept library beats our own."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    return backend == "fused" or (backend == "auto" and x.is_cuda)
-
-
-def _without_autocast(x: Tensor) -> Any:
+def without_autocast(x: Tensor) -> Any:
     """The op computes in the dtype it is given; autocast's casts came before it."""
     if autocasts(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
@@ -274,6 +279,7 @@ SEPARABLE_CONV2D = Operator(
             pre_activation=options[3],
             mid_activation=options[4],
             activation=options[5],
+            save_intermediate=options[6],
         ).arguments
     ),
     check=check_tensors,
@@ -281,6 +287,7 @@ SEPARABLE_CONV2D = Operator(
     composed=composed.separable,
     reference=(convolutions.forward, convolutions.backward),
     residual=5,
+    saves_intermediate=True,
 )
 DEPTHWISE_CONV2D = Operator(
     name="depthwise_conv2d",

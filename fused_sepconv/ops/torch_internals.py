@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 try:
     # How `torch.autograd.Function.apply` and its functorch rule work inside, as they have since 2.0. Without them the
@@ -29,6 +30,7 @@ __all__ = [
     "SingleLevelFunction",
     "are_functorch_transforms_active",
     "below_subclasses",
+    "expected_size",
     "has_global_hooks",
     "has_storage",
     "has_tangent",
@@ -37,6 +39,7 @@ __all__ = [
     "may_skip_dispatcher",
     "set_forward_mode_enabled",
     "single_level_autograd_function",
+    "without_modes",
 ]
 
 _C = torch._C
@@ -105,3 +108,13 @@ def has_global_hooks() -> bool:
 def below_subclasses() -> AbstractContextManager[Any]:
     """Where a kernel works: a tensor subclass's own `__torch_function__` and `new_empty` are not asked again."""
     return _C.DisableTorchFunctionSubclass()
+
+
+def expected_size(size: int | torch.SymInt) -> int | None:
+    """A size, or what a compiler expects of one that may change; None where it expects nothing."""
+    return size if isinstance(size, int) else getattr(size.node, "hint", None)
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Where tensors are what they say, for nobody else to see."""
+    return _disable_current_modes()

@@ -84,7 +84,7 @@ _NOT_WHAT_RUNS = frozenset(
     {
         *("family", "name"),  # they lead
         *("bytes", "requested_bytes", "flops", "blocks", "waves", "shared_bytes", "predicted_seconds"),
-        *("measured_seconds", "refusal", "excluded", "note"),
+        *("measured_seconds", "refusal", "excluded", "note", "recomputes"),
     }
 )
 

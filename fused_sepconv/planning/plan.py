@@ -10,7 +10,7 @@ device bytes, flop, whole waves of blocks and launches. The shares of a ceiling 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fused_sepconv.families.depthwise import plan as depthwise
@@ -26,6 +26,8 @@ from fused_sepconv.planning.devices import Device
 from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Kernels, Problem
 
 FAMILIES = (pytorch, simt, split, mma_forward, mma_backward, mma_nchw)
+SAVING_FAMILIES = (pytorch, split)
+"""The families whose forward has the depthwise result in memory, and can give it to the backward."""
 
 INSTANCES = simt.INSTANCES | depthwise.INSTANCES | mma_forward.INSTANCES | mma_weight.INSTANCES | mma_input.INSTANCES
 """Every kernel of a complete native module, by name."""
@@ -60,15 +62,18 @@ class Plan:
         """
         if backend == "auto":
             return self.chosen
-        able = [
-            candidate
-            for candidate in self.candidates
-            if (candidate.family == "pytorch") == (backend == "reference") and not candidate.refusal
-        ]
-        for candidate in sorted(able, key=lambda candidate: candidate.family != family):
+        for candidate in sorted(self._able(backend), key=lambda candidate: candidate.family != family):
             return candidate
         reasons = "; ".join(dict.fromkeys(c.refusal for c in self.candidates if c.refusal))
         raise RuntimeError(f'use_backend("fused"): no kernel runs {self.problem}: {reasons}')
+
+    def runs(self, backend: str) -> bool:
+        """Whether a backend has something that runs the problem."""
+        return backend == "auto" or bool(self._able(backend))
+
+    def _able(self, backend: str) -> list[Candidate]:
+        reference = backend == "reference"
+        return [c for c in self.candidates if (c.family == "pytorch") == reference and not c.refusal]
 
     def _why(self, candidate: Candidate) -> str:
         """The bound of a candidate, and how far behind the chosen one that leaves it."""
@@ -108,8 +113,27 @@ class Plan:
 @lru_cache(maxsize=4096)
 def plan(problem: Problem | DepthwiseProblem, device: Device, kernels: Kernels) -> Plan:
     """The plan of a problem; never empty, as PyTorch's own convolutions run every valid one."""
-    families = (depthwise,) if isinstance(problem, DepthwiseProblem) else FAMILIES
+    if isinstance(problem, DepthwiseProblem):
+        families: tuple = (depthwise,)
+    else:
+        families = SAVING_FAMILIES if problem.saved and problem.direction == "forward" else FAMILIES
     candidates = [candidate for family in families for candidate in family.candidates(problem, device, kernels)]
     if device.source:
         candidates.sort(key=lambda candidate: (bool(candidate.refusal), candidate.predicted_seconds))
     return Plan(problem, device, tuple(candidates))
+
+
+def saving_pays(forward: Problem, device: Device, kernels: Kernels, backend: str, family: str | None = None) -> bool:
+    """Whether a training step is faster where the forward gives the depthwise result to the backward, by prediction.
+
+    Only where the backward would run the depthwise forward again. `family` as in `Plan.choose`.
+    """
+    backward = replace(forward, direction="backward")
+    plans = [plan(problem, device, kernels) for problem in (forward, backward)]
+    saving = [plan(replace(problem, saved=True), device, kernels) for problem in (forward, backward)]
+    if not all(p.runs(backend) for p in (*plans, *saving)):  # "fused", and no kernel that leaves the result in memory
+        return False
+    without, kept = ([p.choose(backend, family) for p in pair] for pair in (plans, saving))
+    if not without[1].recomputes:
+        return False
+    return sum(c.predicted_seconds for c in kept) < sum(c.predicted_seconds for c in without)

@@ -92,6 +92,7 @@ class Problem(_Convolution):
     activation: str | None = None
     residual: bool = False
     tf32: bool = False  # float32 convolutions may use TF32
+    saved: bool = False  # the depthwise result: a forward gives it besides y, a backward is given it
 
     @property
     def reach(self) -> int:
@@ -111,9 +112,11 @@ class Problem(_Convolution):
 
     @property
     def least_bytes(self) -> int:
-        """Bytes that the call must move at the least: each of its tensors once, nothing of the depthwise result."""
+        """Bytes that the call must move at the least: each of its tensors once, the depthwise result only where it is
+        saved."""
         if self.direction == "forward":
-            return self.x_bytes + self.weight_bytes + self.y_bytes * (2 if self.residual else 1)
+            kept = self.intermediate_bytes if self.saved else 0
+            return self.x_bytes + self.weight_bytes + self.y_bytes * (2 if self.residual else 1) + kept
         return 2 * (self.x_bytes + self.weight_bytes) + self.y_bytes
 
     def floor_seconds(self, device: Device) -> float:
@@ -335,6 +338,7 @@ class Candidate:
     # through the mid-activation first, where its own kernel does not.
     steps: tuple[Candidate, ...] = ()
     pointwise: str = ""  # how PyTorch runs the 1x1, where it does
+    recomputes: bool = False  # of a backward: it runs the depthwise forward again, as the result was not saved
     note: str = ""  # what else is worth telling
 
     @property

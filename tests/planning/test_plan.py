@@ -105,14 +105,20 @@ def test_the_reference_moves_the_depthwise_result_out_and_in_again():
     assert candidate.bytes == 4 * image + 2 * 728 * (9 + 728)
 
 
-def test_the_reference_backward_does_not_compute_the_forward_again():
+def test_the_reference_backward_computes_the_forward_again_where_it_was_not_saved():
     backward = dataclasses.replace(MIDDLE, direction="backward")
     image, weights = 2 * 64 * 19 * 19 * 728, 2 * 728 * (9 + 728)
-    candidate = plan(backward, H200, ALL_KERNELS).choose("reference")
-    assert candidate.bytes == 8 * image + 2 * weights  # four kernels, two images each
-    assert candidate.flops == 2 * (backward.pointwise_flops + backward.depthwise_flops)
-    with_relus = dataclasses.replace(backward, pre_activation="relu", mid_activation="relu", activation="relu")
-    assert plan(with_relus, H200, ALL_KERNELS).choose("reference").bytes == candidate.bytes + 3 * 3 * image
+    saved = plan(dataclasses.replace(backward, saved=True), H200, ALL_KERNELS).choose("reference")
+    assert saved.bytes == 8 * image + 2 * weights  # four kernels, two images each
+    again = plan(backward, H200, ALL_KERNELS).choose("reference")
+    assert again.bytes == 10 * image + 2 * weights + 2 * 728 * 9
+    assert saved.flops == 2 * (backward.pointwise_flops + backward.depthwise_flops)
+    assert again.flops == saved.flops + backward.depthwise_flops
+    with_relus = dataclasses.replace(
+        backward, pre_activation="relu", mid_activation="relu", activation="relu", saved=True
+    )
+    # Three images for each gradient; and two, as relu(x) is computed again.
+    assert plan(with_relus, H200, ALL_KERNELS).choose("reference").bytes == saved.bytes + (3 * 3 + 2) * image
 
 
 def test_the_parts_of_a_split_sum_cover_every_pixel_once():

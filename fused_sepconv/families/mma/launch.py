@@ -99,7 +99,9 @@ class BackwardOfNchw:
         tensors = (as_nhwc(tensors[0]), *tensors[1:])
         self._backward = prepare_backward(candidate, nchw.as_nhwc(problem), grad_output, tensors, output, mask)
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> Gradients:
+    def __call__(
+        self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, kept: Tensor | None = None
+    ) -> Gradients:
         x = tensors[0]
         output = None if output is None else as_nhwc(output)
         grad_x, *others = self._backward(as_nhwc(grad_output), (as_nhwc(x), *tensors[1:]), output)

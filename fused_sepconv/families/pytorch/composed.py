@@ -29,14 +29,16 @@ def depthwise(arguments: Any, tensors: tuple[Tensor | None, ...], *activation: s
     return run
 
 
-def separable(arguments: Any, tensors: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
+def separable(arguments: Any, tensors: tuple[Tensor | None, ...], saves: bool = False) -> Callable[..., Any]:
     """act(pointwise(mid_act(depthwise(pre_act(x)) + depthwise_bias)) + bias + residual), as a function of the six.
 
-    `arguments` may be a problem.
+    `arguments` may be a problem. With `saves` it gives (y, v), or t for v where the mid-activation's derivative needs
+    t.
     """
     x, depthwise_weight, pointwise_weight = tensors[:3]
     convolve = _depthwise(arguments, x.shape[1])
     activate_mid, activate = _activation(arguments.mid_activation), _activation(arguments.activation)
+    saves_v = ACTIVATIONS[arguments.mid_activation].from_output is not None
     strides = _strides_of_output(arguments, x, depthwise_weight, pointwise_weight.shape[0])
 
     def run(
@@ -46,16 +48,19 @@ def separable(arguments: Any, tensors: tuple[Tensor | None, ...]) -> Callable[..
         bias: Tensor | None,
         depthwise_bias: Tensor | None,
         residual: Tensor | None,
-    ) -> Tensor:
-        v = convolve(x, depthwise_weight, depthwise_bias)
+    ) -> Any:
+        kept = v = convolve(x, depthwise_weight, depthwise_bias)
         if activate_mid is not None:
             v = activate_mid(v)
+            if saves_v:
+                kept = v
         y = torch.conv2d(v, pointwise_weight, bias)
         if residual is not None:
             y = y + residual
         if activate is not None:
             y = activate(y)
-        return y if y.stride() == strides else empty_output(x, y.shape).copy_(y)
+        y = y if y.stride() == strides else empty_output(x, y.shape).copy_(y)
+        return (y, kept) if saves else y
 
     return run
 

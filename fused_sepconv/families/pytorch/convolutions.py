@@ -75,18 +75,20 @@ def backward(
     mid_activation: str | None,
     activation: str | None,
     output_mask: Mask,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, depthwise_weight, pointwise_weight, bias, depthwise_bias and residual, None where not asked for.
 
-    The depthwise result is computed again. `output`, where it is given, saves computing the pointwise result again
+    The depthwise result is computed again, unless `kept` is what the forward saved of it: t where the mid-activation's
+    derivative needs its argument, else v. `output`, where it is given, saves computing the pointwise result again
     for an activation whose derivative can be read from it.
     """
     want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = output_mask
     mid, post = ACTIVATIONS[mid_activation], ACTIVATIONS[activation]
 
     depthwise = _Depthwise(x, depthwise_weight, stride, padding, dilation, pre_activation)
-    t = depthwise.forward(depthwise_bias)
-    v = mid.forward(t)
+    t = depthwise.forward(depthwise_bias) if kept is None else kept
+    v = t if kept is not None and mid.from_output is not None else mid.forward(t)
     if activation is None:
         grad_z = grad_output
     elif output is not None and post.from_output is not None:
@@ -102,7 +104,7 @@ def backward(
     grad_x = grad_depthwise = grad_depthwise_bias = None
     if want_t:
         grad_x, grad_depthwise, grad_depthwise_bias = depthwise.backward(
-            mid.backward(grad_v, t), (want_x, want_depthwise, want_depthwise_bias)
+            (mid.from_output or mid.backward)(grad_v, t), (want_x, want_depthwise, want_depthwise_bias)
         )
     return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_z if want_residual else None
 

@@ -13,9 +13,9 @@ from fused_sepconv.planning.problem import Candidate, DepthwiseProblem, Problem
 Gradients = tuple[Tensor | None, ...]
 
 
-def separable_forward(candidate: Candidate, problem: Problem, tensors: tuple) -> Callable[..., Tensor]:
-    """y of both convolutions."""
-    return composed.separable(problem, tensors)
+def separable_forward(candidate: Candidate, problem: Problem, tensors: tuple) -> Callable[..., Any]:
+    """y of both convolutions, and the depthwise result where the problem is to save it."""
+    return composed.separable(problem, tensors, problem.saved)
 
 
 def separable_backward(
@@ -24,7 +24,9 @@ def separable_backward(
     """The six gradients of both convolutions."""
     places = (problem.pre_activation, problem.mid_activation, problem.activation)
     arguments = (problem.stride, problem.padding, problem.dilation, *places, mask)
-    return lambda grad_output, tensors, output: convolutions.backward(grad_output, *tensors, output, *arguments)
+    return lambda grad_output, tensors, output, kept=None: convolutions.backward(
+        grad_output, *tensors, output, *arguments, kept
+    )
 
 
 def depthwise_forward(candidate: Candidate, problem: DepthwiseProblem, tensors: tuple) -> Callable[..., Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fused_sepconv.families.backward import Backward, Gradients
 from fused_sepconv.families.depthwise import launch as depthwise
+from fused_sepconv.families.split.plan import convolution
 from fused_sepconv.native.marshalling import Tensors
 from fused_sepconv.planning.problem import Candidate, Problem
 from fused_sepconv.tensors.activations import ACTIVATIONS
@@ -27,11 +29,17 @@ _IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 class Forward:
-    """y: the depthwise result through device memory, then the 1x1, residual and activation."""
+    """y: the depthwise result through device memory, then the 1x1, residual and activation.
+
+    Where the problem is to save it, (y, v), or t for v where the mid-activation's derivative needs t.
+    """
 
     def __init__(self, candidate: Candidate, problem: Problem, tensors: Tensors) -> None:
         (step,) = candidate.steps
-        self._intermediate = Intermediate(step, problem, tensors)
+        inner = convolution(problem)
+        self._intermediate = Intermediate(step, inner, tensors)
+        self._saves = problem.saved
+        self._mid = None if inner is problem else ACTIVATIONS[problem.mid_activation].forward
         self._pointwise = Pointwise(candidate)
         self._activation = None if problem.activation is None else _IN_PLACE[problem.activation]
 
@@ -43,12 +51,15 @@ class Forward:
         bias: Tensor | None,
         depthwise_bias: Tensor | None,
         residual: Tensor | None,
-    ) -> Tensor:
-        v = self._intermediate.depthwise(x, depthwise_weight, depthwise_bias)
+    ) -> Any:
+        kept = v = self._intermediate.depthwise(x, depthwise_weight, depthwise_bias)
+        if self._mid is not None:
+            v = self._mid(kept)
         z = self._pointwise(v, pointwise_weight, bias)
         if residual is not None:
             z.add_(residual)
-        return as_output(x, z if self._activation is None else self._activation(z))
+        y = as_output(x, z if self._activation is None else self._activation(z))
+        return (y, kept) if self._saves else y
 
 
 def prepare_backward(
@@ -58,8 +69,10 @@ def prepare_backward(
     tensors: Tensors,
     output: Tensor | None,
     mask: tuple[bool, ...],
-) -> Backward:
-    """The depthwise result is computed again at most once."""
+) -> Backward | BackwardOfSaved:
+    """The depthwise result is read where it was saved, else computed again at most once."""
+    if problem.saved:
+        return BackwardOfSaved(candidate, problem, tensors, output, mask)
     again, one_pass = candidate.steps
     want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, _ = mask
     intermediate = Intermediate(again, problem, tensors)
@@ -70,6 +83,43 @@ def prepare_backward(
     if any(wanted):
         to_input = InputGradients(candidate, one_pass, problem, tensors, wanted)
     return Backward(mask, ArgumentGradient(candidate, problem, intermediate, output), to_weight, to_input)
+
+
+class BackwardOfSaved:
+    """The six gradients from what the forward saved."""
+
+    def __init__(
+        self, candidate: Candidate, problem: Problem, tensors: Tensors, output: Tensor | None, mask: tuple[bool, ...]
+    ) -> None:
+        (step,) = candidate.steps
+        inner = convolution(problem)
+        self._mask = mask
+        self._mid = None if inner is problem else ACTIVATIONS[problem.mid_activation]
+        self._argument = ArgumentGradient(candidate, problem, None, output)
+        self._pointwise = Pointwise(candidate)
+        x, depthwise_weight, _, _, depthwise_bias, _ = tensors
+        wanted = mask[0], mask[1], mask[4]
+        own = x, depthwise_weight, depthwise_bias
+        self._depthwise = depthwise.Backward(step, inner.depthwise("backward"), None, own, None, wanted)
+
+    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, kept: Tensor) -> Gradients:
+        want_x, want_depthwise, want_pointwise, want_bias, want_depthwise_bias, want_residual = self._mask
+        x, depthwise_weight, pointwise_weight, _, depthwise_bias, _ = tensors
+        from_v = None if self._mid is None else self._mid.from_output
+        v = kept if self._mid is None or from_v is not None else self._mid.forward(kept)
+        grad_z, v = self._argument(grad_output, tensors, output, v)
+        want_v = want_x or want_depthwise or want_depthwise_bias
+        grad_v, grad_pointwise, grad_bias = self._pointwise.backward(
+            grad_z, v, pointwise_weight, (want_v, want_pointwise, want_bias), x
+        )
+        grad_x = grad_depthwise = grad_depthwise_bias = None
+        if want_v:
+            grad_t = grad_v if self._mid is None else (from_v or self._mid.backward)(grad_v, kept)
+            grad_x, grad_depthwise, grad_depthwise_bias = self._depthwise(
+                grad_t, (x, depthwise_weight, depthwise_bias), None
+            )
+        grad_residual = grad_z if want_residual else None
+        return grad_x, grad_depthwise, grad_pointwise, grad_bias, grad_depthwise_bias, grad_residual
 
 
 class Intermediate:
@@ -85,23 +135,25 @@ class Intermediate:
 
 
 class ArgumentGradient:
-    """The gradient of the last activation's argument z, and v where z was computed again for it, else None."""
+    """The gradient of the last activation's argument z, and v where it is known: given, or computed again for z."""
 
     def __init__(
-        self, candidate: Candidate, problem: Problem, intermediate: Intermediate, output: Tensor | None
+        self, candidate: Candidate, problem: Problem, intermediate: Intermediate | None, output: Tensor | None
     ) -> None:
         self._identity = problem.activation is None
         self._activation = ACTIVATIONS[problem.activation]
         self._from_output = self._activation.from_output if output is not None else None
         self._intermediate, self._pointwise = intermediate, Pointwise(candidate)
 
-    def __call__(self, grad_output: Tensor, tensors: Tensors, output: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, grad_output: Tensor, tensors: Tensors, output: Tensor | None, v: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if self._identity:
-            return grad_output, None
+            return grad_output, v
         if self._from_output is not None:
-            return self._from_output(grad_output, output), None
+            return self._from_output(grad_output, output), v
         _, _, pointwise_weight, bias, _, residual = tensors
-        v = self._intermediate(tensors)
+        v = self._intermediate(tensors) if v is None else v
         z = self._pointwise(v, pointwise_weight, bias)
         return self._activation.backward(grad_output, z if residual is None else z.add_(residual)), v
 

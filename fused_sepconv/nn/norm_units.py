@@ -1,0 +1,165 @@
+"""BatchNorm units: BatchNorm, an activation and a separable or depthwise convolution, as functions.
+
+On a GPU BatchNorm and the activation run inside the depthwise kernels, in both directions: what is between them is
+never written. Elsewhere, and where no kernel runs a problem, the units are PyTorch's `F.batch_norm` and this package's
+convolutions, one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm as sync_batch_norm
+
+from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
+from fused_sepconv.ops import backend as backend_setting
+from fused_sepconv.ops import norm_units
+from fused_sepconv.ops.arguments import Pair, normalise_depthwise
+from fused_sepconv.ops.backend import asks_the_plan
+from fused_sepconv.ops.operators import without_autocast
+from fused_sepconv.tensors.activations import ACTIVATIONS
+from fused_sepconv.tensors.memory_format import memory_format_of
+
+Padding = int | str | Pair | tuple[Pair, Pair]
+
+
+def norm_separable_conv2d(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: Padding = 0,
+    dilation: int | Pair = 1,
+    *,
+    depthwise_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: Any = None,
+    pre_activation: str | None = None,
+    mid_activation: str | None = None,
+    activation: str | None = None,
+    save_intermediate: bool | str = "auto",
+) -> Tensor:
+    """BatchNorm and a separable convolution: `separable_conv2d(F.batch_norm(x, ...), ..., pre_activation=...)`.
+
+    Args:
+        running_mean, running_var, norm_weight, norm_bias, training, momentum, eps: as `F.batch_norm`'s; with
+            `training` the statistics are the batch's, and the running ones, if there are any, are updated in place.
+        process_group: None, or the processes over whose batches the statistics are taken, as `nn.SyncBatchNorm` does.
+        save_intermediate: where a kernel of ours runs the unit, the depthwise result is saved for the backward.
+        the others: as `separable_conv2d`'s; `pre_activation` comes after the norm.
+
+    Raises:
+        TypeError, ValueError: as `separable_conv2d` and `F.batch_norm` do.
+    """
+    norm = running_mean, running_var, norm_weight, norm_bias, training, momentum, eps
+    how = stride, padding, dilation
+    t = _depthwise_of_norm(x, norm, depthwise_weight, depthwise_bias, how, pre_activation, process_group)
+    if t is None:
+        return separable_conv2d(
+            _batch_norm(x, norm, process_group),
+            depthwise_weight,
+            pointwise_weight,
+            bias,
+            *how,
+            depthwise_bias=depthwise_bias,
+            residual=residual,
+            pre_activation=pre_activation,
+            mid_activation=mid_activation,
+            activation=activation,
+            save_intermediate=save_intermediate,
+        )
+    y = F.conv2d(ACTIVATIONS[mid_activation].forward(t), pointwise_weight, bias)
+    if residual is not None:
+        if residual.shape != y.shape:
+            raise ValueError(f"residual: expected the output's shape {tuple(y.shape)}, got {tuple(residual.shape)}")
+        y = y + residual.to(y.dtype)
+    return ACTIVATIONS[activation].forward(y).contiguous(memory_format=memory_format_of(x))
+
+
+def norm_depthwise_conv2d(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: Padding = 0,
+    dilation: int | Pair = 1,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: Any = None,
+    pre_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """BatchNorm and a depthwise convolution: `depthwise_conv2d(F.batch_norm(x, ...), ..., pre_activation=...)`.
+
+    The arguments are `norm_separable_conv2d`'s and `depthwise_conv2d`'s.
+    """
+    norm = running_mean, running_var, norm_weight, norm_bias, training, momentum, eps
+    how = stride, padding, dilation
+    t = _depthwise_of_norm(x, norm, weight, bias, how, pre_activation, process_group)
+    if t is not None:
+        return ACTIVATIONS[activation].forward(t)
+    u = _batch_norm(x, norm, process_group)
+    return depthwise_conv2d(u, weight, bias, *how, pre_activation=pre_activation, activation=activation)
+
+
+def _depthwise_of_norm(
+    x: Tensor,
+    norm: tuple,
+    weight: Tensor,
+    bias: Tensor | None,
+    how: tuple,
+    activation: str | None,
+    group: Any,
+) -> Tensor | None:
+    """The depthwise result where the operator runs it; None where PyTorch's BatchNorm and a convolution do."""
+    backend = backend_setting.default
+    running_mean, running_var, norm_weight, norm_bias, training, momentum, eps = norm
+    shared = training and group is not None
+    # PyTorch's own BatchNorm over several processes knows GPUs alone.
+    if not isinstance(x, Tensor) or x.dim() != 4 or not (asks_the_plan(x, backend) or (shared and not x.is_cuda)):
+        return None
+    (cast, weight, bias), arguments, _, _ = normalise_depthwise(x, weight, bias, *how, pre_activation=activation)
+    if cast.dtype != x.dtype:  # autocast: the statistics are those of x as it is
+        return None
+    arguments = (*arguments[:3], activation)
+    if (x.is_cuda or not shared) and not norm_units.runs(x, weight, bias, arguments, backend):
+        return None
+    values = x.shape[0] * x.shape[2] * x.shape[3]
+    if training and values == 1 and not shared:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    with without_autocast(x):
+        if training:
+            shared_by = group if shared else None
+            mean, invstd, count = norm_units.statistics(x, running_mean, running_var, momentum, eps, shared_by)
+        else:
+            wide = norm_units.accumulator(x)
+            mean, invstd = running_mean.to(wide), torch.rsqrt(running_var.to(wide) + eps)
+        args = (x, mean, invstd, norm_weight, norm_bias, weight, bias, *arguments, training, backend)
+        if shared:
+            return norm_units.NormDepthwiseConv2dFunction.apply(*args, (group, count))
+        return norm_units.norm_depthwise_conv2d(*args)
+
+
+def _batch_norm(x: Tensor, norm: tuple, group: Any) -> Tensor:
+    running_mean, running_var, norm_weight, norm_bias, training, momentum, eps = norm
+    if not training or group is None:
+        return F.batch_norm(x, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps)
+    size = torch.distributed.get_world_size(group)
+    return sync_batch_norm.apply(x, norm_weight, norm_bias, running_mean, running_var, eps, momentum, group, size)
