@@ -22,9 +22,9 @@
 // Where there is a mid-activation, grad_t = grad_output * mid_act'(t) is made of each row of grad_output as it arrives,
 // with t = depthwise(pre_act(x)) + bias computed again: the ring of x then has all rows under the window of grad_t.
 //
-// Normalised: z = scale * x + shift, and the ring beside x's has act(z), from which grad_weight is summed, 0 outside the
-// image. What goes out is dz = grad of act(z) * act'(z), and its sums, of dz and of dz * (x - mean), are a thread's like
-// those of the taps: the same partial sums in the same order. x - mean is taken first: x may lie far from zero.
+// Normalised: z = scale * x + shift, and the ring beside x's has act(z), from which grad_weight is summed, 0 outside
+// the image. What goes out is dz = grad of act(z) * act'(z), and its sums, of dz and of dz * (x - mean), are a thread's
+// like those of the taps: the same partial sums in the same order. x - mean is taken first: x may lie far from zero.
 //
 // Floor. Device bytes: x + grad_output + grad_x, each once, and the windows' overlap where parts and tiles meet.
 // Arithmetic: two multiply-adds a tap: for 3x3 in bfloat16 about 36 instructions of a lane an element (18 of them

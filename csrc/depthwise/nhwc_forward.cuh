@@ -17,8 +17,8 @@
 // r, r + d/g, r + 2 d/g, ... of a phase r read rows s * r - pad + d * (s/g * q + i), i the tap: a convolution without
 // dilation and with stride s/g on every d-th row. The same for columns.
 //
-// Normalised: act(scale * x + shift) takes the pre-activation's place. A thread makes it of the pieces that it has copied
-// itself, before the barrier that shows them to others; what the image does not have stays zero.
+// Normalised: act(scale * x + shift) takes the pre-activation's place. A thread makes it of the pieces that it has
+// copied itself, before the barrier that shows them to others; what the image does not have stays zero.
 //
 // Floor. Device bytes: x + y, each once, and again the window's overlap (k - s rows or columns) where parts and tiles
 // meet. Arithmetic: for 3x3 in bfloat16 about 19 instructions of a lane an element (9 of them multiply-adds), 21 with

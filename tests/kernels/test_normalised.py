@@ -92,7 +92,7 @@ def normalised_refusal(case: NormalisedCase, layout: str) -> str | None:
     tensors = inputs(case, torch.float32, layout)
     options = {name: case.options[name] for name in ("stride", "padding", "dilation", "pre_activation")}
     problem = problem_of(tensors["x"], tensors["weight"], **options)
-    return normalised.supports(problem, *launching._here("cpu", None))
+    return normalised.supports(problem, *launching.device_and_kernels(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -197,7 +197,7 @@ def test_what_does_not_run_is_refused_with_its_reason(plain, options, layout, re
 
 def test_a_result_with_an_activation_and_float64_are_refused(plain):
     x, weight = torch.zeros(1, 8, 5, 5), torch.zeros(8, 1, 3, 3)
-    here = launching._here("cpu", None)
+    here = launching.device_and_kernels(torch.device("cpu"))
     activated = replace(problem_of(x, weight, 1, 1, 1, None), mid_activation="relu")
     assert "activation of the result" in normalised.supports(activated, *here)
     double = problem_of(x.double(), weight.double(), 1, 1, 1, None)
