@@ -64,7 +64,7 @@ def compare(name: str, output: Path, flags: list[str]) -> str:
         logs[variant] = log
     if name == "architectures":
         rows += [{name: f"{variant}, in the paper", **figures} for variant, figures in PAPER.items()]
-    run.draw(logs, output / f"{name}.png", f"{name}: {' '.join((*data, *flags))}")
+    run.draw(logs, output / f"{name}.png", f"{name}: train.py {' '.join((*data, *flags))}")
     return run.table(rows)
 
 

@@ -131,7 +131,7 @@ def train(options: argparse.Namespace) -> dict[str, str]:
         network.compile(backend=options.torchcompile)
 
     measure = "val/map100" if options.multi_label else "val/top1"
-    log = run.Log(output / "metrics.csv", options.log_interval)
+    log = run.Log(output / "metrics.csv", min(options.log_interval, data.steps))  # a short epoch has a row too
     callbacks = [log, run.Checkpoints(output / "checkpoints", options.recovery_interval, options.checkpoint_hist)]
     callbacks += [averaged(options.model_ema_decay)] if options.model_ema else []
     # Whole, as Lightning puts averaged weights into no others.

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", nargs="?", const=True, metavar="CHECKPOINT", help=whence)
     add("--recovery-interval", type=_count, default=0, metavar="N", help="steps between checkpoints")
     add("--checkpoint-hist", type=_some, default=2, metavar="N", help="checkpoints kept; default: 2")
-    add("--log-interval", type=_some, default=50, metavar="N", help="steps a row; default: 50")
+    add("--log-interval", type=_some, default=50, metavar="N", help="steps a row, at most an epoch; default: 50")
     add("--eval-interval", type=_some, metavar="N", help="steps between evaluations; default: an epoch")
     add("--evaluate", action="store_true", help="no training: a table of --weights on the evaluation images")
     add("--summary", action="store_true", help="no training: a table of the network's layers and their costs")

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -69,8 +68,8 @@ class Images(Dataset):
         rng = np.random.default_rng(derive(self.options.seed, "augmentation", epoch, index))
         image = self._random_crop(image, rng) if self.augment else self._middle(image)
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.options.mean)) / np.float32(self.options.std)
-        target = F.one_hot(torch.tensor(labels, dtype=torch.long), self.classes).sum(0).float()
-        return torch.from_numpy(x.transpose(2, 0, 1).copy()), target if self.options.multi_label else labels[0], counts
+        target = np.isin(range(self.classes), labels).astype(np.float32) if self.options.multi_label else labels[0]
+        return torch.from_numpy(x.transpose(2, 0, 1).copy()), target, counts
 
     def _random_crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """A crop of random area and shape, at most the image; flipped by chance."""

@@ -173,7 +173,9 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
         for axes, column, style in (*panels, (rate, "train/lr", "-")):
             points = [(row["epoch"], row[column]) for row in rows if column in row]
             axes.plot(*zip(*points, strict=True), style, color=colour, label=name)
-    loss.set(title="Loss: evaluation solid, training (as regularised) dotted", xlabel="epoch", xlim=0, ylim=0)
+    loss.set(title="Loss: evaluation solid, training (as regularised) dotted", xlabel="epoch", xlim=0)
+    # An evaluation by statistics of a few batches can be far above all of training.
+    loss.set_ylim(0, max(1.1 * row["train/loss"] for rows in runs.values() for row in rows if "train/loss" in row))
     score.set(title=f"Evaluation: {NAMES[measure]}, %", xlabel="epoch", xlim=0)
     rate.set(title="Learning rate", xlabel="epoch", xlim=0, ylim=0)
     for axes in (loss, score, rate):
