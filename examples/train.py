@@ -78,7 +78,10 @@ def _rank() -> int:
 
 def network_of(options: argparse.Namespace, name: str, classes: int) -> torch.nn.Module:
     torch.manual_seed(options.seed)
-    return networks.create(name, classes, options.drop, options.img_size, options.model_kwargs)
+    network = networks.create(name, classes, options.drop, options.img_size, options.model_kwargs)
+    if options.fuse_norm:
+        fused_sepconv.fuse_batch_norm(network)
+    return network
 
 
 def class_count(options: argparse.Namespace, images: Images) -> int:
