@@ -61,11 +61,6 @@ class Problem:
     def geometry(self) -> Geometry:
         return Geometry(self.layer.stride, self.layer.padding, self.layer.dilation)
 
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of the four tensors of `Inputs`."""
-        return sum(math.prod(shape) for shape in self.shapes) * DTYPES[self.dtype].itemsize
-
     def inputs(self, seed: int) -> Inputs:
         """Random tensors, the weights scaled so that the output's variance is about one."""
         generator = torch.Generator(self.device).manual_seed(seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 OLDEST_NVCC = (12, 1)  # has all intrinsics that csrc/ uses; 11.8 fails in the middle of the build
 DEFAULT_ARCHITECTURES = ("80", "90", "100", "120")
-# Machine code serves its own major version: 80 runs on 8.6 and 8.9, 100 on 10.3, 120 on 12.1. PTX runs on every newer
+# Machine code runs on its own major version: 80 runs on 8.6 and 8.9, 100 on 10.3, 120 on 12.1. PTX runs on every newer
 # GPU: 100's also on 11.0, which has no machine code here, where 120's would leave it with nothing.
 PORTABLE = "100"
 OLDEST_ARCHITECTURE = 80  # has cp.async and mma.sync in bfloat16

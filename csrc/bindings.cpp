@@ -350,7 +350,7 @@ py::dict build_info() {
   return result;
 }
 
-// The CUDA version that the driver serves, as 1000 * major + 10 * minor; 0 where there is no driver.
+// The CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 where there is no driver.
 int driver_version() {
   int version = 0;
 #ifndef FSC_EMULATED

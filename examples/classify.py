@@ -39,14 +39,13 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def load(model: Xception, path: Path) -> None:
+def load(model: Xception, path: Path) -> weights.LoadReport:
     """By the file's name: Keras's, ours or timm's."""
     if path.suffix in (".keras", ".h5", ".hdf5"):
-        weights.load_keras(model, path)
-    elif path.suffix == ".safetensors" and weights.is_own_file(path):
-        weights.load_safetensors(model, path)
-    else:
-        weights.load_timm(model, path)
+        return weights.load_keras(model, path)
+    if path.suffix == ".safetensors" and weights.is_own_file(path):
+        return weights.load_safetensors(model, path)
+    return weights.load_timm(model, path)
 
 
 @torch.inference_mode()

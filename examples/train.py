@@ -3,8 +3,8 @@
     python examples/train.py --dataset digits
     torchrun --nproc-per-node=8 examples/train.py --data-dir imagenet --recipe imagenet --amp --channels-last
 
-`--help` has all flags. The files of a run are in its `--output`: csv/ and tensorboard/ as it goes, checkpoints/ and
-best.ckpt; at the end model.safetensors, model_best.safetensors and curves.png.
+`--help` has all flags. The files of a run are in its `--output`: metrics.csv and tensorboard/ as it goes, checkpoints/
+and best.ckpt; at the end model.safetensors, model_best.safetensors and curves.png.
 """
 
 import argparse
@@ -33,38 +33,40 @@ except RuntimeError as error:  # Lightning imports torchvision where it is insta
         raise
     sys.exit(f"torchvision is for another PyTorch than {torch.__version__}: install the one that fits, or uninstall it")
 
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from training import networks, run
 from training.arguments import parse
-from training.classifier import Classifier, ShardedClassifier, averaged, shown
-from training.data import ImageData, Images, read_csv, splits
-from training.errors import UserError
+from training.classifier import Classifier, averaged
+from training.data import ImageData, UserError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 # What Lightning warns of is meant: the order of the images knows where to go on in an epoch, for one.
 for text in ("You're resuming from", ".*does not have many workers", "Checkpoint directory", ".*treespec, LeafSpec"):
     warnings.filterwarnings("ignore", text)
+warnings.filterwarnings("ignore", "You're using the WeightAveraging")  # it does so for FSDP alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 after an error that is the user's to mend; 128 and the signal's number after a signal."""
     options = parse(argv)
     try:
-        _join_again()
+        _join_again(options)
         with fused_sepconv.use_backend(options.backend):
             if options.summary:
-                print(networks.summary(network_of(options, options.model, options.num_classes), options.img_size))
+                network = network_of(options, options.model, 10 if options.dataset else 1000)
+                print(networks.summary(network, options.img_size))
             elif options.evaluate:
                 print(evaluate(options))
             else:
                 results = train(options)
-                if _rank() == 0:
-                    print(f"top-1 {results['top1']:.1f} top-5 {results['top5']:.1f}")
+                if options.rank == 0:
+                    print(*(f"{name} {figure}" for name, figure in results.items() if name != "loss"))
     except (UserError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        # From a worker process of the DataLoader the message arrives inside the text of the worker's traceback.
+        print(f"train.py: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         return 1
     except run.Interrupted as stop:
         print(f"train.py: {stop}", file=sys.stderr)
@@ -72,146 +74,108 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def network_of(options: argparse.Namespace, name: str, classes: int) -> torch.nn.Module:
     torch.manual_seed(options.seed)
-    network = networks.create(name, classes, options.drop, options.img_size, options.model_kwargs)
+    network = networks.create(name, classes, options.drop, options.model_kwargs)
     if options.fuse_norm:
         fused_sepconv.fuse_batch_norm(network)
     return network
 
 
-def class_count(options: argparse.Namespace, images: Images) -> int:
-    there = len(images.classes)
-    if options.num_classes is not None and options.num_classes < there:
-        raise UserError(f"--num-classes: the data has {there}, got {options.num_classes}")
-    return options.num_classes or there
-
-
-def _class_weights(options: argparse.Namespace, images: Images) -> torch.Tensor | None:
-    if options.class_weights is None:
-        return None
-    given = {row["label"]: float(row["weight"]) for row in read_csv(options.class_weights, ["label", "weight"])}
-    return torch.tensor([given.get(name, 1.0) for name in images.classes])
-
-
 def trainer(options: argparse.Namespace, **more: object) -> lightning.Trainer:
     """Lightning's, for this process and those that torchrun has started beside it."""
-    local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     strategy: object = "auto"
     if options.distributed == "fsdp":
         if "RANK" not in os.environ:
             raise UserError("--distributed fsdp: start it with torchrun, one process will do")
-        strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=False)
-    elif world > 1:
+        strategy = ModelParallelStrategy(options.ranks, 1, save_distributed_checkpoint=False)
+    elif options.ranks > 1:
         strategy = DDPStrategy(gradient_as_bucket_view=True)
     precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[options.amp_dtype] if options.amp else "32-true"
-    where = {"accelerator": "gpu" if options.device == "cuda" else "cpu", "devices": local, "num_nodes": world // local}
-    how = {"precision": precision, "sync_batchnorm": options.sync_bn, "use_distributed_sampler": False}
-    told = {"enable_model_summary": False, "log_every_n_steps": 1, "enable_progress_bar": sys.stderr.isatty()}
-    return lightning.Trainer(strategy=strategy, num_sanity_val_steps=0, **where, **how, **told, **more)
+    how = {"accelerator": options.device, "devices": options.local_ranks}
+    how |= {"num_nodes": options.ranks // options.local_ranks, "num_sanity_val_steps": 0}
+    how |= {"precision": precision, "sync_batchnorm": options.sync_bn, "use_distributed_sampler": False}
+    how |= {"enable_model_summary": False, "enable_progress_bar": sys.stderr.isatty(), "log_every_n_steps": 1}
+    return lightning.Trainer(strategy=strategy, **how, **more)
 
 
 def evaluate(options: argparse.Namespace) -> str:
     """A table with a row for each file of weights."""
-    _, images = splits(options)
-    classes, weights = class_count(options, images), _class_weights(options, images)
-    rows = []
+    data, rows = ImageData(options), []
     names = options.models * len(options.weights) if len(options.models) == 1 else options.models
-    for name, path in zip(names, options.weights, strict=False):
-        network = network_of(options, name, classes)
-        print(networks.load_weights(network, path, head_may_differ=False), file=sys.stderr)
-        parameters, multiply_adds = networks.cost(network, options.img_size)
-        module = Classifier(network, options, class_weights=weights)
-        trainer(options, logger=False).validate(module, ImageData(options, None, images), verbose=False)
-        row = {"model": name, "weights": path.name, "parameters": f"{parameters:,}"}
-        row["multiply-adds"] = f"{multiply_adds:,}"
-        rows.append(row | shown(module.trainer.callback_metrics))
+    for name, path in zip(names, options.weights, strict=True):
+        network = network_of(options, name, len(data.classes))
+        print(networks.load_weights(network, path), file=sys.stderr)
+        row = {"model": name, "weights": path.name, **networks.cost(network, options.img_size)}
+        module = Classifier(network, options, data)
+        trainer(options, logger=False).validate(module, data, verbose=False)
+        rows.append(row | run.shown(module.trainer.callback_metrics))
     return run.table(rows)
 
 
-def train(options: argparse.Namespace) -> dict[str, float]:
-    """The last evaluation's figures."""
-    train_images, images = splits(options)
-    classes, world = class_count(options, images), int(os.environ.get("WORLD_SIZE", 1))
-    images_per_step = options.batch_size * options.grad_accum_steps * world
-    steps = len(train_images) // images_per_step
-    if not steps:
-        raise UserError(
-            f"--batch-size: {len(train_images)} training images do not fill one step of {images_per_step} (batch size "
-            f"{options.batch_size} x {options.grad_accum_steps} accumulation steps x {world} ranks)"
-        )
+def train(options: argparse.Namespace) -> dict[str, str]:
+    """Returns the last evaluation's figures."""
+    data = ImageData(options)
+    if not data.steps:
+        raise UserError(f"--batch-size: {len(data.train)} training images, and a step needs {data.images_per_step}")
     output = options.output or Path("output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}"
     newest = run.latest(output)
-    if _rank() == 0 and not options.resume and (newest or (output / "csv").exists()):
+    if options.rank == 0 and not options.resume and (newest or (output / "metrics.csv").exists()):
         raise UserError(f"--output: {output} holds a run; give --resume to go on with it, or another folder")
-    network = network_of(options, options.model, classes)
-    title = f"{options.model}, {options.dataset}, {options.recipe}, {world} rank{'s' * (world > 1)}"
-    notes = [f"{title}: {len(train_images)} images, {steps} steps an epoch, into {output}"]
-    for path in options.weights:
-        notes.append(networks.load_weights(network, path, head_may_differ=True))
-    skeleton = copy.deepcopy(network).to("meta")
+    network = network_of(options, options.model, len(data.classes))
+    ranks = f"{options.ranks} rank{'s' * (options.ranks > 1)}"
+    title = f"{options.model}, {options.dataset or options.data_dir.name}, {options.recipe}, {ranks}"
+    notes = [f"{title}: {len(data.train)} images, {data.steps} steps an epoch, into {output}"]
+    notes += [networks.load_weights(network, path, new_head=True) for path in options.weights]
+    plain = copy.deepcopy(network)
     if options.channels_last:
         network.to(memory_format=torch.channels_last)
     if options.torchcompile:
         network.compile(backend=options.torchcompile)
 
     measure = "val/map100" if options.multi_label else "val/top1"
+    log = run.Log(output / "metrics.csv", options.log_interval)
+    callbacks = [log, run.Checkpoints(output / "checkpoints", options.recovery_interval, options.checkpoint_hist)]
+    callbacks += [averaged(options.model_ema_decay)] if options.model_ema else []
     # Whole, as Lightning puts averaged weights into no others.
     how = {"save_on_train_epoch_end": False, "enable_version_counter": False}
-    best = ModelCheckpoint(output, "best", monitor=measure, mode="max", **how)
-    callbacks = [run.Checkpoints(output / "checkpoints", options.recovery_interval, options.checkpoint_hist), best]
-    if options.model_ema:
-        callbacks.append(averaged(options.model_ema_decay))
-    if sys.stderr.isatty():
-        callbacks.append(RichProgressBar(leave=False))
-    version = len(list(output.glob("csv/version_*")))
-    csv = CSVLogger(output, "csv", version=version, flush_logs_every_n_steps=1)
-    kind = ShardedClassifier if options.distributed == "fsdp" else Classifier
-    module = kind(network, options, steps, images_per_step, _class_weights(options, images))
+    callbacks += [ModelCheckpoint(output, "best", monitor=measure, mode="max", **how)]
     every = {"max_epochs": options.epochs, "accumulate_grad_batches": options.grad_accum_steps}
     if options.eval_interval:
-        every |= {"val_check_interval": options.eval_interval * options.grad_accum_steps}
-        every |= {"check_val_every_n_epoch": None}
-    loggers = [csv, TensorBoardLogger(output, "tensorboard", version="")]
-    trainer_ = trainer(options, callbacks=callbacks, logger=loggers, **every)
+        interval = options.eval_interval * options.grad_accum_steps
+        every |= {"val_check_interval": interval, "check_val_every_n_epoch": None}
+    trainer_ = trainer(options, callbacks=callbacks, logger=TensorBoardLogger(output, "tensorboard", ""), **every)
+    module = Classifier(network, options, data)
     resumed = newest if options.resume is True else options.resume
-    if resumed:
-        notes.append(f"resumed from {resumed}")
-    if _rank() == 0:
-        print(*notes, sep="\n", file=sys.stderr)
-    trainer_.fit(module, ImageData(options, train_images, images), ckpt_path=resumed, weights_only=True)
-    if _rank() == 0:
+    if options.rank == 0:
+        print(*notes, *([f"resumed from {resumed}"] if resumed else []), sep="\n", file=sys.stderr)
+    trainer_.fit(module, data, ckpt_path=resumed, weights_only=True)
+    if options.rank == 0:
         for file, checkpoint in (("model", run.latest(output)), ("model_best", output / "best.ckpt")):
-            networks.export(skeleton, checkpoint, output / f"{file}.safetensors")
-        run.draw({options.model: output}, output / "curves.png", title)
+            networks.export(plain, checkpoint, output / f"{file}.safetensors")
+        run.draw({options.model: log.rows}, output / "curves.png", title)
         print(f"curves: {output / 'curves.png'}", file=sys.stderr)
-    return {name.removeprefix("val/"): float(v) for name, v in trainer_.callback_metrics.items()}
+    return run.last_evaluation(log.rows)
 
 
-def _join_again() -> None:
+def _join_again(options: argparse.Namespace) -> None:
     """Joins the other ranks after torchrun has restarted them. It keeps its store then (seen in PyTorch 2.13), and
     Lightning would find the addresses of those that have died. Several machines do not count restarts alike, so there
     it is left as it is.
     """
-    restart, local = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE"))
-    if restart != "0" and local == os.environ["WORLD_SIZE"]:
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart != "0" and options.local_ranks == options.ranks:
         store, rank, world = next(dist.rendezvous("env://"))
-        dist.init_process_group(store=dist.PrefixStore(f"restart {restart}", store), rank=rank, world_size=world)
-
-
-def leave(status: int) -> None:
-    """A rank ends without Python's own clean-up, which stops gloo's threads wherever they ask for the interpreter: C++
-    aborts if that is inside of its own frames, after a training that had succeeded."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "RANK" in os.environ:
-        os._exit(status)
-    sys.exit(status)
+        backend, store = "nccl" if options.device == "cuda" else "gloo", dist.PrefixStore(f"restart {restart}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 if __name__ == "__main__":
-    leave(main())
+    status = main()
+    if "RANK" in os.environ:
+        # Without Python's own clean-up, which stops gloo's threads wherever they ask for the interpreter: C++ aborts if
+        # that is inside of its own frames, after a training that had succeeded.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

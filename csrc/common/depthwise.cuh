@@ -1,4 +1,4 @@
-// depthwise.cuh - one value of the depthwise convolution, for the kernels that serve every kernel size.
+// depthwise.cuh - one value of the depthwise convolution, for the kernels of every kernel size.
 #pragma once
 
 #include "../params.h"

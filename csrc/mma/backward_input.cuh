@@ -7,7 +7,7 @@
 //   grad_z (N, out_h, out_w, F)       pointwise weight (F, K)
 //      | cp.async, 16 bytes a copy       | cp.async
 //      v                                 v
-//   z[256 positions][16 features]     w[16 features][64 channels]        2 to 5 of them
+//   grad_z[256 positions][16]         w[16 features][64 channels]        2 to 5 of them
 //      | ldmatrix                        | ldmatrix, transposed
 //      '--------------> mma.sync <-------'
 //                          | acc[256 positions x 64 channels], registers
@@ -29,7 +29,7 @@
 // Overlap. Two blocks share an SM: one's matrix product runs beside the other's windows, which leave the tensor
 // cores idle. The next slabs of grad_z are on their way during the windows, and x's pixels eight positions ahead.
 //
-// Why it is legal. grad_x[h] gathers dT[h + pad - d * i] over the taps, and the weight's gradient sums x[h] times the
+// Why it is right. grad_x[h] gathers dT[h + pad - d * i] over the taps, and the weight's gradient sums x[h] times the
 // same; each position is of one part, which adds its products. The bias's gradient adds dT where the position is its
 // own. No mid-activation: its derivative would need the depthwise result.
 //
@@ -165,7 +165,7 @@ class MmaBackwardInput {
 
     // Takes the thread's place among the copies: of a tile, so that nothing of it is kept during the windows.
     FSC_DEVICE void sit(unsigned thread) {
-      z_ = opaque(z_offset(thread / 2, thread % 2));
+      grad_ = opaque(grad_offset(thread / 2, thread % 2));
       w_ = opaque(w_offset(thread / kWeightChunks, thread % kWeightChunks));
     }
 
@@ -174,16 +174,16 @@ class MmaBackwardInput {
       if (left_ > 0) {
         --left_;
         const SharedAddress stage = k_.stage_address(stage_);
-        const SharedAddress z = stage + z_;
+        const SharedAddress grad_z = stage + grad_;
         const bool has_features =
             slab_ * Traits::kFeatures + static_cast<int>(thread % 2) * Traits::kVector < k_.shape_.F;
         FSC_UNROLL
         for (int half = 0; half < 2; ++half) {
           const bool inside = has_features && gradient_[half] < PixelOffsets::kNone;
-          async_copy<16>(z + half * (Traits::kZBytes / 2),
+          async_copy<16>(grad_z + half * (Traits::kGradBytes / 2),
                          at(k_.call_.grad_z.data, opaque(inside ? gradient_[half] : 0)), inside);
         }
-        if (thread < Traits::kFeatures * kWeightChunks) load_weights(thread, stage + Traits::kZBytes);
+        if (thread < Traits::kFeatures * kWeightChunks) load_weights(thread, stage + Traits::kGradBytes);
         gradient_[0] += Traits::kFeatures / Traits::kVector;
         gradient_[1] += Traits::kFeatures / Traits::kVector;
         if (++slab_ == slabs_) enter(thread, position_ + Traits::kTile);
@@ -226,22 +226,23 @@ class MmaBackwardInput {
     const int slabs_;
     int left_;  // slabs, of all tiles
     int position_, slab_, stage_;
-    uint32_t z_, w_;        // where the thread's chunks lie in a slab
+    uint32_t grad_, w_;     // where the thread's chunks lie in a slab
     uint32_t gradient_[2];  // where this thread's next chunks are
   };
 
   // Where a slab's 16-byte chunks lie: 8 rows of one chunk, which ldmatrix reads at once, meet all banks.
-  FSC_DEVICE static int z_offset(int row, int chunk) { return row * 32 + (chunk ^ (row / 4 % 2)) * 16; }
+  FSC_DEVICE static int grad_offset(int row, int chunk) { return row * 32 + (chunk ^ (row / 4 % 2)) * 16; }
   FSC_DEVICE static int w_offset(int row, int chunk) { return row * 128 + (chunk ^ (row % 8)) * 16; }
 
-  // acc += z * w, of the warp's 32 positions: two tiles of 16 rows.
+  // acc += grad_z * w, of the warp's 32 positions: two tiles of 16 rows.
   FSC_DEVICE void multiply(unsigned thread, int stage, float (&acc)[2][kColumnTiles][4]) const {
     const Seat seat(thread);
-    const SharedAddress z = stage_address(stage) + z_offset(seat.warp * Traits::kRun + seat.lane % 16, seat.lane / 16);
-    const SharedAddress w = stage_address(stage) + Traits::kZBytes + w_offset(seat.lane % 16, seat.lane / 16);
+    const SharedAddress grad_z =
+        stage_address(stage) + grad_offset(seat.warp * Traits::kRun + seat.lane % 16, seat.lane / 16);
+    const SharedAddress w = stage_address(stage) + Traits::kGradBytes + w_offset(seat.lane % 16, seat.lane / 16);
     uint32_t a[2][4];
     FSC_UNROLL
-    for (int half = 0; half < 2; ++half) ldmatrix_x4(a[half], z + half * (16 * 32));
+    for (int half = 0; half < 2; ++half) ldmatrix_x4(a[half], grad_z + half * (16 * 32));
     FSC_UNROLL
     for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
       uint32_t b[4];

@@ -7,12 +7,12 @@
 //   x (N, H, W, C)                     depthwise weight      grad_z (N, out_h, out_w, F)
 //      | cp.async, 16 bytes a copy        | once a block         | cp.async
 //      v                                  v                      v
-//   patch[slab][pixel + halo][128 B]   taps[tap][channel]     z[slab][pixel][128 B]             shared memory
+//   patch[slab][pixel + halo][128 B]   taps[tap][channel]     grad_z[slab][pixel][128 B]        shared memory
 //      |                                  |                      |
 //      '---- a word of channels a lane ---'                      |
 //                 | taps in float32, + bias, mid_act             |
 //                 v                                              |
-//   t[slab][pixel][128 B], two tiles                             |                              shared memory
+//   v[slab][pixel][128 B], two tiles                             |                              shared memory
 //                 | ldmatrix, transposing: operand B             | the same: operand A
 //                 '--------> mma.sync over the pixels <----------'
 //                               |  acc[feature][channel] in registers, over all tiles of the part
@@ -26,17 +26,17 @@
 // Lane w of a warp convolves word w of a slab (two channels of 16 bits, or one of float32) at 4 runs of 4 pixels: the
 // taps stay in its registers meanwhile, and all lanes together read 128 bytes of a pixel.
 //
-// The order of the pixels in the product is ours to choose, so long as t and z agree: both are laid out pixel
+// The order of the pixels in the product is ours to choose, so long as v and grad_z agree: both are laid out pixel
 // after pixel. In 16 bits, chunk c of pixel p lies at chunk c ^ (p % 8) of its line, so that the 8 rows that ldmatrix
-// reads at once meet all banks. TF32 has no transposing load: lane (g, t) reads pixels t and t + 4 by itself, and as
-// chunk c lies at c ^ 2 * (p % 4), the lanes that one access serves meet all banks too.
+// reads at once meet all banks. TF32 has no transposing load: lane (g, q) reads pixels q and q + 4 by itself, and as
+// chunk c lies at c ^ 2 * (p % 4), the lanes of one access meet all banks too.
 //
 // Overlap. Tiles run through a ring of 2 to 4 stages; all but one of them are on their way. Half of the warps,
 // two on each of the SM's four schedulers with the other two, convolve tile i and then multiply tile i - 1; the other
 // half multiply first: so at any time one half keeps the tensor cores busy and the other the CUDA cores. One barrier a
-// tile: t has two buffers, and grad_z of a tile is loaded one tile after its patch, as it is needed.
+// tile: v has two buffers, and grad_z of a tile is loaded one tile after its patch, as it is needed.
 //
-// Why it is legal. The pointwise convolution has no halo: a tile's products need the depthwise results of its own
+// Why it is right. The pointwise convolution has no halo: a tile's products need the depthwise results of its own
 // pixels only. Pixels that a tile has past its image count as zero in both operands: NaN times zero would be NaN.
 //
 // Floor. Device bytes: x + grad_z + the parts, written and read. The blocks of one part are neighbours: they read the
@@ -100,7 +100,7 @@ class MmaBackwardPointwiseWeight {
       wait(ahead);
       if (i < items && shape_.pre_activation != Activation::none && shape_.pre_activation != Activation::relu)
         activate_arrived(convolved);
-      __syncthreads();  // tile i is there for all, t of the tile before too, and nobody reads what is written next
+      __syncthreads();  // tile i is there for all, v of the tile before too, and nobody reads what is written next
       loaded = load(i + ahead, items, loaded);
       describe(i + ahead + 1);
       FSC_ROLLED
@@ -108,9 +108,9 @@ class MmaBackwardPointwiseWeight {
         if ((half == 0) != lags) {
           if (i < items) convolve(stage(convolved), intermediate(i), windows(i));
         } else if (i > 0) {
-          const unsigned char* z = stage(multiplied) + layout_.slabs * layout_.patch_slab_bytes;
-          multiply(z, intermediate(i - 1));
-          if (params_.partial_bias != nullptr && first_channel_ == 0) add_to_bias(z, bias_sum);
+          const unsigned char* grad_z = stage(multiplied) + layout_.slabs * layout_.patch_slab_bytes;
+          multiply(grad_z, intermediate(i - 1));
+          if (params_.partial_bias != nullptr && first_channel_ == 0) add_to_bias(grad_z, bias_sum);
         }
       }
       multiplied = convolved;
@@ -154,8 +154,8 @@ class MmaBackwardPointwiseWeight {
   // A place in a pixel's line is exchanged with another one's.
   FSC_DEVICE static unsigned swizzle(unsigned pixel) { return sizeof(Scalar) == 2 ? pixel % 8 * 16 : pixel % 4 * 32; }
 
-  // The word of a line of t that holds word `word` of a slab's channels. Pairs of channels of 16 are dealt out to two
-  // products: lane (g, t) of the warp gets columns 2t and 2t + 1 of each, and with them 4 neighbouring channels, which
+  // The word of a line of v that holds word `word` of a slab's channels. Pairs of channels of 16 are dealt out to two
+  // products: lane (g, q) of the warp gets columns 2q and 2q + 1 of each, and with them 4 neighbouring channels, which
   // it stores at once.
   FSC_DEVICE static unsigned place_in_line(unsigned word) {
     return sizeof(Scalar) == 2 ? word / 8 * 8 + word % 2 * 4 + word / 2 % 4
@@ -273,7 +273,7 @@ class MmaBackwardPointwiseWeight {
   }
 
   // grad_z at a tile's pixels, zeros where the image has none.
-  FSC_DEVICE void load_grad(int i, unsigned char* z) const {
+  FSC_DEVICE void load_grad(int i, unsigned char* destination) const {
     const Image& grad_z = params_.grad_z;
     const unsigned chunk = threadIdx.x % Traits::kChunks;
     const Scalar* image = static_cast<const Scalar*>(grad_z.data) + item(i).n * grad_z.stride_n;
@@ -287,7 +287,7 @@ class MmaBackwardPointwiseWeight {
       const int inside = real ? windows(i)[run] & ((1u << kInsideBits) - 1) : 0;
       const uint64_t source = kept(reinterpret_cast<uint64_t>(image + (real ? f : 0)));
       const int32_t first = grads(i)[run];
-      const SharedAddress line = shared_address(z) + unit * Traits::kRun * Traits::kLine;
+      const SharedAddress line = shared_address(destination) + unit * Traits::kRun * Traits::kLine;
       const unsigned place = chunk * 16 ^ swizzle(run * Traits::kRun);
       FSC_UNROLL
       for (unsigned p = 0; p < Traits::kRun; ++p) {
@@ -315,15 +315,15 @@ class MmaBackwardPointwiseWeight {
     }
   }
 
-  // The depthwise results of a tile, to t. A warp takes some of the runs of one slab, then some of another.
-  FSC_DEVICE void convolve(const unsigned char* stage, unsigned char* t, const uint32_t* windows) const {
+  // The depthwise results of a tile, to v. A warp takes some of the runs of one slab, then some of another.
+  FSC_DEVICE void convolve(const unsigned char* stage, unsigned char* v, const uint32_t* windows) const {
     const int groups = tiles_.runs / Traits::kRunsAtOnce;
     FSC_ROLLED
     for (int unit = threadIdx.x / 32; unit < layout_.slabs * groups; unit += Traits::kWarps) {
       const int slab = unit * Traits::kRunsAtOnce >> tiles_.log_runs;
       const int run = unit * Traits::kRunsAtOnce & (tiles_.runs - 1);
       const unsigned char* patch = stage + slab * layout_.patch_slab_bytes;
-      unsigned char* line = t + slab * layout_.intermediate_slab_bytes + run * Traits::kRun * Traits::kLine;
+      unsigned char* line = v + slab * layout_.intermediate_slab_bytes + run * Traits::kRun * Traits::kLine;
       if (shape_.pre_activation == Activation::relu)
         convolve_runs<true>(patch, line, windows + run, slab);
       else
@@ -332,7 +332,7 @@ class MmaBackwardPointwiseWeight {
   }
 
   template <bool kRelu>
-  FSC_DEVICE void convolve_runs(const unsigned char* patch, unsigned char* t, const uint32_t* windows, int slab) const {
+  FSC_DEVICE void convolve_runs(const unsigned char* patch, unsigned char* v, const uint32_t* windows, int slab) const {
     const unsigned word = threadIdx.x % 32;
     const float* taps = reinterpret_cast<const float*>(shared_) + slab * Traits::kSlab + word * Traits::kPerWord;
     constexpr int kResident = Traits::kKernel * Traits::kKernel;
@@ -371,10 +371,10 @@ class MmaBackwardPointwiseWeight {
         for (unsigned p = 0; p < Traits::kRun; ++p) {
           Vector<uint32_t, 1> out;
           out[0] = operand_of<Scalar>(&results[p * Traits::kPerWord]);
-          store(reinterpret_cast<uint32_t*>(t + (place ^ swizzle(p)) + (r * Traits::kRun + p) * Traits::kLine), out);
+          store(reinterpret_cast<uint32_t*>(v + (place ^ swizzle(p)) + (r * Traits::kRun + p) * Traits::kLine), out);
         }
       }
-      t += Traits::kCellRows * Traits::kRun * Traits::kLine;
+      v += Traits::kCellRows * Traits::kRun * Traits::kLine;
     }
   }
 
@@ -450,34 +450,34 @@ class MmaBackwardPointwiseWeight {
     return kRelu ? relu_packed<Scalar>(bits) : bits;
   }
 
-  // acc += z^T * t over the pixels of a tile, or the warp's share of them.
-  FSC_DEVICE void multiply(const unsigned char* z, const unsigned char* t) {
-    const int slab_bytes = layout_.intermediate_slab_bytes;  // of z too
-    z += feature_warp_ * Traits::kSlabsOfWarp * slab_bytes;
-    t += channel_warp_ * Traits::kSlabsOfWarp * slab_bytes;
+  // acc += grad_z^T * v over the pixels of a tile, or the warp's share of them.
+  FSC_DEVICE void multiply(const unsigned char* grad_z, const unsigned char* v) {
+    const int slab_bytes = layout_.intermediate_slab_bytes;  // of grad_z too
+    grad_z += feature_warp_ * Traits::kSlabsOfWarp * slab_bytes;
+    v += channel_warp_ * Traits::kSlabsOfWarp * slab_bytes;
     const int step_bytes = Traits::kDepth * Traits::kLine;
     FSC_ROLLED
     for (int offset = pixel_warp_ * step_bytes; offset < slab_bytes; offset += tiles_.pixel_warps * step_bytes) {
       if constexpr (sizeof(Scalar) == 2)
-        multiply_halves(shared_address(z) + offset, shared_address(t) + offset);
+        multiply_halves(shared_address(grad_z) + offset, shared_address(v) + offset);
       else
-        multiply_tf32(z + offset, t + offset, slab_bytes);
+        multiply_tf32(grad_z + offset, v + offset, slab_bytes);
     }
   }
 
   // 16 pixels in 16 bits.
-  FSC_DEVICE void multiply_halves(SharedAddress z, SharedAddress t) {
+  FSC_DEVICE void multiply_halves(SharedAddress grad_z, SharedAddress v) {
     const unsigned matrix = threadIdx.x % 32 / 8, row = threadIdx.x % 8;
     uint32_t a[kRowTiles][4];
-    const SharedAddress z_line = z + (matrix / 2 * 8 + row) * Traits::kLine;
+    const SharedAddress grad_line = grad_z + (matrix / 2 * 8 + row) * Traits::kLine;
     FSC_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile)
-      ldmatrix_x4_trans(a[tile], z_line + ((tile * 2 + matrix % 2) * 16 ^ swizzle(row)));
-    const SharedAddress t_line = t + (matrix % 2 * 8 + row) * Traits::kLine;
+      ldmatrix_x4_trans(a[tile], grad_line + ((tile * 2 + matrix % 2) * 16 ^ swizzle(row)));
+    const SharedAddress v_line = v + (matrix % 2 * 8 + row) * Traits::kLine;
     FSC_UNROLL
     for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, t_line + ((pair * 2 + matrix / 2) * 16 ^ swizzle(row)));
+      ldmatrix_x4_trans(b, v_line + ((pair * 2 + matrix / 2) * 16 ^ swizzle(row)));
       FSC_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
         mma<Scalar>(acc_[tile][2 * pair], a[tile], b[0], b[1]);
@@ -486,9 +486,9 @@ class MmaBackwardPointwiseWeight {
     }
   }
 
-  // 8 pixels in TF32: lane (g, t) reads features 2g and 2g + 1 of 16, and channel g of 8, at pixels t and t + 4: the
+  // 8 pixels in TF32: lane (g, q) reads features 2g and 2g + 1 of 16, and channel g of 8, at pixels q and q + 4: the
   // operands then lie in registers as mma.sync wants them.
-  FSC_DEVICE void multiply_tf32(const unsigned char* z, const unsigned char* t, int slab_bytes) {
+  FSC_DEVICE void multiply_tf32(const unsigned char* grad_z, const unsigned char* v, int slab_bytes) {
     const unsigned column = threadIdx.x % 32 / 4, pixel = threadIdx.x % 4;
     uint32_t a[kRowTiles][4];
     FSC_UNROLL
@@ -496,8 +496,8 @@ class MmaBackwardPointwiseWeight {
       const unsigned place = (tile % 2 * 64 + column * 8) ^ swizzle(pixel);
       FSC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const auto values = fused_sepconv::load<2>(
-            reinterpret_cast<const float*>(z + tile / 2 * slab_bytes + (pixel + half * 4) * Traits::kLine + place));
+        const auto values = fused_sepconv::load<2>(reinterpret_cast<const float*>(
+            grad_z + tile / 2 * slab_bytes + (pixel + half * 4) * Traits::kLine + place));
         a[tile][half * 2] = to_tf32(values[0]);
         a[tile][half * 2 + 1] = to_tf32(values[1]);
       }
@@ -509,7 +509,7 @@ class MmaBackwardPointwiseWeight {
       FSC_UNROLL
       for (int half = 0; half < 2; ++half)
         b[half] = fused_sepconv::load<1>(
-            reinterpret_cast<const uint32_t*>(t + i / 4 * slab_bytes + (pixel + half * 4) * Traits::kLine + place))[0];
+            reinterpret_cast<const uint32_t*>(v + i / 4 * slab_bytes + (pixel + half * 4) * Traits::kLine + place))[0];
       FSC_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) mma<Scalar>(acc_[tile][i], a[tile], b[0], b[1]);
     }
@@ -548,7 +548,7 @@ class MmaBackwardPointwiseWeight {
 
   // The warp's 64 x 64 of partial_weight.
   FSC_DEVICE void finish() const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     const int first_f = first_feature_ + feature_warp_ * Traits::kWarpTile;
     const int first_k = first_channel_ + channel_warp_ * Traits::kWarpTile;
     float* partial = static_cast<float*>(params_.partial_weight) + part_ * static_cast<int64_t>(shape_.F) * shape_.K;
@@ -561,7 +561,7 @@ class MmaBackwardPointwiseWeight {
         float* row = partial + static_cast<int64_t>(f) * shape_.K;
         FSC_UNROLL
         for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
-          const int k = first_k + pair * 16 + 4 * t;
+          const int k = first_k + pair * 16 + 4 * q;
           Vector<float, 4> vector;
           FSC_UNROLL
           for (int j = 0; j < 4; ++j) vector[j] = acc_[tile][2 * pair + j / 2][half * 2 + j % 2];
@@ -576,12 +576,12 @@ class MmaBackwardPointwiseWeight {
   FSC_DEVICE int words() const { return layout_.feature_slabs * 32; }
 
   // A tile is summed by itself first: of very many pixels, the running sum would else lose the small ones.
-  FSC_DEVICE void add_to_bias(const unsigned char* z, float (&sum)[Traits::kPerWord]) const {
+  FSC_DEVICE void add_to_bias(const unsigned char* grad_z, float (&sum)[Traits::kPerWord]) const {
     const unsigned word = threadIdx.x & (words() - 1), of_line = word % 32;
-    z += word / 32 * layout_.intermediate_slab_bytes;
+    grad_z += word / 32 * layout_.intermediate_slab_bytes;
     PerWord tile = {};
     for (int pixel = threadIdx.x / words(); pixel < layout_.pixels; pixel += Traits::kThreads / words()) {
-      const unsigned char* place = z + pixel * Traits::kLine + (of_line * 4 ^ swizzle(pixel));
+      const unsigned char* place = grad_z + pixel * Traits::kLine + (of_line * 4 ^ swizzle(pixel));
       const PerWord values = floats_of<Scalar>(fused_sepconv::load<1>(reinterpret_cast<const uint32_t*>(place))[0]);
       FSC_UNROLL
       for (int e = 0; e < Traits::kPerWord; ++e) tile[e] += values[e];

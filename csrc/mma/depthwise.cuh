@@ -10,7 +10,7 @@
 //      '---- a word of a cell ----------'
 //              | float32, + bias, mid_act
 //              v
-//   t[kPixels rows][slab]            as Scalar; float32 rounded to TF32      in shared memory
+//   v[kPixels rows][slab]            as Scalar; float32 rounded to TF32      in shared memory
 //
 // A slab is 64 or 128 bytes of a pixel's channels: 16 or 32 words.
 //
@@ -21,8 +21,8 @@
 // neighbouring cells, 4 * stride pixels apart, which is a multiple of the banks' 128 bytes. So every other 4 * stride
 // columns of such a patch are exchanged with their neighbours, and the two read different banks.
 //
-// The rows of t. Pixel (r, c) of cell b is row (4r + c) * 16 + b, and the chunks of 16 bytes of a row are exchanged
-// (t_offset), so that a warp's stores, and ldmatrix of 8 neighbouring rows, transposing or not, meet every bank once.
+// The rows of v. Pixel (r, c) of cell b is row (4r + c) * 16 + b, and the chunks of 16 bytes of a row are exchanged
+// (v_offset), so that a warp's stores, and ldmatrix of 8 neighbouring rows, transposing or not, meet every bank once.
 // Cells that a tile has not, and pixels past the image, hold nonsense, finite or not; with kZeroOutside they are zeros,
 // for sums over pixels.
 //
@@ -84,17 +84,17 @@ class MmaDepthwise {
       const int row = own.row == kNowhere ? 0 : own.row * stride_h();
       own.window = kept((row * layout_.columns + own.column * stride_w()) * Traits::kSlabBytes + word * 4);
     }
-    out_ = kept(t_offset(threadIdx.x / Traits::kWords, word / 4) + word % 4 * 4);
+    out_ = kept(v_offset(threadIdx.x / Traits::kWords, word / 4) + word % 4 * 4);
   }
 
-  // Where chunk `chunk` of a row of t lies, in bytes. The exchange of chunks is the same for rows 8 apart.
-  FSC_DEVICE static int t_offset(int row, int chunk) {
+  // Where chunk `chunk` of a row of v lies, in bytes. The exchange of chunks is the same for rows 8 apart.
+  FSC_DEVICE static int v_offset(int row, int chunk) {
     constexpr int kRows = 128 / Traits::kSlabBytes;  // that have all banks
     return row * Traits::kSlabBytes + (chunk ^ row / kRows % Traits::kChunks) * 16;
   }
-  static constexpr int kOperandBytes = Traits::kPixels * Traits::kSlabBytes;  // of t
+  static constexpr int kOperandBytes = Traits::kPixels * Traits::kSlabBytes;  // of v
 
-  // Where in a tile the pixel of a row of t lies; false: nowhere.
+  // Where in a tile the pixel of a row of v lies; false: nowhere.
   FSC_DEVICE bool place(int t_row, int& row, int& column) const {
     const int pixel = t_row / Traits::kCells;
     int cell = t_row % Traits::kCells;
@@ -198,9 +198,9 @@ class MmaDepthwise {
     }
   }
 
-  // The depthwise results of a slab of the tile, to t.
+  // The depthwise results of a slab of the tile, to v.
   template <bool kZeroOutside = false>
-  FSC_DEVICE void convolve(const unsigned char* stage, unsigned char* t, const Tile& tile = {}) const {
+  FSC_DEVICE void convolve(const unsigned char* stage, unsigned char* v, const Tile& tile = {}) const {
     const int taps = shape_.kernel_h * shape_.kernel_w;
     const int word = threadIdx.x % Traits::kWords;
     const unsigned char* const weights = stage + layout_.patch_bytes;
@@ -225,7 +225,7 @@ class MmaDepthwise {
                    [&](int index) { return tap(reinterpret_cast<const uint32_t*>(weights) + word * kTaps, index); });
       else
         add_any_window(stage, own, reinterpret_cast<const Scalar*>(weights) + word * Traits::kPerWord * taps, sum);
-      unsigned char* const out = t + out_ + pass * Traits::kCellsAtOnce * Traits::kSlabBytes;
+      unsigned char* const out = v + out_ + pass * Traits::kCellsAtOnce * Traits::kSlabBytes;
       FSC_UNROLL
       for (int r = 0; r < Traits::kCellRows; ++r) {
         Values<Traits::kCellColumns * Traits::kPerWord> row;
@@ -385,7 +385,7 @@ class MmaDepthwise {
   uint32_t* table_;  // of each pixel of the patch: 16 bytes from its image's first, or 0; kInside if it is in the image
   const unsigned char* image_;  // of x: the tile's
   Cell cells_[Traits::kPasses];
-  int out_;  // the first word that the thread writes of t, in bytes
+  int out_;  // the first word that the thread writes of v, in bytes
 };
 
 }  // namespace fused_sepconv

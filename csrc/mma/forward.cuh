@@ -9,7 +9,7 @@
 //   patch and taps of a slab of channels                     features[128 or 256][slab]            shared memory
 //      | mma_depthwise.cuh: float32, + bias, mid_act         |
 //      v                                                        |
-//   t[pixels][slab]                                             |                                  shared memory
+//   v[pixels][slab]                                             |                                  shared memory
 //      '---------------------------- ldmatrix ------------------+
 //                                                               v
 //                                     mma.sync, acc[pixels x features] in registers
@@ -28,7 +28,7 @@
 // the other the CUDA cores. A stage has a slab's patch and the features of the slab before, which are used in the same
 // iteration. Blocks are persistent: a tile's epilogue runs while the next tile's slabs arrive.
 //
-// Why it is legal. The pointwise convolution has no halo, so a tile needs the depthwise results of its own pixels only.
+// Why it is right. The pointwise convolution has no halo, so a tile needs the depthwise results of its own pixels only.
 // A dilated convolution is several undilated ones (phases.cuh), so that a patch never has holes.
 //
 // Floor. Device bytes: x + y + weights (+ residual). A tile reads its patch once a slab: halo pixels and later tiles
@@ -106,7 +106,7 @@ class MmaForward {
         depthwise_(params.depthwise, shared) {
     // Lane 8m + r of an ldmatrix points at row r of matrix m. Operand A's four are 16 pixels by two chunks, a step in
     // depth; operand B's are eight features by four chunks, two steps.
-    row_of_ = kept(Depthwise::t_offset(warp_row() * kWarpPixels + lane() % 16, lane() / 16));
+    row_of_ = kept(Depthwise::v_offset(warp_row() * kWarpPixels + lane() % 16, lane() / 16));
     const int column = lane() % 8;
     const int feature = warp_column() * kWarpFeatures + column / 2 * Traits::kVector + column % 2;
     column_of_ = kept(features_offset(feature, lane() / 8));
@@ -126,7 +126,7 @@ class MmaForward {
     unsigned char* stage = shared_ + layout_.stages;  // of slab `item`, and of the features of the one before
     int tile = blockIdx.x;                            // whose slabs are multiplied
     int slab = 0, convolved_slab = 0;                 // of a tile: the next to be multiplied and convolved
-    int t = layout_.operands, t_before = t + Depthwise::kOperandBytes;  // what they convolve to, and multiply from
+    int v = layout_.operands, v_before = v + Depthwise::kOperandBytes;  // what they convolve to, and multiply from
     begin(tile);
     for (int item = 0; item <= items; ++item) {
       wait_for_oldest();
@@ -135,9 +135,9 @@ class MmaForward {
       // Slab `item` is there for all, the one before is convolved, and nobody reads what is overwritten from here on.
       __syncthreads();
       loader.load();
-      if (lags && item > 0) multiply(shared_ + t_before, stage, slab);
-      if (item < items) depthwise_.convolve(brought, shared_ + t);
-      if (!lags && item > 0) multiply(shared_ + t_before, stage, slab);
+      if (lags && item > 0) multiply(shared_ + v_before, stage, slab);
+      if (item < items) depthwise_.convolve(brought, shared_ + v);
+      if (!lags && item > 0) multiply(shared_ + v_before, stage, slab);
       if (item > 0 && ++slab == slabs) {
         slab = 0;
         finish(tile);
@@ -145,8 +145,8 @@ class MmaForward {
       }
       if (++convolved_slab == slabs) convolved_slab = 0;
       stage = next(stage);
-      const int swapped = t;
-      t = t_before, t_before = swapped;
+      const int swapped = v;
+      v = v_before, v_before = swapped;
     }
   }
 
@@ -244,9 +244,9 @@ class MmaForward {
     return row * Traits::kSlabBytes + (chunk ^ (Traits::kSlabBytes == 64 ? exchange : exchange * 2 + row % 2)) * 16;
   }
 
-  // acc += t * b, 64 bytes of channels at a time, as far as there are any.
-  FSC_DEVICE void multiply(const unsigned char* t, const unsigned char* features, int slab) {
-    const SharedAddress rows = shared_address(t), columns = shared_address(features);
+  // acc += v * b, 64 bytes of channels at a time, as far as there are any.
+  FSC_DEVICE void multiply(const unsigned char* v, const unsigned char* features, int slab) {
+    const SharedAddress rows = shared_address(v), columns = shared_address(features);
     FSC_UNROLL
     for (int part = 0; part < Traits::kSlabBytes / 64; ++part) {
       if (part > 0 && slab * Traits::kSlab + part * kPartChannels >= shape_.K) break;
@@ -387,7 +387,7 @@ class MmaForward {
 
   unsigned char* const shared_;
   Depthwise depthwise_;
-  int row_of_, column_of_;  // what the lane points ldmatrix at, of t and of the features
+  int row_of_, column_of_;  // what the lane points ldmatrix at, of v and of the features
   float acc_[kRowTiles][kColumnTiles][4];
 };
 

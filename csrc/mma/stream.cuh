@@ -111,8 +111,8 @@ struct MmaInputTraits {
   static constexpr int kVector = 16 / sizeof(Scalar);
   static constexpr int kFeatures = 16;  // of a slab: a step of mma.sync in depth
 
-  static constexpr int kZBytes = kTile * kFeatures * sizeof(Scalar);
-  static constexpr int kStageBytes = kZBytes + kFeatures * kChannels * sizeof(Scalar);
+  static constexpr int kGradBytes = kTile * kFeatures * sizeof(Scalar);
+  static constexpr int kStageBytes = kGradBytes + kFeatures * kChannels * sizeof(Scalar);
   // A position of the ring: 16 bytes more than its channels, so that neighbours' chunks lie in different banks.
   static constexpr int kPitch = kChannels * sizeof(Scalar) + 16;
 

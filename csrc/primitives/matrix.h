@@ -1,20 +1,20 @@
 // matrix.h - warp-wide matrix instructions: ldmatrix, stmatrix, mma.sync (sm_80 and newer).
 //
-// All 32 lanes call them together. Lane l has g = l / 4 and t = l % 4. An 8x8 matrix of 16-bit elements lies as
-// eight 16-byte rows in shared memory and as one register a lane: row g, columns 2t and 2t + 1.
+// All 32 lanes call them together. Lane l has g = l / 4 and q = l % 4. An 8x8 matrix of 16-bit elements lies as
+// eight 16-byte rows in shared memory and as one register a lane: row g, columns 2q and 2q + 1.
 //
 // clang-format off
 //   operands of mma, a 16x8 product of depth K:
 //
 //             A (16 x K, row by row)       B (K x 8, column by column)   D (16 x 8)
-//   16 bits,  a[0] row g,   k 2t, 2t+1     b0 column g, k 2t, 2t+1       d[0], d[1] row g,   columns 2t, 2t+1
-//   K = 16    a[1] row g+8, k 2t, 2t+1     b1 column g, k 2t+8, 2t+9     d[2], d[3] row g+8, columns 2t, 2t+1
-//             a[2] row g,   k 2t+8, 2t+9
-//             a[3] row g+8, k 2t+8, 2t+9
-//   tf32,     a[0] row g,   k t            b0 column g, k t              as above
-//   K = 8     a[1] row g+8, k t            b1 column g, k t+4
-//             a[2] row g,   k t+4
-//             a[3] row g+8, k t+4
+//   16 bits,  a[0] row g,   k 2q, 2q+1     b0 column g, k 2q, 2q+1       d[0], d[1] row g,   columns 2q, 2q+1
+//   K = 16    a[1] row g+8, k 2q, 2q+1     b1 column g, k 2q+8, 2q+9     d[2], d[3] row g+8, columns 2q, 2q+1
+//             a[2] row g,   k 2q+8, 2q+9
+//             a[3] row g+8, k 2q+8, 2q+9
+//   tf32,     a[0] row g,   k q            b0 column g, k q              as above
+//   K = 8     a[1] row g+8, k q            b1 column g, k q+4
+//             a[2] row g,   k q+4
+//             a[3] row g+8, k q+4
 // clang-format on
 #pragma once
 
@@ -36,7 +36,7 @@ FSC_DEVICE void ldmatrix_x4(uint32_t (&fragments)[4], SharedAddress row, Site si
 #endif
 }
 
-// As ldmatrix_x4, transposing each matrix: the lane gets rows 2t and 2t + 1 of column g.
+// As ldmatrix_x4, transposing each matrix: the lane gets rows 2q and 2q + 1 of column g.
 FSC_DEVICE void ldmatrix_x4_trans(uint32_t (&fragments)[4], SharedAddress row, Site site = Site::here()) {
 #ifdef FSC_EMULATED
   ::emulator::load_matrices(fragments, 4, true, row, site);

@@ -1,6 +1,6 @@
 // forward.cuh - fused depthwise + pointwise convolution, forward, on the CUDA cores.
 //
-// The kernel that serves every legal problem: any kernel size, stride, dilation, depth multiplier, padding and strides
+// The kernel that runs every valid problem: any kernel size, stride, dilation, depth multiplier, padding and strides
 // of x, in every dtype. Where the tensor cores may be used, or 3x3 alone matters, other families are faster.
 //
 //     x (N, C, H, W)                                      one block: 64 output pixels x 64 features,
@@ -17,7 +17,7 @@
 // addresses, and owns a 4 x 4 corner of the product. The blocks of one pixel tile are neighbours in the grid, so that
 // its x is still in L2 for the next slab of F.
 //
-// Why it is legal. The pointwise convolution has no halo: an output pixel needs the depthwise result of that pixel
+// Why it is right. The pointwise convolution has no halo: an output pixel needs the depthwise result of that pixel
 // alone, so the intermediate image never leaves the block.
 //
 // Floor. Device bytes: x + y + weights (+ residual), each once; taps and slabs of F re-read x through L1 and L2.

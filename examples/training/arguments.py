@@ -2,6 +2,8 @@
 
 import argparse
 import ast
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,33 +14,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The everyday one.
     "adamw": {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine", "warmup_epochs": 5, "epochs": 100}
     | {"smoothing": 0.1, "drop": 0.0, "model_ema": False},
-    # Sections 4.3 to 4.5 of the paper, for one class an image. It gives no number of epochs and no batch size: those
+    # Sections 4.2 and 4.3 of the paper, for one class an image. It gives no number of epochs and no batch size: those
     # are ours.
-    "imagenet": {"opt": "sgd", "lr": 0.045, "momentum": 0.9, "weight_decay": 1e-5, "sched": "step", "decay_epochs": 2.0}
+    "imagenet": {"opt": "sgd", "lr": 0.045, "weight_decay": 1e-5, "sched": "step", "decay_epochs": 2.0}
     | {"decay_rate": 0.94, "warmup_epochs": 0, "epochs": 100, "smoothing": 0.0, "drop": 0.5, "model_ema": True},
     # The same sections, for many labels an image.
-    "jft": {"opt": "rmsprop", "lr": 0.001, "momentum": 0.9, "weight_decay": 1e-5, "sched": "step"}
-    | {"decay_images": 3_000_000, "decay_rate": 0.9, "warmup_epochs": 0, "epochs": 10, "smoothing": 0.0, "drop": 0.0}
-    | {"model_ema": True, "multi_label": True},
+    "jft": {"opt": "rmsprop", "lr": 0.001, "weight_decay": 1e-5, "sched": "step", "decay_images": 3_000_000}
+    | {"decay_rate": 0.9, "warmup_epochs": 0, "epochs": 10, "smoothing": 0.0, "drop": 0.0, "model_ema": True}
+    | {"multi_label": True},
 }
 INCEPTION_WEIGHT_DECAY = 4e-5
 """The paper's for Inception V3, in both of its recipes."""
-
-DATASETS: dict[str, dict[str, Any]] = {
-    "folder": {},
-    # 1437 + 360 images of 8 x 8 pixels, enlarged; a mirrored digit is none.
-    "digits": {"model": ["xception_slim"], "img_size": 32, "scale": (0.7, 1.0), "hflip": 0.0, "crop_pct": 1.0}
-    | {"epochs": 15, "warmup_epochs": 3, "log_interval": 10},
-    "synthetic": {},
-}
-"""Their names, and the values of flags that suit them."""
+# 1437 + 360 images of 8 x 8 pixels, enlarged; a mirrored digit is none.
+DIGITS = {"model": ["xception_slim"], "img_size": 32, "scale": (0.7, 1.0), "hflip": 0.0, "crop_pct": 1.0}
+DIGITS |= {"epochs": 15, "warmup_epochs": 3, "log_interval": 10}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options. What is not given comes from the dataset, or from the recipe, or from the flag itself."""
     parser = _parser()
     given = parser.parse_args(argv)
-    defaults = {**RECIPES[given.recipe], **DATASETS[given.dataset]}
+    defaults = {**RECIPES[given.recipe], **(DIGITS if given.dataset == "digits" else {})}
     if given.model == ["inception_v3"] and given.recipe != "adamw":
         defaults["weight_decay"] = INCEPTION_WEIGHT_DECAY
     if given.epochs is not None and defaults["warmup_epochs"] >= given.epochs:  # a short run is a short warm-up too
@@ -46,6 +42,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))  # as torchrun says
+    options.rank, options.ranks, options.local_ranks = (int(os.environ.get(name, n)) for name, n in ranks)
     options.model_kwargs, options.models = dict(options.model_kwargs), options.model
     options.model = options.models[0]
     _check(parser, options)
@@ -53,29 +51,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    what = (
-        "Trains an image classifier, on one machine or many; or evaluates several. README's section Train has examples."
-    )
+    what = "Trains an image classifier, on one machine or many; or evaluates several. README's section Train says more."
     parser = argparse.ArgumentParser(description=what, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", type=Path, metavar="DIR", help="DIR/train and DIR/val, with a folder for each class")
-    add("--dataset", choices=DATASETS, default="folder", help="default: folder, which is --data-dir")
+    add("--dataset", choices=("digits",), help="instead of --data-dir: scikit-learn's handwritten digits")
     add("--multi-label", action="store_true", help="many labels an image, listed in DIR/*/labels.csv")
     add("--class-weights", type=Path, metavar="FILE", help="label,weight: what labels count in MAP@100; default: 1")
     add("--img-size", type=_some, default=299, metavar="N", help="pixels; default: 299")
     add("-b", "--batch-size", type=_some, default=64, metavar="N", help="of a rank; default: 64")
-    add("-j", "--workers", type=_count, metavar="N", help="default: 4, or none in memory")
+    add("-j", "--workers", type=_count, metavar="N", help="default: 4, or none for the digits")
     add("--scale", type=_share, nargs=2, default=(0.08, 1.0), metavar="P", help="area of training crops")
     add("--hflip", type=_probability, default=0.5, metavar="P", help="default: 0.5")
     add("--crop-pct", type=_share, default=0.9, metavar="P", help="of the side, evaluated; default: 0.9")
     add("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), metavar="X", help="default: 0.5 0.5 0.5")
     add("--std", type=_positive, nargs=3, default=(0.5, 0.5, 0.5), metavar="X", help="the same")
-    add("--synthetic-images", type=_some, default=4096, metavar="N", help="default: 4096")
     add = parser.add_argument_group("model").add_argument
     name = "xception, xception_slim, googlenet, or one of timm's; with --evaluate one for each of --weights, or for all"
     add("--model", nargs="+", default=["xception"], metavar="NAME", help=name)
     add("--model-kwargs", type=_assignment, nargs="*", action="extend", default=[], metavar="K=V", help="its arguments")
-    add("--num-classes", type=_some, metavar="N", help="default: as many as the data has")
     add("--drop", type=_probability, metavar="P", help="dropout before the last layer")
     what = "to start from, or to evaluate: .safetensors or .ckpt of a run, Keras's or timm's files of Xception"
     add("--weights", "--initial-checkpoint", type=Path, nargs="+", default=[], metavar="FILE", help=what)
@@ -95,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--decay-epochs", type=_positive, default=2.0, metavar="N", help="it decays after so many")
     add("--decay-images", type=_some, metavar="N", help="or after so many images")
     add("--warmup-epochs", type=_count, metavar="N")
-    add("--smoothing", type=_probability, metavar="X", help="of labels")
+    add("--smoothing", type=_probability, metavar="X", help="of the label, where there is one an image")
     add("--model-ema", action=argparse.BooleanOptionalAction, help="evaluate averaged weights (Polyak)")
     add("--model-ema-decay", type=_probability, default=0.9999, metavar="X", help="default: 0.9999")
     add = parser.add_argument_group("engine").add_argument
@@ -120,30 +114,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    folder, models, files = options.dataset == "folder", len(options.models), len(options.weights)
-    if options.summary:
-        options.num_classes = options.num_classes or (10 if options.dataset == "digits" else 1000)
-        return
-    for wrong, flag, why in (
-        (options.device == "cuda" and not torch.cuda.is_available(), "--device", "PyTorch sees no CUDA GPU here"),
-        (folder and options.data_dir is None, "--data-dir", "expected a folder of images, or --dataset digits"),
-        (not folder and options.data_dir, "--data-dir", f"--dataset {options.dataset} has no folder"),
-        (not folder and options.multi_label, "--multi-label", f"--dataset {options.dataset} has one label an image"),
-        (options.multi_label and options.smoothing, "--smoothing", "is for one class an image, not for --multi-label"),
-        (options.class_weights and not options.multi_label, "--class-weights", "is for --multi-label"),
-        (options.sync_bn and options.device == "cpu", "--sync-bn", "PyTorch's SyncBatchNorm needs GPUs"),
-        (options.model_ema and options.distributed == "fsdp", "--model-ema", "Lightning averages no sharded weights: "
-         "give --no-model-ema"),
-        (options.scale[0] > options.scale[1], "--scale", f"expected the smaller share first, got {options.scale}"),
-        (options.warmup_epochs >= options.epochs, "--warmup-epochs",
-         f"expected fewer than the {options.epochs} epochs, got {options.warmup_epochs}"),
-        (options.evaluate and not files, "--weights", "--evaluate needs a file"),
-        (not options.evaluate and files > 1, "--weights", f"a training starts from one file, got {files}"),
-        (models > 1 and models != (files if options.evaluate else 1), "--model",
-         f"expected one, or with --evaluate one for each of the {files} --weights, got {models}"),
-        (options.resume is True and options.output is None, "--resume", "a checkpoint's name or --output is needed"),
-    ):  # fmt: skip
-        if wrong:
+    models, files = len(options.models), len(options.weights)
+    one_source = options.summary or (options.data_dir is None) != (options.dataset is None)
+    for right, flag, why in (
+        (one_source, "--data-dir", "expected a folder of images, or --dataset digits"),
+        (not options.multi_label or not options.dataset, "--multi-label", "a digit has one label"),
+        (options.device == "cuda" or not options.sync_bn, "--sync-bn", "PyTorch's SyncBatchNorm needs GPUs"),
+        (options.distributed == "ddp" or not options.model_ema, "--model-ema", "Lightning averages no sharded weights"),
+        (files == 1 or options.evaluate or not files, "--weights", "a training starts from one file"),
+        (files or not options.evaluate, "--weights", "--evaluate needs a file"),
+        (models == 1 or (options.evaluate and models == files), "--model", "expected one, or one a file of --weights"),
+        (options.resume is not True or options.output, "--resume", "a checkpoint's name or --output is needed"),
+    ):
+        if not right:
             parser.error(f"argument {flag}: {why}")
 
 
@@ -157,7 +140,7 @@ def _number(kind: Callable, good: Callable[[Any], bool], expected: str) -> Calla
 
 
 _count, _some = _number(int, lambda n: n >= 0, "0 or more"), _number(int, lambda n: n >= 1, "1 or more")
-_positive = _number(float, lambda x: 0 < x < float("inf"), "more than 0")
+_positive = _number(float, lambda x: 0 < x < math.inf, "more than 0")
 _share = _number(float, lambda x: 0 < x <= 1, "more than 0 and at most 1")
 _probability = _number(float, lambda x: 0 <= x < 1, "0 or more and less than 1")
 

@@ -1,4 +1,4 @@
-"""Images and what they show: a folder tree, scikit-learn's digits, or noise; and which rank reads which of them when.
+"""Images and what they show: a folder tree, or scikit-learn's digits; and which rank reads which of them when.
 
 one class an image        DIR/train/CLASS/*.jpg   DIR/val/CLASS/*.jpg
 many labels an image      DIR/train/labels.csv    DIR/val/labels.csv    with a header line `image,labels`; images
@@ -11,10 +11,10 @@ workers, draws what an uninterrupted one would have drawn, and no generator's st
 
 import csv
 import math
-import os
 import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
-from .errors import UserError
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-EVALUATION_FOLDERS = ("val", "validation", "test")
-ASPECT_RATIOS = (3 / 4, 4 / 3)
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+ASPECT_RATIO = 4 / 3
+"""Of training crops, at most, wide or high."""
 FOLDER_WORKERS = 4
-SYNTHETIC_IMAGES, SYNTHETIC_SIZE, SYNTHETIC_CLASSES = 64, 64, 1000
-"""So many noise images, which then come again, of so many pixels a side."""
 
 Key = tuple[int, int, bool]
 """(epoch, number of the image, whether it counts: an evaluation is filled up to the same length in all ranks)"""
+
+
+class UserError(Exception):
+    """What the user can do something about: its text is printed, without a traceback."""
 
 
 def derive(seed: int, use: str, *place: int) -> int:
@@ -44,146 +45,43 @@ def derive(seed: int, use: str, *place: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
-class Images:
-    """(PIL image in RGB, class number) pairs; or (image, float32 (classes,) of zeros and ones), of lists of numbers.
+class Images(Dataset):
+    """(tensor (3, size, size), target, whether it counts) by `Key`; the target is a class's number, or, for many
+    labels, float32 (classes,) of zeros and ones.
 
-    `sources` are paths, or arrays uint8 (H, W, 3); used again from the first where there are more targets.
+    Args:
+        sources: paths, or arrays uint8 (H, W, 3).
+        labels: each image's, as numbers.
+        augment: a random crop and flip, else the middle.
     """
 
-    def __init__(self, sources: Sequence[Any], targets: Sequence[Any], classes: Sequence[str]) -> None:
-        self.sources, self.targets, self.classes = sources, targets, list(classes)
+    def __init__(self, options: Namespace, sources: Sequence, labels: list[list[int]], classes: int, augment: bool):
+        self.options, self.sources, self.labels = options, sources, labels
+        self.classes, self.augment = classes, augment
 
     def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        source, target = self.sources[index % len(self.sources)], self.targets[index]
-        image = Image.fromarray(source) if isinstance(source, np.ndarray) else read_image(source)
-        if isinstance(target, list):
-            labels, target = target, torch.zeros(len(self.classes))
-            target[labels] = 1
-        return image, target
-
-
-def read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from None
-
-
-def splits(options: Namespace) -> tuple[Images | None, Images]:
-    """The images to train on (None for an evaluation), and those to evaluate on."""
-    if options.dataset == "digits":
-        return _digits()
-    if options.dataset == "synthetic":
-        generator, shape = np.random.default_rng(0), (SYNTHETIC_IMAGES, SYNTHETIC_SIZE, SYNTHETIC_SIZE, 3)
-        pixels = generator.integers(0, 256, shape, dtype=np.uint8)
-        classes = options.num_classes or SYNTHETIC_CLASSES
-        targets = generator.integers(0, classes, options.synthetic_images).tolist()
-        return (Images(list(pixels), targets, [str(number) for number in range(classes)]),) * 2
-    root, read = options.data_dir, _labels if options.multi_label else _classes
-    evaluation = next((root / name for name in EVALUATION_FOLDERS if (root / name).is_dir()), None)
-    if not root.is_dir():
-        raise UserError(f"--data-dir: there is no folder {root}")
-    if options.evaluate:
-        return None, read(evaluation or root, None)
-    if not (root / "train").is_dir() or evaluation is None:
-        missing = " or ".join(EVALUATION_FOLDERS) if (root / "train").is_dir() else "train"
-        raise UserError(f"--data-dir: {root} has no folder {missing}")
-    train = read(root / "train", None)
-    return train, read(evaluation, train.classes)
-
-
-def _digits() -> tuple[Images, Images]:
-    """scikit-learn's 1797 handwritten digits, 8 x 8: a fixed fifth of each digit is the test set."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits().images, load_digits().target
-    images = np.repeat((images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
-    parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
-    names = [str(digit) for digit in range(10)]
-    return tuple(Images(list(parts[i]), parts[i + 2].tolist(), names) for i in (0, 1))
-
-
-def _classes(root: Path, twin: Sequence[str] | None) -> Images:
-    """One folder a class, whose images may lie in folders below it. `twin`: the classes that it must have."""
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not found:
-        raise UserError(f"--data-dir: {root} has no subfolders; expected one for each class")
-    if twin is not None and found != twin:
-        differences = [f"{name} only here" for name in found if name not in twin]
-        differences += [f"without {name}" for name in twin if name not in found]
-        raise UserError(f"--data-dir: {root} has other classes than its twin: {', '.join(differences[:3])}")
-    samples = []
-    for label, name in enumerate(found):
-        files = (Path(at, file) for at, _, files in os.walk(root / name, followlinks=True) for file in files)
-        inside = sorted(str(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not inside:
-            raise UserError(f"--data-dir: no images in {root / name}")
-        samples += [(file, label) for file in inside]
-    return Images(*zip(*samples, strict=True), found)
-
-
-def _labels(root: Path, twin: Sequence[str] | None) -> Images:
-    """Images with any number of labels each, listed in labels.csv. `twin`: the labels that it may have."""
-    rows = read_csv(root / "labels.csv", ["image", "labels"])
-    labels = [(row["labels"] or "").split() for row in rows]
-    found = sorted({label for of_image in labels for label in of_image})
-    if not found:
-        raise UserError(f"{root / 'labels.csv'} lists no images with labels")
-    if twin is not None and (extra := sorted(set(found) - set(twin))):
-        raise UserError(
-            f"{root / 'labels.csv'} has labels that the training images do not have: {', '.join(extra[:3])}"
-        )
-    number = {name: index for index, name in enumerate(twin or found)}
-    targets = [[number[label] for label in of_image] for of_image in labels]
-    return Images([str(root / row["image"]) for row in rows], targets, list(number))
-
-
-def read_csv(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != columns:
-            raise UserError(f"{path}: expected the header line {','.join(columns)}, got {reader.fieldnames}")
-        return list(reader)
-
-
-class Prepared(Dataset):
-    """(tensor (3, size, size), target, whether it counts). Its keys have the epoch, for the augmentation's seed."""
-
-    def __init__(self, images: Images, options: Namespace, augment: bool) -> None:
-        self.images, self.options, self.augment = images, options, augment
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (options.mean, options.std))
+        return len(self.labels)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Any, bool]:
         epoch, index, counts = key
-        image, target = self.images[index]
-        generator = torch.Generator().manual_seed(derive(self.options.seed, "augmentation", epoch, index))
-        image = self._random_crop(image, generator) if self.augment else self._middle(image)
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (x - self.mean) / self.std, target, counts
+        source, labels = self.sources[index], self.labels[index]
+        image = Image.fromarray(source) if isinstance(source, np.ndarray) else _read_image(source)
+        rng = np.random.default_rng(derive(self.options.seed, "augmentation", epoch, index))
+        image = self._random_crop(image, rng) if self.augment else self._middle(image)
+        x = (np.asarray(image, np.float32) / 255 - np.float32(self.options.mean)) / np.float32(self.options.std)
+        target = F.one_hot(torch.tensor(labels, dtype=torch.long), self.classes).sum(0).float()
+        return torch.from_numpy(x.transpose(2, 0, 1).copy()), target if self.options.multi_label else labels[0], counts
 
-    def _random_crop(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        """A crop of random area and shape, flipped by chance; of a very long image, the largest from its middle."""
-        width, height = image.size
-        low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
-        w, h = min(width, round(height * ASPECT_RATIOS[1])), min(height, round(width / ASPECT_RATIOS[0]))
-        left, top = (width - w) // 2, (height - h) // 2
-        smallest, largest = self.options.scale
-        for draw in torch.rand(10, 4, generator=generator).tolist():
-            area = width * height * (smallest + (largest - smallest) * draw[0])
-            ratio = math.exp(low + (high - low) * draw[1])
-            size = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < size[0] <= width and 0 < size[1] <= height:
-                (w, h), left, top = size, int(draw[2] * (width - size[0] + 1)), int(draw[3] * (height - size[1] + 1))
-                break
-        box, size = (left, top, left + w, top + h), (self.options.img_size,) * 2
+    def _random_crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """A crop of random area and shape, at most the image; flipped by chance."""
+        area = image.width * image.height * rng.uniform(*self.options.scale)
+        ratio = ASPECT_RATIO ** rng.uniform(-1, 1)
+        width = min(image.width, round(math.sqrt(area * ratio)))
+        height = min(image.height, round(math.sqrt(area / ratio)))
+        left, top = rng.integers((image.width - width, image.height - height), endpoint=True).tolist()
+        box, size = (left, top, left + width, top + height), (self.options.img_size,) * 2
         image = image.resize(size, Image.Resampling.BILINEAR, box)
-        flip = torch.rand((), generator=generator) < self.options.hflip
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.options.hflip else image
 
     def _middle(self, image: Image.Image) -> Image.Image:
         size, resized = self.options.img_size, math.floor(self.options.img_size / self.options.crop_pct)
@@ -192,50 +90,110 @@ class Prepared(Dataset):
         return image.crop((left, top, left + size, top + size))
 
 
-class MicroBatches(Sampler[list[Key]]):
+def _read_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from None
+
+
+class ImageData(lightning.LightningDataModule):
+    """The images to train on (None where an evaluation has no such folder), and those to evaluate on.
+
+    `classes` are their names, `class_weights` what each counts in MAP@100 (None: 1). An epoch has `steps` steps.
+    """
+
+    def __init__(self, options: Namespace) -> None:
+        super().__init__()
+        self.options, self.train, self.class_weights = options, None, None
+        self.classes: list[str] = []
+        alone = options.evaluate and not options.dataset and not (options.data_dir / "train").is_dir()
+        if not alone:
+            self.train = self._images(*_read(options, "train"), augment=True)
+        parts = ("val", "validation", "test", *([""] if alone else []))
+        self.evaluation = self._images(*_read(options, *parts), augment=False)
+        if options.class_weights:
+            given = {name: float(weight) for name, weight in _read_csv(options.class_weights, "label", "weight")}
+            self.class_weights = torch.tensor([given.get(name, 1.0) for name in self.classes])
+        self.images_per_step = options.batch_size * options.grad_accum_steps * options.ranks
+        self.steps = len(self.train or ()) // self.images_per_step
+
+    def _images(self, sources: Sequence, names: list[list[str]], augment: bool) -> Images:
+        """What the training images have are the classes; the others may have no more."""
+        self.classes = self.classes or sorted({name for of_image in names for name in of_image})
+        number = {name: index for index, name in enumerate(self.classes)}
+        unknown = sorted({name for of_image in names for name in of_image if name not in number})
+        if unknown or not names:
+            what = f"no training images of {', '.join(unknown[:3])}" if unknown else "no images to train or evaluate"
+            raise UserError(f"--data-dir: {self.options.data_dir} has {what}")
+        labels = [[number[name] for name in of_image] for of_image in names]
+        return Images(self.options, sources, labels, len(self.classes), augment)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train, MicroBatches(self))
+
+    def val_dataloader(self) -> DataLoader:
+        """This rank's share. All have as many batches: a sharded network needs all ranks at each."""
+        images, ranks, size = len(self.evaluation), self.options.ranks, self.options.batch_size
+        padded = -(-images // ranks) * ranks
+        keys = [(0, i % images, i < images) for i in range(self.options.rank, padded, ranks)]
+        return self._loader(self.evaluation, [keys[begin : begin + size] for begin in range(0, len(keys), size)])
+
+    def _loader(self, images: Images, batches: Any) -> DataLoader:
+        workers = self.options.workers
+        if workers is None:
+            workers = 0 if self.options.dataset == "digits" else FOLDER_WORKERS
+        more = {"persistent_workers": workers > 0, "pin_memory": self.options.device == "cuda"}
+        return DataLoader(images, batch_sampler=batches, num_workers=workers, **more)
+
+
+class MicroBatches:
     """The keys of this rank's micro-batches of an epoch: one random order of all images, dealt to the ranks in turn.
 
     So two ranks see in a step what one rank with two accumulation steps sees, and a run is resumed at any step by
     counting the trainer's. Images that do not fill a last step wait for another epoch's order.
     """
 
-    def __init__(self, images: int, steps: int, options: Namespace, trainer: lightning.Trainer) -> None:
-        self.images, self.steps, self.options, self.trainer = images, steps, options, trainer
+    def __init__(self, data: ImageData) -> None:
+        self.data, self.options = data, data.options
 
     def __len__(self) -> int:
-        return self.steps * self.options.grad_accum_steps
+        return self.data.steps * self.options.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, done = divmod(self.trainer.global_step, self.steps)
-        generator = torch.Generator().manual_seed(derive(self.options.seed, "order", epoch))
-        order = torch.randperm(self.images, generator=generator).tolist()
+        epoch, done = divmod(self.data.trainer.global_step, self.data.steps)
+        rng, size = np.random.default_rng(derive(self.options.seed, "order", epoch)), self.options.batch_size
+        order = rng.permutation(len(self.data.train)).tolist()
         for turn in range(done * self.options.grad_accum_steps, len(self)):
-            begin = (turn * self.trainer.world_size + self.trainer.global_rank) * self.options.batch_size
-            yield [(epoch, index, True) for index in order[begin : begin + self.options.batch_size]]
+            begin = (turn * self.options.ranks + self.options.rank) * size
+            yield [(epoch, index, True) for index in order[begin : begin + size]]
 
 
-class ImageData(lightning.LightningDataModule):
-    def __init__(self, options: Namespace, train: Images | None, evaluation: Images) -> None:
-        super().__init__()
-        self.options, self.train, self.evaluation = options, train, evaluation
+def _read(options: Namespace, *parts: str) -> tuple[Sequence, list[list[str]]]:
+    """Sources, and what each shows, of the first part that there is."""
+    if options.dataset == "digits":  # a fixed fifth of each digit is the test set
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
-    def train_dataloader(self) -> DataLoader:
-        steps = self.trainer.lightning_module.steps
-        batches = MicroBatches(len(self.train), steps, self.options, self.trainer)
-        return self._loader(Prepared(self.train, self.options, augment=True), batches)
+        pixels, digits = load_digits().images, load_digits().target
+        pixels = np.repeat((pixels * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
+        split = train_test_split(pixels, digits, test_size=0.2, random_state=0, stratify=digits)
+        which = "train" not in parts
+        return split[which], [[str(digit)] for digit in split[2 + which]]
+    folder = next((options.data_dir / part for part in parts if (options.data_dir / part).is_dir()), None)
+    if folder is None:
+        raise UserError(f"--data-dir: there is no folder {options.data_dir / parts[0]}")
+    if options.multi_label:
+        rows = _read_csv(folder / "labels.csv", "image", "labels")
+        return [str(folder / image) for image, _ in rows], [labels.split() for _, labels in rows]
+    files = sorted(f for f in glob("*/**/*", root_dir=folder, recursive=True) if f.lower().endswith(IMAGE_SUFFIXES))
+    return [str(folder / file) for file in files], [[Path(file).parts[0]] for file in files]
 
-    def val_dataloader(self) -> DataLoader:
-        """This rank's share. All have as many batches: a sharded network needs all ranks at each."""
-        images, world = len(self.evaluation), self.trainer.world_size
-        padded = -(-images // world) * world
-        keys = [(0, i % images, i < images) for i in range(self.trainer.global_rank, padded, world)]
-        size = self.options.batch_size
-        batches = [keys[begin : begin + size] for begin in range(0, len(keys), size)]
-        return self._loader(Prepared(self.evaluation, self.options, augment=False), batches)
 
-    def _loader(self, dataset: Dataset, batches: Any) -> DataLoader:
-        workers = self.options.workers
-        if workers is None:
-            workers = FOLDER_WORKERS if self.options.dataset == "folder" else 0
-        more = {"persistent_workers": workers > 0, "pin_memory": self.options.device == "cuda"}
-        return DataLoader(dataset, batch_sampler=batches, num_workers=workers, **more)
+def _read_csv(path: Path, *columns: str) -> list[list[str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    if tuple(head) != columns or any(len(row) != len(columns) for row in rows):
+        raise UserError(f"{path}: expected rows of {','.join(columns)} under a line that says so")
+    return rows

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, fields
 from functools import lru_cache
 from typing import Any
@@ -39,9 +39,23 @@ def stream_of(index: int | None) -> int:
     return 0 if index is None else cuda_stream(index)
 
 
+GUARD_BINDS = torch.version.cuda is None or int(torch.version.cuda.partition(".")[0]) >= 12
+"""Whether PyTorch's device guard makes the device's context the thread's: cudaSetDevice does since CUDA 12."""
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a CUDA device the current one, on which the native module launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Makes a CUDA device the current one, for PyTorch and for the native module, whose CUDA runtime is its own."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.device(device) if GUARD_BINDS else _bound(device)
+
+
+@contextmanager
+def _bound(device: torch.device) -> Iterator[None]:
+    with torch.cuda.device(device):
+        if (native := loader.load()) is not None:
+            native.set_device(torch.cuda.current_device())
+        yield
 
 
 @lru_cache(maxsize=4096)

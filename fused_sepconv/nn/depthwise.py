@@ -42,6 +42,17 @@ class DepthwiseConv(nn.Module):
         """The arguments of `depthwise_conv2d` that this module is, for an input."""
         raise NotImplementedError
 
+    def _finish(self, own_padding: Any, pre_activation: str | None, activation: str | None) -> None:
+        """Sets what PyTorch's constructor does not know; `own_padding` is the padding that it can't express."""
+        if isinstance(own_padding, str):
+            self.padding = own_padding
+        elif own_padding is not None:
+            rows, columns = own_padding[:2], own_padding[2:]
+            self.padding = (rows, columns) if self.conv_type is nn.Conv2d else columns
+            self._reversed_padding_repeated_twice = [*columns, *(rows if self.conv_type is nn.Conv2d else ())]
+        self.pre_activation = check_activation("pre_activation", pre_activation)
+        self.activation = check_activation("activation", activation)
+
     def __prepare_scriptable__(self) -> nn.Module:
         refuse_script(self)
 
@@ -142,13 +153,7 @@ class DepthwiseConv2d(DepthwiseConv, nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        if isinstance(own_padding, str):
-            self.padding = own_padding
-        elif own_padding is not None:
-            self.padding = own_padding[:2], own_padding[2:]
-            self._reversed_padding_repeated_twice = [*own_padding[2:], *own_padding[:2]]
-        self.pre_activation = check_activation("pre_activation", pre_activation)
-        self.activation = check_activation("activation", activation)
+        self._finish(own_padding, pre_activation, activation)
 
     def call(self, x: Tensor) -> dict[str, Any]:
         x, padding = check_channels(x, self.groups), self.padding
@@ -214,13 +219,7 @@ class DepthwiseConv1d(DepthwiseConv, nn.Conv1d):
             device=device,
             dtype=dtype,
         )
-        if isinstance(own_padding, str):
-            self.padding = own_padding
-        elif own_padding is not None:
-            self.padding = own_padding[2:]
-            self._reversed_padding_repeated_twice = list(own_padding[2:])
-        self.pre_activation = check_activation("pre_activation", pre_activation)
-        self.activation = check_activation("activation", activation)
+        self._finish(own_padding, pre_activation, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).squeeze(-2)

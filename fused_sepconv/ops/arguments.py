@@ -22,6 +22,10 @@ _DTYPE_NAMES = "float64, float32, float16 or bfloat16"
 LARGEST = 2**31 - 1
 """The largest integer argument: sizes in pixels are 32 bits wide in the kernels, and far beyond any image."""
 
+_TENSORS = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
+_DEPTHWISE_TENSORS = ("x", "weight", "bias")
+_OPTIONAL = ("bias", "depthwise_bias", "residual")
+
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
 """Zeros (or other padding) at the (top, bottom, left, right) of an image, in pixels."""
@@ -207,15 +211,7 @@ def normalise(
         x = x.unsqueeze(0)
         residual = residual.unsqueeze(0) if _is_dense(residual) else residual
     tensors = _as_autocast_reads(x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
-    x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual = tensors
-    specs = (
-        TensorSpec.of("x", x),
-        TensorSpec.of("depthwise_weight", depthwise_weight),
-        TensorSpec.of("pointwise_weight", pointwise_weight),
-        None if bias is None else TensorSpec.of("bias", bias),
-        None if depthwise_bias is None else TensorSpec.of("depthwise_bias", depthwise_bias),
-        None if residual is None else TensorSpec.of("residual", residual),
-    )
+    specs = _specs(_TENSORS, tensors)
     options = (
         pair("stride", stride, 1),
         padding_form(padding),
@@ -242,12 +238,7 @@ def normalise_depthwise(
     """`normalise`, for `depthwise_conv2d`."""
     unbatched = _is_dense(x) and x.dim() == 3
     tensors = _as_autocast_reads(x.unsqueeze(0) if unbatched else x, weight, bias)
-    x, weight, bias = tensors
-    specs = (
-        TensorSpec.of("x", x),
-        TensorSpec.of("weight", weight),
-        None if bias is None else TensorSpec.of("bias", bias),
-    )
+    specs = _specs(_DEPTHWISE_TENSORS, tensors)
     options = (
         pair("stride", stride, 1),
         padding_form(padding),
@@ -312,15 +303,8 @@ def check(
     activation: str | None,
 ) -> Arguments:
     """Refuses a bad call of `separable_conv2d`, or gives its arguments in the op's form. x is batched: (N, C, H, W)."""
-    tensors = {
-        "x": x,
-        "depthwise_weight": depthwise_weight,
-        "pointwise_weight": pointwise_weight,
-        "bias": bias,
-        "depthwise_bias": depthwise_bias,
-        "residual": residual,
-    }
-    _check_kinds(tensors)
+    specs = (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual)
+    _check_kinds(_TENSORS, specs)
     sides, (batch, intermediate, out_h, out_w) = _check_depthwise(
         "depthwise_weight", x, depthwise_weight, stride, padding, dilation
     )
@@ -351,7 +335,7 @@ def check_depthwise(
     activation: str | None,
 ) -> DepthwiseArguments:
     """`check`, for `depthwise_conv2d`."""
-    _check_kinds({"x": x, "weight": weight, "bias": bias})
+    _check_kinds(_DEPTHWISE_TENSORS, (x, weight, bias))
     sides, (_, channels, _, _) = _check_depthwise("weight", x, weight, stride, padding, dilation)
     _check_vector("bias", bias, channels, "C * m, weight's dimension 0")
     return DepthwiseArguments(stride, sides, dilation, pre_activation, activation)
@@ -364,23 +348,26 @@ check_depthwise_cached = lru_cache(maxsize=4096)(check_depthwise)
 
 def check_tensors(tensors: tuple[Any, ...], arguments: tuple) -> None:
     """Refuses a direct call of the operator with tensors that are not right; x is batched."""
-    names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
-    check(*_specs(names, tensors), *arguments)
+    check(*_specs(_TENSORS, tensors), *arguments)
 
 
 def check_depthwise_tensors(tensors: tuple[Any, ...], arguments: tuple) -> None:
     """`check_tensors`, for the depthwise operator."""
-    check_depthwise(*_specs(("x", "weight", "bias"), tensors), *arguments)
+    check_depthwise(*_specs(_DEPTHWISE_TENSORS, tensors), *arguments)
 
 
-def _specs(names: tuple[str, ...], tensors: tuple[Any, ...]) -> list[TensorSpec | None]:
-    return [None if t is None else TensorSpec.of(name, t) for name, t in zip(names, tensors, strict=True)]
+def _specs(names: tuple[str, ...], tensors: tuple[Any, ...]) -> tuple[TensorSpec | None, ...]:
+    """A spec for each tensor; only biases and the residual may be None."""
+    return tuple(
+        None if tensor is None and name in _OPTIONAL else TensorSpec.of(name, tensor)
+        for name, tensor in zip(names, tensors, strict=True)
+    )
 
 
-def _check_kinds(tensors: dict[str, TensorSpec | None]) -> None:
+def _check_kinds(names: tuple[str, ...], tensors: tuple[TensorSpec | None, ...]) -> None:
     """Refuses tensors that no kernel reads, or that are not of x's dtype and device."""
-    x = tensors["x"]
-    for name, tensor in tensors.items():
+    x = tensors[0]
+    for name, tensor in zip(names, tensors, strict=True):
         if tensor is None:
             continue
         if tensor.layout is not torch.strided:

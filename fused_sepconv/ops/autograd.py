@@ -311,7 +311,8 @@ def _forward_composite(operator: Operator) -> Callable[..., Tensor]:
     return composite
 
 
-def _backward_composite(operator: Operator) -> Callable[..., operators.Gradients]:
+def backward_composite(operator: Operator) -> Callable[..., operators.Gradients]:
+    """The operator's backward in PyTorch's own operators."""
     _, backward = operator.reference
 
     def composite(*args: Any) -> operators.Gradients:
@@ -326,7 +327,7 @@ def _register(forward: type[_Forward], backward: type[_Backward]) -> None:
     operator = forward.operator
     for op, function, composite in (
         (operator.forward, forward, _forward_composite(operator)),
-        (operator.backward, backward, _backward_composite(operator)),
+        (operator.backward, backward, backward_composite(operator)),
     ):
         kernel = _autograd_kernel(op, function, composite)
         if op is operator.forward and operator.saves_intermediate:

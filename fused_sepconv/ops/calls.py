@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_sepconv.families.registry import RunBackward, RunForward
+from fused_sepconv.native.marshalling import GUARD_BINDS
 from fused_sepconv.ops import launching, saving
 from fused_sepconv.planning import choice
 from fused_sepconv.planning.problem import Candidate
@@ -31,7 +32,8 @@ MOST = 4096
 MEASURED = ("cuda",)
 """Types of devices on which a choice may be measured."""
 
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+# -1 is no device: each launch then makes its own the current one.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice" if GUARD_BINDS else "", lambda: -1)
 _deterministic = torch._C._get_deterministic_algorithms
 _cudnn_benchmark, _cudnn_deterministic = torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic
 _cudnn_enabled = torch._C._get_cudnn_enabled
@@ -106,7 +108,7 @@ class Prepared:
         try:
             if self._index is None or self._index == _current_device():
                 return run(*tensors)
-            with torch.cuda.device(self._index):
+            with launching.on_device(self._device):
                 return run(*tensors)
         except RuntimeError as error:
             raise self._named(error, run) from error
@@ -127,7 +129,7 @@ class Prepared:
         try:
             if self._index is None or self._index == _current_device():
                 return run(*given)
-            with torch.cuda.device(self._index):
+            with launching.on_device(self._device):
                 return run(*given)
         except RuntimeError as error:
             raise self._named(error, run) from error

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
+from fused_sepconv.ops.autograd import backward_composite
 from fused_sepconv.ops.operators import OPERATORS, Operator
 
 _CORE = torch.ops.aten.addcmul_.default
@@ -40,16 +41,6 @@ def _forward(operator: Operator) -> Callable[..., Tensor]:
     return convolutions
 
 
-def _backward(operator: Operator) -> Callable[..., tuple[Tensor, ...]]:
-    _, backward = operator.reference
-
-    def convolutions(*args: Any) -> tuple[Tensor, ...]:
-        *call, _backend, output_mask = args
-        return tuple(args[0].new_zeros(0) if grad is None else grad for grad in backward(*call, output_mask))
-
-    return convolutions
-
-
 def _register(op: torch._ops.OpOverload, convolutions: Callable[..., Any]) -> None:
     def traced(mode: ProxyTorchDispatchMode, *args: Any) -> Any:
         table = getattr(mode, "decomposition_table", {})
@@ -64,4 +55,4 @@ def _register(op: torch._ops.OpOverload, convolutions: Callable[..., Any]) -> No
 if hasattr(torch.compiler, "is_exporting"):  # torch 2.7
     for _operator in OPERATORS:
         _register(_operator.forward, _forward(_operator))
-        _register(_operator.backward, _backward(_operator))
+        _register(_operator.backward, backward_composite(_operator))

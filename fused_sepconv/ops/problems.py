@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,61 +23,48 @@ ALL_KERNELS = Kernels(frozenset(INSTANCES))
 def problem_of(direction: str, tensors: Tensors, arguments: Arguments) -> Problem:
     """The problem that a checked call is."""
     x, depthwise_weight, pointwise_weight, _, _, residual = tensors
-    n, channels, height, width = x.shape
-    kernel = tuple(depthwise_weight.shape[2:])
-    out_h, out_w = output_size((height, width), kernel, arguments.stride, arguments.padding, arguments.dilation)
     return Problem(
-        direction=direction,
-        N=n,
-        C=channels,
-        H=height,
-        W=width,
-        F=pointwise_weight.shape[0],
-        multiplier=depthwise_weight.shape[0] // channels,
-        kernel=kernel,
-        stride=arguments.stride,
-        padding=arguments.padding,
-        dilation=_dilation(arguments.dilation, kernel),
-        out_h=out_h,
-        out_w=out_w,
-        dtype=str(x.dtype).removeprefix("torch."),
-        layout="nhwc" if memory_format_of(x) == torch.channels_last else "nchw",
-        pre_activation=arguments.pre_activation,
+        **_depthwise_fields(direction, x, depthwise_weight, arguments),
         mid_activation=arguments.mid_activation,
+        F=pointwise_weight.shape[0],
         activation=arguments.activation,
         residual=residual is not None,
         tf32=tf32(),
-        aligned=aligned(x),
     )
-
-
-def _dilation(dilation: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
-    """That of more than one tap: one alone is where it is."""
-    return tuple(1 if taps == 1 else apart for apart, taps in zip(dilation, kernel, strict=True))
 
 
 def depthwise_problem_of(direction: str, tensors: DepthwiseTensors, arguments: DepthwiseArguments) -> DepthwiseProblem:
     """The problem that a checked call of a depthwise convolution is."""
     x, weight, _ = tensors
+    return DepthwiseProblem(
+        **_depthwise_fields(direction, x, weight, arguments),
+        mid_activation=arguments.activation,
+    )
+
+
+def _depthwise_fields(
+    direction: str, x: Tensor, weight: Tensor, arguments: Arguments | DepthwiseArguments
+) -> dict[str, Any]:
     n, channels, height, width = x.shape
     kernel = tuple(weight.shape[2:])
     out_h, out_w = output_size((height, width), kernel, arguments.stride, arguments.padding, arguments.dilation)
-    return DepthwiseProblem(
-        direction=direction,
-        N=n,
-        C=channels,
-        H=height,
-        W=width,
-        multiplier=weight.shape[0] // channels,
-        kernel=kernel,
-        stride=arguments.stride,
-        padding=arguments.padding,
-        dilation=_dilation(arguments.dilation, kernel),
-        out_h=out_h,
-        out_w=out_w,
-        dtype=str(x.dtype).removeprefix("torch."),
-        layout="nhwc" if memory_format_of(x) == torch.channels_last else "nchw",
-        pre_activation=arguments.pre_activation,
-        mid_activation=arguments.activation,
-        aligned=aligned(x),
-    )
+    # The dilation of one tap alone says nothing: it is where it is.
+    dilation = tuple(1 if taps == 1 else apart for apart, taps in zip(arguments.dilation, kernel, strict=True))
+    return {
+        "direction": direction,
+        "N": n,
+        "C": channels,
+        "H": height,
+        "W": width,
+        "multiplier": weight.shape[0] // channels,
+        "kernel": kernel,
+        "stride": arguments.stride,
+        "padding": arguments.padding,
+        "dilation": dilation,
+        "out_h": out_h,
+        "out_w": out_w,
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "layout": "nhwc" if memory_format_of(x) == torch.channels_last else "nchw",
+        "pre_activation": arguments.pre_activation,
+        "aligned": aligned(x),
+    }

@@ -101,13 +101,13 @@ def _empty_half(half: type[HalfOfPair], conv_class: type[nn.Conv2d]) -> nn.Conv2
 class DepthwiseOfPair(HalfOfPair):
     """The depthwise half."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Conv2d
         if torch.jit.is_scripting():
-            return self._conv_forward(x, self.weight, self.bias)
+            return self._conv_forward(input, self.weight, self.bias)
         elif torch.compiler.is_compiling():
-            return super().forward(x)
+            return super().forward(input)
         else:
-            return self._handed_on(x, sys._getframe())
+            return self._handed_on(input, sys._getframe())
 
     def _handed_on(self, x: Tensor, forward: FrameType) -> Any:
         pointwise = next_module(self, forward)
@@ -122,11 +122,11 @@ class PointwiseOfPair(HalfOfPair):
     watchers: ClassVar[list[Callable[[nn.Conv2d, dict[str, Any]], None]]] = []
     """Called with the depthwise half and the arguments of `separable_conv2d`, for each pair that runs as one."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self._conv_forward(x, self.weight, self.bias)
+            return self._conv_forward(input, self.weight, self.bias)
         else:
-            return self._both(x) if type(x) is _Handed else super().forward(x)
+            return self._both(input) if type(input) is _Handed else super().forward(input)
 
     def _both(self, handed: Any) -> Tensor:
         depthwise = handed.depthwise

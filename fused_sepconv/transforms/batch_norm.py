@@ -21,7 +21,7 @@ from fused_sepconv.transforms.dataflow import Dataflow, has_hooks, is_touched, w
 from fused_sepconv.transforms.depthwise import DropInDepthwiseConv2d
 from fused_sepconv.transforms.isolation import all_or_nothing
 from fused_sepconv.transforms.lookahead import is_looked_at
-from fused_sepconv.transforms.report import ReplacementReport
+from fused_sepconv.transforms.report import ReplacementReport, check_model
 
 _ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 
@@ -98,7 +98,7 @@ def fuse_batch_norm(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: a `model` that is no `nn.Module`.
     """
-    _check(model)
+    check_model(model)
     flows = {"in training, ": Dataflow.of(model, training=True), "": Dataflow.of(model, training=False)}
     replaced, skipped = [], []
     with all_or_nothing(model):
@@ -120,7 +120,7 @@ def unfuse_batch_norm(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: a `model` that is no `nn.Module`.
     """
-    _check(model)
+    check_model(model)
     plain = {fused: kind for kind, fused in _CLASSES.items()}
     replaced = []
     for name, norm in model.named_modules():
@@ -128,11 +128,6 @@ def unfuse_batch_norm(model: nn.Module) -> ReplacementReport:
             norm.__class__ = plain[type(norm)]
             replaced.append(name or "(the model)")
     return ReplacementReport(tuple(replaced), ())
-
-
-def _check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 def _why_not(flow: Dataflow, norm: nn.Module) -> str:

@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.transforms.isolation import Twin, random_state_kept
-from fused_sepconv.transforms.lookahead import next_module
+from fused_sepconv.transforms.lookahead import has_hooks, next_module
 
 _LEAVES = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, SeparableConv2d)
 
@@ -230,13 +230,6 @@ def works_in_place(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target.endswith("_")
     return node.op == "call_function" and (node.target in IN_PLACE.values() or bool(node.kwargs.get("inplace")))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks see a module's call."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def is_touched(module: nn.Module) -> bool:

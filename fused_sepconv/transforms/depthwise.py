@@ -11,7 +11,7 @@ from fused_sepconv.nn.depthwise import DepthwiseConv, DepthwiseConv1d, Depthwise
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.arguments import DTYPES
 from fused_sepconv.transforms.adopted import HalfOfPair
-from fused_sepconv.transforms.report import ReplacementReport
+from fused_sepconv.transforms.report import ReplacementReport, check_model
 
 
 class _DropIn:
@@ -25,8 +25,8 @@ class _DropIn:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.conv_type.__init__(self, *args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if _is_depthwise(self) else self.conv_type.forward(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if _is_depthwise(self) else self.conv_type.forward(self, input)
 
 
 class DropInDepthwiseConv1d(_DropIn, DepthwiseConv1d):
@@ -57,8 +57,7 @@ def replace_depthwise_convs(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: a `model` that is no `nn.Module`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     inside = {
         child: f"the SeparableConv2d {name or '(the model)'} runs it"
         for name, module in model.named_modules()

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fused_sepconv.nn.functional import separable_conv2d
 from fused_sepconv.nn.separable import SeparableConv2d
-from fused_sepconv.ops.arguments import padding_form, padding_sides
+from fused_sepconv.ops.arguments import output_size, padding_form, padding_sides
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.transforms.adopted import (
     AdoptedSequential,
@@ -27,7 +27,6 @@ from fused_sepconv.transforms.batch_norm import FusedBatchNorm2d, FusedSyncBatch
 from fused_sepconv.transforms.dataflow import (
     Dataflow,
     has_defaults,
-    has_hooks,
     is_touched,
     only_user,
     put,
@@ -35,7 +34,8 @@ from fused_sepconv.transforms.dataflow import (
     works_in_place,
 )
 from fused_sepconv.transforms.isolation import all_or_nothing, random_state_kept
-from fused_sepconv.transforms.report import ReplacementReport
+from fused_sepconv.transforms.lookahead import has_hooks
+from fused_sepconv.transforms.report import ReplacementReport, check_model
 from fused_sepconv.transforms.separable import separable_children, why_not
 
 Operation = nn.Module | str
@@ -75,19 +75,14 @@ def _fits(residual: Any, call: dict[str, Any], features: int) -> bool:
     """Whether a residual has the shape and the dtype of a call's result."""
     x, kernel = call["x"], call["depthwise_weight"].shape[-2:]
     stride, dilation, size = call["stride"], call["dilation"], x.shape[-2:]
-    top, bottom, left, right = padding_sides(padding_form(call["padding"]), size, kernel, stride, dilation)
-    sides = (top + bottom, left + right)
-    spatial = [
-        (n + side - d * (k - 1) - 1) // s + 1
-        for n, side, k, s, d in zip(size, sides, kernel, stride, dilation, strict=True)
-    ]
+    sides = padding_sides(padding_form(call["padding"]), size, kernel, stride, dilation)
     cast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
     return (
         isinstance(residual, Tensor)
         and residual.dtype == dtype
         and residual.device == x.device
-        and residual.shape == (*x.shape[:-3], features, *spatial)
+        and residual.shape == (*x.shape[:-3], features, *output_size(size, kernel, stride, sides, dilation))
     )
 
 
@@ -109,8 +104,7 @@ def optimize_for_inference(model: nn.Module) -> ReplacementReport:
         TypeError: a `model` that is no `nn.Module`.
         ValueError: a model, or a part of one, in training mode.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     if any(module.training for module in model.modules()):
         raise ValueError("model: expected one in evaluation mode; call model.eval() first")
     flow = Dataflow.of(model)
@@ -183,13 +177,9 @@ class Chain:
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
-        for child, values in (
-            (folded.depthwise, (weight, bias)),
-            (folded.pointwise, (pointwise_weight, pointwise_bias)),
-        ):
-            child.weight.copy_(values[0])
-            if values[1] is not None:
-                child.bias.copy_(values[1])
+        values = {"depthwise.weight": weight, "depthwise.bias": bias}
+        values |= {"pointwise.weight": pointwise_weight, "pointwise.bias": pointwise_bias}
+        folded.load_state_dict({name: value for name, value in values.items() if value is not None})
         return folded.eval().requires_grad_(False)
 
 
@@ -225,13 +215,9 @@ def _separable_at(node: fx.Node, module: SeparableConv2d) -> Chain | None:
     depthwise, pointwise = module.halves()
     padding = depthwise.padding
     if module._own_padding is not None:
-        padding = module._own_padding if module._own_padding == "same" else _sides(module._own_padding)
+        padding = "same" if module._own_padding == "same" else (module._own_padding[:2], module._own_padding[2:])
     mid, after = ([name] if name else [] for name in (module.mid_activation, module.activation))
     return Chain(module, depthwise, pointwise, padding, module.pre_activation, mid, after, [], last=node)
-
-
-def _sides(padding: tuple[int, int, int, int]) -> Any:
-    return padding[:2], padding[2:]
 
 
 def _pair_at(flow: Dataflow, root: nn.Module, node: fx.Node, depthwise: nn.Conv2d) -> Chain | None:

@@ -75,13 +75,13 @@ def next_module(
 
 def is_looked_at(module: nn.Module) -> bool:
     """Whether something is attached to a module's call: hooks, a compiled form or a forward of the instance's own."""
+    return has_hooks(module) or module._compiled_call_impl is not None or "forward" in module.__dict__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks see a module's call."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -158,7 +158,8 @@ def _handover(code: CodeType, offset: int) -> Handover | None:
     taker = _called(steps, after[0])
     if taker is not None:
         return Handover(caller, taker)
-    if steps[after[0]].name != "STORE" or getattr(code, "co_exceptiontable", b""):
+    hidden_readers = getattr(code, "co_exceptiontable", b"") or {"locals", "vars", "eval", "exec"} & {*code.co_names}
+    if steps[after[0]].name != "STORE" or hidden_readers:
         return None
     variable = steps[after[0]].value
     call = next((j for j in after if steps[j].name in _CALLS), None)
@@ -180,11 +181,8 @@ def _steps(code: CodeType) -> list[_Step]:
         if variables and name != "LOAD_FAST_AND_CLEAR":
             names = value if isinstance(value, tuple) else (value,)
             for access, variable in zip(variables, names, strict=True):
-                steps.append(
-                    _Step(
-                        offset, "LOAD" if access == "LOAD" else "STORE", variable, 1 if access == "LOAD" else -1, None
-                    )
-                )
+                effect = 1 if access == "LOAD" else -1
+                steps.append(_Step(offset, "LOAD" if effect == 1 else "STORE", variable, effect, None))
             continue
         jumps = instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs
         argument = instruction.arg if instruction.opcode >= dis.HAVE_ARGUMENT else None
@@ -225,8 +223,7 @@ def _is_read(steps: list[_Step], start: int, variable: str) -> bool:
             continue
         seen.add(i)
         step = steps[i]
-        mentioned = variable == step.value or (isinstance(step.value, tuple) and variable in step.value)
-        if mentioned:
+        if variable == step.value or (isinstance(step.value, tuple) and variable in step.value):
             if step.name != "STORE":
                 return True
             continue

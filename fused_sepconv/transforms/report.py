@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -18,3 +21,9 @@ class ReplacementReport:
         lines = [f"replaced: {len(self.replaced)}", *(f"  {name}" for name in self.replaced)]
         lines += [f"left as they are: {len(self.skipped)}", *(f"  {name}: {reason}" for name, reason in self.skipped)]
         return "\n".join(lines)
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from fused_sepconv.nn.depthwise import DepthwiseConv, DepthwiseConv1d
 from fused_sepconv.nn.separable import SeparableConv2d
-from fused_sepconv.transforms.report import ReplacementReport
+from fused_sepconv.transforms.report import ReplacementReport, check_model
 
 Sides = tuple[int, int, int, int]
 
@@ -33,8 +33,7 @@ def restore_convs(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: a `model` that is no `nn.Module`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     replaced, skipped = [], []
     for name, module in list(model.named_modules()):
         owner = next((base for base in type(module).__mro__ if "forward" in vars(base)), nn.Module)
@@ -83,7 +82,9 @@ class PlainDepthwiseConv1d(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         x = activated(x, self.pre_activation)
         if self.same or self.sides != (0, 0, 0, 0):
-            x = padded_row(x, self.same, self.sides, self.kernel_size, self.stride, self.dilation, self.padding_mode)
+            kernel, stride, dilation = (1, self.kernel_size[0]), (1, self.stride[0]), (1, self.dilation[0])
+            row = x.unsqueeze(-2)
+            x = padded(row, self.same, self.sides, kernel, stride, dilation, self.padding_mode).squeeze(-2)
         return activated(self._conv_forward(x, self.weight, self.bias), self.activation)
 
 
@@ -122,21 +123,6 @@ def padded(
     return F.pad(x, [left, right, top, bottom], "constant" if mode == "zeros" else mode)
 
 
-def padded_row(
-    x: Tensor,
-    same: bool,
-    sides: tuple[int, int, int, int],
-    kernel: tuple[int],
-    stride: tuple[int],
-    dilation: tuple[int],
-    mode: str,
-) -> Tensor:
-    left, right = sides[2], sides[3]
-    if same:
-        left, right = same_sides(x.shape[-1], kernel[0], stride[0], dilation[0])
-    return F.pad(x, [left, right], "constant" if mode == "zeros" else mode)
-
-
 def same_sides(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """TensorFlow's rule, as `fused_sepconv.ops.arguments.padding_sides` has it."""
     span = dilation * (kernel - 1) + 1
@@ -172,17 +158,15 @@ def _restore_pair(module: SeparableConv2d) -> None:
 
 
 def _restore_depthwise(conv: DepthwiseConv) -> None:
-    row = isinstance(conv, DepthwiseConv1d)
-    by_size = conv.padding == "same" and any(step != 1 for step in conv.stride)
-    uneven = not row and isinstance(conv.padding[0], tuple)
-    uneven = uneven or (row and not isinstance(conv.padding, str) and len(conv.padding) == 2)
-    own = None
-    if by_size:
-        own = "same"
-    elif uneven and conv.padding_mode == "zeros":  # any other mode pads by `_reversed_padding_repeated_twice`
-        own = (0, 0, *conv.padding) if row else (*conv.padding[0], *conv.padding[1])
-    if by_size or uneven:
+    row, padding, own = isinstance(conv, DepthwiseConv1d), conv.padding, None
+    if padding == "same":
+        own = None if all(step == 1 for step in conv.stride) else "same"
+    elif not isinstance(padding, str) and (len(padding) == 2 if row else isinstance(padding[0], tuple)):
+        own = (0, 0, *padding) if row else (*padding[0], *padding[1])
+    if own is not None:
         conv.padding = (0,) if row else (0, 0)
+    if own != "same" and conv.padding_mode != "zeros":
+        own = None  # any mode but zeros pads by `_reversed_padding_repeated_twice`
     plain, extended = (nn.Conv1d, PlainDepthwiseConv1d) if row else (nn.Conv2d, PlainDepthwiseConv2d)
     if own is None and conv.pre_activation is None and conv.activation is None:
         _become(conv, plain)

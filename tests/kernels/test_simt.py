@@ -61,8 +61,7 @@ def forward_and_back(function, tensors: dict[str, Tensor], options: dict) -> lis
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nhwc", "nchw"])
-@pytest.mark.checked_on(BRANCHES)
-@pytest.mark.cases((*SMALL, *TILES))
+@pytest.mark.cases(BRANCHES, full=(*SMALL, *TILES))
 def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, memory_format):
     tensors = inputs(case, torch.float64, memory_format)
     found = in_every_schedule(native, lambda: forward_and_back(separable_conv2d, tensors, case.options))

@@ -67,6 +67,7 @@ def test_it_prints_the_five_likeliest_classes(example, photograph, tmp_path, cap
         assert [percent for percent, _ in found] == [f"{float(p):.1%}" for p in expected.values]
 
 
+@pytest.mark.full
 def test_keras_s_file_and_other_classes(example, photograph, tmp_path, capsys):
     from tests.support.third_party import keras
 

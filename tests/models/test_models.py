@@ -169,7 +169,7 @@ def paper_network(weights, x, residual=True, mid_activation=None, middle_blocks=
     ids=str,
 )
 def test_it_computes_what_the_paper_s_figure_5_says(options):
-    model = randomise(xception(10, dtype=torch.float64, **{"middle_blocks": 1, **options})).eval()
+    model = randomise(xception(10, width=0.25, dtype=torch.float64, **{"middle_blocks": 1, **options})).eval()
     x = torch.randn(2, 3, 71, 86, dtype=torch.float64)
     with torch.no_grad():
         expected = paper_network(model.state_dict(), x, **{"middle_blocks": 1, **options})
@@ -182,11 +182,12 @@ def test_it_computes_what_the_paper_s_figure_5_says(options):
 @pytest.mark.parametrize("pool_padding", ("same", "symmetric"))
 def test_a_smaller_output_stride_computes_the_same_features_more_densely(pool_padding):
     x = torch.randn(1, 3, 150, 131, dtype=torch.float64)  # the poolings meet odd and even sizes
-    strided = small(num_classes=0, pool_padding=pool_padding, dtype=torch.float64)
+    options = {"num_classes": 0, "pool_padding": pool_padding, "width": 0.25, "dtype": torch.float64}
+    strided = small(**options)
     with torch.no_grad():
         expected = strided.forward_features(x)
         for output_stride, size in ((16, (9, 8)), (8, (18, 16))):
-            dense = small(num_classes=0, pool_padding=pool_padding, output_stride=output_stride, dtype=torch.float64)
+            dense = small(output_stride=output_stride, **options)
             dense.load_state_dict(strided.state_dict())
             features = dense.forward_features(x)
             assert features.shape[-2:] == size
@@ -269,7 +270,7 @@ def test_seventeen_thousand_labels_train_with_a_sigmoid_each():
     head = 2048 * 4096 + 4096 + 4096 * 4096 + 4096 + 4096 * 17_000 + 17_000
     assert sum(p.numel() for p in jft.parameters()) == 22_855_952 - 2049 * 1000 + head
 
-    model = xception(17_000, middle_blocks=0)
+    model = xception(17_000, middle_blocks=0, width=0.25)
     with torch.no_grad():
         frequency = torch.full((17_000,), 1e-3)
         model.classifier.bias.copy_((frequency / (1 - frequency)).log())
@@ -324,6 +325,7 @@ def gradients(model, x):
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
+@pytest.mark.full
 def test_the_whole_network_compiles_into_one_graph_and_trains_so():
     model = randomise(xception())
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
@@ -332,6 +334,7 @@ def test_the_whole_network_compiles_into_one_graph_and_trains_so():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
+@pytest.mark.full
 def test_inductor_compiles_it():
     model = small()
     x = torch.randn(1, 3, 71, 71)
@@ -342,7 +345,7 @@ def test_inductor_compiles_it():
 
 
 def test_the_whole_network_exports_with_any_batch():
-    model = randomise(xception()).eval()
+    model = randomise(xception(width=0.1)).eval()
     free = torch.export.Dim.DYNAMIC
     program = torch.export.export(model, (torch.randn(2, 3, 71, 71),), dynamic_shapes=({0: free},))
     targets = [str(node.target) for node in program.graph.nodes]

@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -743,3 +744,12 @@ def test_the_timer_warms_up_and_gives_the_median_in_seconds(monkeypatch):
     assert choice.cuda_seconds(run) == pytest.approx(0.025)
     assert state[-1] == "read" and state[-2] == "written"
     assert queued and min(queued) >= 2 * choice.QUEUED_SECONDS * 1e3 - 1e-9
+
+    taken, queued[:] = iter([20.0] * 4), []
+
+    def slow() -> None:  # for the host: more of the GPU's work has to wait before the next call
+        time.sleep(0.002)
+        run()
+
+    assert choice.cuda_samples(slow, 0, 2, 2) == pytest.approx([0.02, 0.02])
+    assert min(queued[2:]) >= 3.0 - 1e-9

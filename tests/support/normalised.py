@@ -27,7 +27,7 @@ def problem_of(
 
 def planned(problem: DepthwiseProblem, x: Tensor) -> Candidate:
     """What runs a problem where x is; a RuntimeError with the reason where nothing does."""
-    candidate = normalised.candidate(problem, *launching._here(x.device.type, x.device.index))
+    candidate = normalised.candidate(problem, *launching.device_and_kernels(x.device))
     if candidate.refusal:
         raise RuntimeError(candidate.refusal)
     return candidate

@@ -15,11 +15,13 @@ from fused_sepconv.families.depthwise.nchw import NchwCut, NchwTraits
 from fused_sepconv.families.depthwise.nhwc import WARP, Cut, Traits
 from fused_sepconv.families.pytorch.plan import LIBRARY_DEPTHWISE_BANDWIDTH
 from fused_sepconv.families.simt import plan as simt
-from fused_sepconv.planning.devices import Device
+from fused_sepconv.planning.devices import LARGEST_SHARED_BYTES, Device
 from fused_sepconv.planning.problem import (
     ELEMENT_BYTES,
+    INT32_MAX,
     LAUNCH_SECONDS,
     LIBRARY_BANDWIDTH,
+    TOO_LARGE,
     Candidate,
     DepthwiseProblem,
     Instance,
@@ -42,9 +44,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = (3, 5, 7)
 NORMALISED_KERNELS = (3, 5)
 STRIDES = (1, 2)
-LARGEST_SHARED_BYTES = 227 << 10
-
-_INT32 = 2**31 - 1
 
 
 ALL_TRAITS = tuple(
@@ -86,7 +85,7 @@ def candidates(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> l
     last alone."""
     if problem.normalised:
         return [_fast(problem, device, kernels)]
-    return [_reference(problem, device), _generic(problem, device, kernels), _fast(problem, device, kernels)]
+    return [_pytorch(problem, device), _generic(problem, device, kernels), _fast(problem, device, kernels)]
 
 
 def best(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candidate:
@@ -97,7 +96,7 @@ def best(problem: DepthwiseProblem, device: Device, kernels: Kernels) -> Candida
     return _generic(problem, device, kernels) if fast.refusal else fast
 
 
-def _reference(problem: DepthwiseProblem, device: Device) -> Candidate:
+def _pytorch(problem: DepthwiseProblem, device: Device) -> Candidate:
     """PyTorch's own operators, one kernel each."""
     x, y = problem.x_bytes, problem.y_bytes
     # A backward has a kernel for the gradient of x and one for the weight's; autograd has kept the forward's results.
@@ -186,10 +185,9 @@ def _after_a_step_through_mid(
 
 
 def _too_large(problem: DepthwiseProblem, blocks: int) -> str:
-    top, bottom, left, right = problem.padding
-    if max(problem.H + top + bottom, problem.W + left + right, problem.K, problem.taps) > _INT32 // 2:
-        return "a dimension is too large for 32-bit coordinates"
-    return f"{blocks} blocks are more than a grid holds" if blocks > _INT32 else ""
+    if problem.reach > INT32_MAX // 2:
+        return TOO_LARGE
+    return f"{blocks} blocks are more than a grid holds" if blocks > INT32_MAX else ""
 
 
 # ---- the fast kernels

@@ -60,7 +60,7 @@ def best(problem: Problem, device: Device, kernels: Kernels) -> Candidate:
 
 
 def _kind(problem: Problem) -> str:
-    """The kernel sizes and strides that an instance is compiled for; "any" serves the rest."""
+    """The kernel sizes and strides that an instance is compiled for; "any" is for the rest."""
     strides = inner_stride(problem)
     if problem.kernel != (3, 3) or problem.multiplier != 1 or strides not in ((1, 1), (2, 2)):
         return "any"

@@ -84,7 +84,7 @@ def candidates(problem: Problem, device: Device, kernels: Kernels) -> list[Candi
 
 
 def kind_of(problem: Problem) -> str:
-    """The kernel sizes and strides that an instance is compiled for; "any" serves the rest."""
+    """The kernel sizes and strides that an instance is compiled for; "any" is for the rest."""
     (kh, kw), (sh, sw) = problem.kernel, inner_stride(problem)
     if kh != kw or kh not in (3, 5, 7) or sh != sw or sh > 2:
         return "any"
