@@ -76,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def network_of(options: argparse.Namespace, name: str, classes: int) -> torch.nn.Module:
     torch.manual_seed(options.seed)
-    return networks.create(name, classes, options.drop, options.model_kwargs)
+    network = networks.create(name, classes, options.drop, options.model_kwargs)
+    if options.fuse_norm:
+        fused_sepconv.fuse_batch_norm(network)
+    return network
 
 
 def trainer(options: argparse.Namespace, **more: object) -> lightning.Trainer:

@@ -9,6 +9,7 @@ from fused_sepconv.nn.norm_units import norm_depthwise_conv2d, norm_separable_co
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.autograd import DepthwiseConv2dFunction, SeparableConv2dFunction
 from fused_sepconv.ops.backend import use_backend
+from fused_sepconv.transforms.batch_norm import fuse_batch_norm, unfuse_batch_norm
 from fused_sepconv.transforms.depthwise import replace_depthwise_convs
 from fused_sepconv.transforms.inference import optimize_for_inference
 from fused_sepconv.transforms.restore import restore_convs
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "depthwise_conv2d",
     "explain",
+    "fuse_batch_norm",
     "models",
     "norm_depthwise_conv2d",
     "norm_separable_conv2d",
@@ -31,5 +33,6 @@ __all__ = [
     "replace_separable_convs",
     "restore_convs",
     "separable_conv2d",
+    "unfuse_batch_norm",
     "use_backend",
 ]

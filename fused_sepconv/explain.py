@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_sepconv.nn.depthwise import DepthwiseConv
 from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
+from fused_sepconv.nn.normalised import Normalised
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops import launching, problems, saving
 from fused_sepconv.ops.arguments import Call, DepthwiseArguments, normalise, normalise_depthwise
@@ -192,6 +193,7 @@ def _explain_model(model: nn.Module, inputs: tuple, kwargs: dict[str, Any], devi
         layers.append((names[depthwise], _explain_call(normalise(**call), device)))
 
     def note(module: SeparableConv2d | DepthwiseConv, args: tuple, kwargs: dict[str, Any]) -> None:
+        args = tuple(arg.tensor() if type(arg) is Normalised else arg for arg in args)  # of a fused BatchNorm
         if isinstance(module, DepthwiseConv):
             layers.append((names[module], _explain_call(normalise_depthwise(**module.call(*args, **kwargs)), device)))
         elif module.runs_as_one():

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", "--initial-checkpoint", type=Path, nargs="+", default=[], metavar="FILE", help=what)
     add("--backend", choices=("auto", "fused", "reference"), default="auto", help="see use_backend")
     add("--channels-last", action="store_true", help="images as NHWC")
+    add("--fuse-norm", action="store_true", help="BatchNorms together with separable convolutions: see fuse_batch_norm")
     add("--torchcompile", "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the network")
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=RECIPES, default="adamw", help="values for the flags below; default: adamw")

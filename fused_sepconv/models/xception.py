@@ -27,6 +27,7 @@ from fused_sepconv.models.inception_spectrum import SegmentedSeparableConv2d
 from fused_sepconv.models.max_pool import MaxPool3x3, check_padding
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.arguments import integer
+from fused_sepconv.transforms.batch_norm import fuse_batch_norm
 
 SMALLEST_IMAGE = 7  # pixels a side: what the stem's two unpadded convolutions leave at least one pixel of
 
@@ -150,6 +151,7 @@ class Xception(nn.Module):
         pool_padding: of the max-poolings. "same" is TensorFlow's rule, for Keras's weights; "symmetric" is PyTorch's
             one pixel on every side, for timm's. They differ where a size is even.
         global_pool: "avg", "max", or "" for none.
+        fuse_norm: whether BatchNorms run together with the separable convolutions after them (`fuse_batch_norm`).
         device, dtype: of the parameters.
 
     Shape: (N, in_channels, H, W), at least 7 pixels a side -> (N, num_classes).
@@ -173,6 +175,7 @@ class Xception(nn.Module):
         bn_momentum: float = 0.1,
         pool_padding: str = "same",
         global_pool: str = "avg",
+        fuse_norm: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -251,6 +254,8 @@ class Xception(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = self._new_classifier(**factory)
         self.reset_parameters()
+        if fuse_norm:
+            fuse_batch_norm(self)
 
     def reset_parameters(self) -> None:
         """He's initialisation of every convolution and hidden layer; the last layer starts near 0."""

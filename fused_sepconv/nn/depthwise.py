@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_sepconv.nn.functional import depthwise_conv2d
 from fused_sepconv.nn.inputs import check_channels, padding_sides_of, refuse_script
+from fused_sepconv.nn.normalised import Normalised
 from fused_sepconv.nn.padding import check_padding_mode, divide, pad_image
 from fused_sepconv.ops.arguments import Pair, TensorSpec, check_activation, integer, padding_form, pair
 
@@ -26,7 +27,16 @@ class DepthwiseConv(nn.Module):
     activation: str | None
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Normalised:
+            if self.runs_normalised(x.activation):
+                return x.depthwise_conv2d(self.call(x.norm.x))
+            x = x.tensor()
         return depthwise_conv2d(**self.call(x))
+
+    def runs_normalised(self, activation: str | None = None) -> bool:
+        """Whether a BatchNorm, and an activation after it, can run together with this module."""
+        two_dimensional, plain = isinstance(self, nn.Conv2d), self.padding_mode == "zeros"
+        return two_dimensional and plain and not (activation and self.pre_activation)
 
     def call(self, x: Tensor) -> dict[str, Any]:
         """The arguments of `depthwise_conv2d` that this module is, for an input."""

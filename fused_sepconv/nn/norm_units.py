@@ -157,6 +157,22 @@ def _depthwise_of_norm(
         return norm_units.norm_depthwise_conv2d(*args)
 
 
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    process_group: Any = None,
+) -> Tensor:
+    """PyTorch's BatchNorm, that of several processes too."""
+    return _batch_norm(x, (running_mean, running_var, norm_weight, norm_bias, training, momentum, eps), process_group)
+
+
 def _batch_norm(x: Tensor, norm: tuple, group: Any) -> Tensor:
     running_mean, running_var, norm_weight, norm_bias, training, momentum, eps = norm
     if not training or group is None:

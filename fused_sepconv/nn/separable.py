@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_sepconv.nn.functional import separable_conv2d
 from fused_sepconv.nn.inputs import check_channels, padding_sides_of, refuse_script
+from fused_sepconv.nn.normalised import Normalised
 from fused_sepconv.nn.padding import check_padding_mode, divide, pad_image
 from fused_sepconv.ops.arguments import Padding, Pair, check_activation, check_save, integer, padding_form, pair
 from fused_sepconv.tensors.activations import ACTIVATIONS
@@ -153,6 +154,10 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual`, of the output's shape, is added before the last activation."""
+        if type(x) is Normalised:
+            if self.runs_normalised(x.activation):
+                return x.separable_conv2d(self.call(x.norm.x, residual))
+            x = x.tensor()
         first, second = self._child_names  # as `halves`, without its call
         depthwise, pointwise = self._modules[first], self._modules[second]
         if _run_as_one(depthwise, pointwise):
@@ -167,6 +172,11 @@ class SeparableConv2d(nn.Module):
     def runs_as_one(self) -> bool:
         """Whether nothing is attached to the children that calling `separable_conv2d` would pass over."""
         return _run_as_one(*self.halves())
+
+    def runs_normalised(self, activation: str | None = None) -> bool:
+        """Whether a BatchNorm, and an activation after it, can run together with this module."""
+        plain = self.runs_as_one() and self.halves()[0].padding_mode == "zeros"
+        return plain and not (activation and self.pre_activation)
 
     def call(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `separable_conv2d` that this module is, for an input."""

@@ -23,6 +23,7 @@ from fused_sepconv.transforms.adopted import (
     is_pointwise,
     own_padding,
 )
+from fused_sepconv.transforms.batch_norm import FusedBatchNorm2d, FusedSyncBatchNorm
 from fused_sepconv.transforms.dataflow import (
     Dataflow,
     has_defaults,
@@ -45,6 +46,7 @@ _FUNCTIONS = {F.relu: "relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "ha
 _NOTHING = (nn.Identity, nn.modules.dropout._DropoutNd)
 _NOTHING_NAMES = ("timm.layers.drop.DropPath", "torchvision.ops.stochastic_depth.StochasticDepth")
 _NORM_AND_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.FrozenBatchNormAct2d")
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FusedBatchNorm2d, FusedSyncBatchNorm)
 _FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d")
 _MAKES_A_NEW_TENSOR = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, SeparableConv2d)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -302,7 +304,7 @@ def _operations(module: Any) -> list[Operation] | None:
         return []
     if type(module) in _ACTIVATIONS:
         return [_ACTIVATIONS[type(module)]]
-    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or name in _FROZEN_NORMS:
+    if type(module) in _BATCH_NORMS or name in _FROZEN_NORMS:
         return [module] if module.running_mean is not None else None
     if name in _NORM_AND_ACTIVATION and module.running_mean is not None:
         activation = _operations(module.act)
