@@ -185,5 +185,5 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
         ends = [[row[f"val/{measure}"] for row in rows if "val/loss" in row][-1] for rows in runs.values()]
         bottom = max(0, min(95, 100 - 4 * (100 - min(ends))))
         score.set_ylim(bottom, max(ends) + (100 - bottom) / 10)
-        score.legend(frameon=False, loc="lower right", fontsize="small")
+        figure.legend(*score.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(path, dpi=110)
