@@ -371,12 +371,14 @@ assert "timm" not in sys.modules
 NUMBERS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation"
 SCHEMAS = {
     "separable_conv2d": "Tensor x, Tensor depthwise_weight, Tensor pointwise_weight, Tensor? bias, "
-    f"Tensor? depthwise_bias, Tensor? residual, {NUMBERS}, str? pre_activation, str? mid_activation, str? activation",
-    "depthwise_conv2d": f"Tensor x, Tensor weight, Tensor? bias, {NUMBERS}, str? pre_activation, str? activation",
+    f"Tensor? depthwise_bias, Tensor? residual, {NUMBERS}, str? pre_activation, str? mid_activation, str? activation, "
+    "str backend, bool? save_intermediate=None",
+    "depthwise_conv2d": f"Tensor x, Tensor weight, Tensor? bias, {NUMBERS}, str? pre_activation, str? activation, "
+    "str backend",
 }
 
 
 @pytest.mark.parametrize(("operator", "expected"), SCHEMAS.items(), ids=SCHEMAS)
 def test_the_op_takes_what_the_contract_says(operator, expected):
     schema = getattr(torch.ops.fused_sepconv, operator).default._schema
-    assert str(schema) == f"fused_sepconv::{operator}({expected}, str backend) -> Tensor"
+    assert str(schema) == f"fused_sepconv::{operator}({expected}) -> Tensor"

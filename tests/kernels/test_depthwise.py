@@ -320,9 +320,9 @@ def test_the_split_family_ran(plain):
     plain.reset_counters()
     with launching.preferring("split"):
         forward_and_back(fused_sepconv.separable_conv2d, tensors, case.options)
-    # Forward; in the backward the depthwise result once more, and all of its gradients at once.
+    # Forward, whose depthwise result is saved; in the backward all of its gradients at once.
     assert plain.executed() == {
-        "depthwise_forward_nhwc_3x3_s1_float32": 2,
+        "depthwise_forward_nhwc_3x3_s1_float32": 1,
         "depthwise_backward_nhwc_3x3_s1_float32": 1,
         "reduce_splits_float32": 2,
     }

@@ -384,6 +384,7 @@ class EagerSeparableConv2d(nn.Module):
 
 
 def test_a_training_step_saves_less_than_eager_s():
+    """The depthwise results too by default; without them a quarter less, at the least."""
     ours = xception()
     eager = copy.deepcopy(ours)
     for module in [m for m in eager.modules() if isinstance(m, SeparableStack)]:
@@ -391,10 +392,13 @@ def test_a_training_step_saves_less_than_eager_s():
             if isinstance(child, SeparableConv2d):
                 setattr(module, name, EagerSeparableConv2d(child))
     x = torch.randn(1, 3, 96, 96)
-    ours_bytes, eager_bytes = saved_bytes(ours, x), saved_bytes(eager, x)
+    eager_bytes = saved_bytes(eager, x)
+    assert saved_bytes(ours, x) < eager_bytes
+    for module in [m for m in ours.modules() if isinstance(m, SeparableConv2d)]:
+        module.save_intermediate = False
     # Of three tensors a layer (what ReLU, depthwise and pointwise gave) the depthwise result is gone; poolings' indices
     # and the stem's tensors stay.
-    assert ours_bytes < 0.75 * eager_bytes
+    assert saved_bytes(ours, x) < 0.75 * eager_bytes
 
 
 # On the kernels -----------------------------------------------------------------------------------------------------

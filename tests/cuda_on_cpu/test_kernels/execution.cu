@@ -236,9 +236,9 @@ FSC_KERNEL(32, 1) load_with_pitch(FSC_CONST_PARAM const Arguments arguments) {
   FSC_SHARED(Matrix, shared);
   for (int i = threadIdx.x; i < 8 * 64; i += 32) shared.values[i] = static_cast<uint16_t>(i);
   __syncwarp();
+  const uint32_t row = shared_address(shared.values) + threadIdx.x % 8 * arguments.numbers[0];
   uint32_t fragments[4];
-  ldmatrix_x4(fragments,
-              shared_address(shared.values) + threadIdx.x % 8 * arguments.numbers[0]);  // BUG load_with_pitch
+  ldmatrix_x4(fragments, row);  // BUG load_with_pitch
   arguments.array<uint32_t>(0)[threadIdx.x] = fragments[0];
 }
 const Registration load_with_pitch_("load_with_pitch", load_with_pitch, sizeof(Matrix));
