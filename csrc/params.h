@@ -131,8 +131,8 @@ struct NchwTiling {
   int32_t shared_bytes;  // of a block
 };
 
-// What stands before a normalised depthwise convolution: pre_act(scale * x + shift), a channel, in float32; around the
-// image there are zeros after it.
+// The step before a normalised depthwise convolution: pre_act(scale[c] * x + shift[c]) in float32. Around the image
+// there are zeros after it.
 struct Affine {
   const float* scale;  // (C)
   const float* shift;  // (C)

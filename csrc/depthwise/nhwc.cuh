@@ -386,7 +386,7 @@ FSC_DEVICE void normalise_piece(Activation activation, const unsigned char* from
   store(reinterpret_cast<uint32_t*>(to), words);
 }
 
-// What makes rows of x normalised in NHWC: the scale and shift of a block's channels in its shared memory.
+// Normalises the rows of x in NHWC, with the scale and shift of a block's channels in its shared memory.
 template <class Traits>
 class NhwcPrologue {
  public:
@@ -442,7 +442,7 @@ class NhwcPrologue {
   const float *scale_, *shift_;
 };
 
-// What stands in its place where x is taken as it is.
+// Stands in its place where x is taken as it is.
 struct NoPrologue {
   template <class... Anything>
   FSC_DEVICE explicit NoPrologue(const Anything&...) {}

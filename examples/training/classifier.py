@@ -20,7 +20,7 @@ from .run import NAMES
 AUXILIARY_WEIGHT = 0.3
 """Of each auxiliary head's loss, as GoogLeNet has it."""
 RMSPROP_DECAY = 0.9
-"""Of the mean square, which the paper leaves out: Inception V3's. PyTorch's default is 0.99."""
+"""Decay of the mean square, which the paper leaves out: Inception V3's. PyTorch's default is 0.99."""
 TOP = 5
 MAP_DEPTH = 100
 """The paper's measure on JFT is the mean average precision of the first 100 answers."""
@@ -102,7 +102,7 @@ class Classifier(lightning.LightningModule):
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered together: never half a separable convolution, as its parent's kernel reads both weights."""
+    """Blocks whose parameters are gathered together: never half a separable convolution, whose kernel reads both."""
     for child in module.children():
         if isinstance(child, nn.Sequential | nn.ModuleList):
             yield from _blocks(child)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ASPECT_RATIO = 4 / 3
-"""Of training crops, at most, wide or high."""
+"""Longer by shorter side of a training crop, at most."""
 FOLDER_WORKERS = 4
 
 Key = tuple[int, int, bool]
@@ -35,7 +35,7 @@ Key = tuple[int, int, bool]
 
 
 class UserError(Exception):
-    """What the user can do something about: its text is printed, without a traceback."""
+    """An error that is the user's to mend: its text is printed, without a traceback."""
 
 
 def derive(seed: int, use: str, *place: int) -> int:
@@ -119,7 +119,7 @@ class ImageData(lightning.LightningDataModule):
         self.steps = len(self.train or ()) // self.images_per_step
 
     def _images(self, sources: Sequence, names: list[list[str]], augment: bool) -> Images:
-        """What the training images have are the classes; the others may have no more."""
+        """The classes are those of the training images; the others may have no more."""
         self.classes = self.classes or sorted({name for of_image in names for name in of_image})
         number = {name: index for index, name in enumerate(self.classes)}
         unknown = sorted({name for of_image in names for name in of_image if name not in number})

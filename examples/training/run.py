@@ -85,7 +85,7 @@ class Log(Callback):
 
 
 def between_steps(trainer: lightning.Trainer) -> bool:
-    """Whether more batches belong to the step under way."""
+    """Tells whether more batches belong to the step under way."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 

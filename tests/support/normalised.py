@@ -45,7 +45,7 @@ def normalised_depthwise(
     *,
     pre_activation: str | None = None,
 ) -> Tensor:
-    """What `tests.support.cases.normalised_convolution` defines, by our kernels, in every tensor's gradient too."""
+    """`tests.support.cases.normalised_convolution` by our kernels, with every tensor's gradient."""
     problem = problem_of(x, weight, stride, padding, dilation, pre_activation)
     return _Normalised.apply(problem, x, scale, shift, weight, bias)
 
