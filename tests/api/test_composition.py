@@ -78,7 +78,9 @@ def value_and_gradients(function, tensors, options):
 
 
 @pytest.mark.dtypes(torch.float32)
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc"))
+@pytest.mark.parametrize(
+    "layout", (pytest.param(torch.contiguous_format, marks=pytest.mark.full), torch.channels_last), ids=("nchw", "nhwc")
+)
 @pytest.mark.cases(EVERYTHING, full=ALL_TRACED)
 def test_opcheck_finds_nothing_in_the_forward(target, case, layout):
     tensors = leaves(case, torch.float32, device=target.device)
