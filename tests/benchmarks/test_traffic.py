@@ -104,7 +104,7 @@ def test_emulated_a_middle_flow_block_takes_55_passes_where_it_took_63(checked, 
 
 def test_a_step_of_xception_moves_and_saves_less():
     """The eager step is the sum that was made by hand before there was a kernel: 64.5 GB."""
-    wanted = ("PyTorch, eager", "False", "True", "True, fuse_norm")
+    wanted = ("PyTorch, eager", "False", "True", "False, fuse_norm", "True, fuse_norm")
     steps = {name: traffic.xception_step(traffic.VARIANTS[name], 64) for name in wanted}
     moved = {name: step.traffic.total() / 1e9 for name, step in steps.items()}
     saved = {name: step.saved / 1e9 for name, step in steps.items()}
@@ -112,4 +112,5 @@ def test_a_step_of_xception_moves_and_saves_less():
     # Each of the 21 units gives four passes over its tensor, 1.252 GB in all, and its normalised tensor, once.
     assert moved["True"] - moved["True, fuse_norm"] == pytest.approx(4 * 1.252, rel=0.01)
     assert saved["True"] - saved["True, fuse_norm"] == pytest.approx(1.252, rel=0.01)
-    assert saved["False"] < saved["True, fuse_norm"] < saved["True"] < saved["PyTorch, eager"]
+    kept = [saved[name] for name in ("False, fuse_norm", "False", "True, fuse_norm", "True", "PyTorch, eager")]
+    assert kept == sorted(kept) and len(set(kept)) == len(kept)
