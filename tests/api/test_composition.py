@@ -215,7 +215,7 @@ def test_a_bad_call_is_named_under_compile_too(case):
 @pytest.mark.parametrize("tracing_mode", ("real", pytest.param("fake", marks=pytest.mark.full), "symbolic"))
 @pytest.mark.cases(EVERYTHING, full=both(named("relu thrice", "same, stride 2, even size")))
 def test_make_fx_traces_forward_and_backward(case, tracing_mode):
-    names = list(case.tensors())  # not in what is traced: PyTorch 2.6 traces no generator
+    names = list(case.tensors())  # not in what is traced: PyTorch 2.7 traces no generator
 
     def step(*values):
         return value_and_gradients(one_operator(case), dict(zip(names, values, strict=True)), case.options)
