@@ -8,9 +8,7 @@
 
 namespace emulator {
 
-#if defined(__x86_64__)
-
-// swapcontext costs a system call a switch; this saves what the calling convention asks for and nothing more.
+// swapcontext costs a system call a switch; this saves what x86-64's calling convention asks for and nothing more.
 extern "C" void emulator_switch_stacks(void** saved_stack_pointer, void* next_stack_pointer);
 asm(R"(
 .text
@@ -37,7 +35,7 @@ emulator_switch_stacks:
 .size emulator_switch_stacks, .-emulator_switch_stacks
 )");
 
-void start_context(Context& context, unsigned char* stack_top, size_t, void (*entry)()) {
+void start_context(Context& context, unsigned char* stack_top, void (*entry)()) {
   constexpr int kSavedRegisters = 6;
   const uintptr_t aligned_top = reinterpret_cast<uintptr_t>(stack_top) & ~uintptr_t{15};
   void** frame = reinterpret_cast<void**>(aligned_top - 16);
@@ -48,20 +46,6 @@ void start_context(Context& context, unsigned char* stack_top, size_t, void (*en
 }
 
 void switch_context(Context& from, Context& to) { emulator_switch_stacks(&from.stack_pointer, to.stack_pointer); }
-
-#else
-
-void start_context(Context& context, unsigned char* stack_top, size_t stack_bytes, void (*entry)()) {
-  getcontext(&context.saved);
-  context.saved.uc_stack.ss_sp = stack_top - stack_bytes;
-  context.saved.uc_stack.ss_size = stack_bytes;
-  context.saved.uc_link = nullptr;
-  makecontext(&context.saved, entry, 0);
-}
-
-void switch_context(Context& from, Context& to) { swapcontext(&from.saved, &to.saved); }
-
-#endif
 
 FiberStacks::~FiberStacks() {
   if (mapping_) munmap(mapping_, count_ * kStackBytes);

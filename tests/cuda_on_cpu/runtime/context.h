@@ -3,23 +3,15 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
 namespace emulator {
 
 // A suspended execution: where to go on, on a stack of its own.
 struct Context {
-#if defined(__x86_64__)
   void* stack_pointer = nullptr;
-#else
-  ucontext_t saved;
-#endif
 };
 
 // Makes `context` start `entry`, which must never return, on the stack that ends at `stack_top`.
-void start_context(Context& context, unsigned char* stack_top, size_t stack_bytes, void (*entry)());
+void start_context(Context& context, unsigned char* stack_top, void (*entry)());
 
 // Suspends the running execution into `from` and goes on with `to`.
 void switch_context(Context& from, Context& to);

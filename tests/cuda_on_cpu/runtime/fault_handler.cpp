@@ -45,7 +45,6 @@ void pass_on(int signal_number, siginfo_t* info, void* opaque_context) {
 }
 
 void handle(int signal_number, siginfo_t* info, void* opaque_context) {
-#if defined(__x86_64__)
   if (current_worker && current_worker->running) {
     // Goes on in report_fault when the handler returns, as if it had been called with an empty stack.
     auto* context = static_cast<ucontext_t*>(opaque_context);
@@ -55,7 +54,6 @@ void handle(int signal_number, siginfo_t* info, void* opaque_context) {
     context->uc_mcontext.gregs[REG_RIP] = reinterpret_cast<greg_t>(&report_fault);
     return;
   }
-#endif
   pass_on(signal_number, info, opaque_context);
 }
 

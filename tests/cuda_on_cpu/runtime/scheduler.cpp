@@ -55,7 +55,7 @@ void thread_main() {
 
 void run_block(Worker& worker) {
   for (Thread& thread : worker.block.threads) {
-    start_context(thread.context, worker.stacks.top(thread.index), FiberStacks::kStackBytes, thread_main);
+    start_context(thread.context, worker.stacks.top(thread.index), thread_main);
     wake(thread);
   }
   worker.running = &worker.block.threads[worker.ready.take()];
