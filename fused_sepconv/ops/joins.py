@@ -8,6 +8,7 @@ They are run where `why_not` is empty, and never asked for elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from fused_sepconv.ops.norm_units import (
     with_own_statistics,
 )
 from fused_sepconv.ops.operators import LIBRARY, TAGS, without_autocast
+from fused_sepconv.ops.torch_internals import is_plain_state
 
 for _schema in (
     "norm_add(Tensor x, Tensor scale, Tensor shift, Tensor? other, Tensor? other_scale, Tensor? other_shift) -> Tensor",
@@ -35,8 +37,6 @@ for _schema in (
     "Tensor? slope, int[2] padding) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=TAGS)
-
-_operators = torch.ops.fused_sepconv
 
 
 class Window(NamedTuple):
@@ -104,14 +104,22 @@ def _fake_pool(x: Tensor, scale: Tensor, shift: Tensor, padding: list[int], size
     return like, torch.empty_like(like, dtype=torch.uint8)
 
 
+_RUN = {"norm_add": _add, "norm_pool": _pool, "norm_pool_backward": _pool_backward}
+
+
+def _operator(name: str, x: Tensor) -> Callable[..., Any]:
+    """An operator; where nobody wants to see it, what runs it, without PyTorch's dispatcher."""
+    return _RUN[name] if is_plain_state() and not x.is_meta else getattr(torch.ops.fused_sepconv, name)
+
+
 def _register() -> None:
     fakes = {
-        "norm_add": (_add, lambda x, *_: torch.empty_like(x)),
-        "norm_pool": (_pool, _fake_pool),
-        "norm_pool_backward": (_pool_backward, lambda grad, index, x, *_: torch.empty_like(x)),
+        "norm_add": lambda x, *_: torch.empty_like(x),
+        "norm_pool": _fake_pool,
+        "norm_pool_backward": lambda grad, index, x, *_: torch.empty_like(x),
     }
-    for name, (run, fake) in fakes.items():
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    for name, fake in fakes.items():
+        LIBRARY.impl(name, _RUN[name], "CompositeExplicitAutograd")
         torch.library.register_fake(f"fused_sepconv::{name}", fake, lib=LIBRARY)
 
 
@@ -135,9 +143,9 @@ class NormJoinFunction(torch.autograd.Function):
         picked, index = x, None
         scale, shift = _scale_and_shift(*norm)
         if window is not None:
-            picked, index = _operators.norm_pool(x, scale, shift, window.padding, window.size)
+            picked, index = _operator("norm_pool", x)(x, scale, shift, window.padding, window.size)
         affine = (None, None) if other_norm[0] is None else _scale_and_shift(*other_norm)
-        y = _operators.norm_add(picked, scale, shift, other, *affine)
+        y = _operator("norm_add", x)(picked, scale, shift, other, *affine)
         kept = other if other_norm[0] is not None else None  # of an image as it is, the gradient asks nothing
         ctx.has_other = other is not None
         ctx.save_for_backward(x, *norm, kept, *other_norm, None if index is None else picked, index)
@@ -190,7 +198,7 @@ def _gradients(
         if own:
             count = x.shape[0] * x.shape[2] * x.shape[3]
             values = mean, sums[0] / count, sums[1] * invstd.square() / count
-        grad_x = _operators.norm_pool_backward(grad, index, x, factor, *values, window.padding)
+        grad_x = _operator("norm_pool_backward", x)(grad, index, x, factor, *values, window.padding)
     return (
         grad_x,
         None,
