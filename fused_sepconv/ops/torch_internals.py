@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 try:
@@ -22,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"fused_sepconv uses names inside PyTorch that this one, {torch.__version__}, does not have: {error}. "
-        "It is tested with PyTorch 2.6 to 2.14"
+        "It is tested with PyTorch 2.7 to 2.14"
     ) from error
 
 __all__ = [
@@ -30,9 +32,9 @@ __all__ = [
     "SingleLevelFunction",
     "are_functorch_transforms_active",
     "below_subclasses",
+    "decompositions",
     "expected_size",
     "has_global_hooks",
-    "has_storage",
     "has_tangent",
     "in_forward_mode",
     "is_plain_state",
@@ -44,10 +46,8 @@ __all__ = [
 
 _C = torch._C
 _NAMES = (
-    "_dispatch_keys",
     "_dispatch_tls_local_exclude_set",
     "_dispatch_tls_local_include_set",
-    "_has_storage",
     "_get_tracing_state",
     "_len_torch_dispatch_stack",
     "_len_torch_function_stack",
@@ -55,13 +55,10 @@ _NAMES = (
 _complete = all(hasattr(_C, name) for name in _NAMES) and hasattr(forward_ad, "_current_level")
 """False where a name is missing: every call goes through the dispatcher then, as right, and slower."""
 
-tensor_keys = getattr(_C, "_dispatch_keys", None)
-"""A tensor's dispatch keys: wrappers, lazy negation and the like have keys of their own. Read with `raw_repr()`."""
 included_keys = getattr(_C, "_dispatch_tls_local_include_set", None)
 excluded_keys = getattr(_C, "_dispatch_tls_local_exclude_set", None)
-"""The keys that this thread adds and leaves out: modes, transforms, tracers and autocast change them."""
-has_storage = getattr(_C, "_has_storage", None)
-"""Whether a tensor has memory of its own: a batch of `torch.autograd.grad(is_grads_batched=True)` has none."""
+"""The keys that this thread adds and leaves out: modes, transforms, tracers and autocast change them. Read with
+`raw_repr()`."""
 _function_modes = getattr(_C, "_len_torch_function_stack", None)
 
 
@@ -108,6 +105,13 @@ def has_global_hooks() -> bool:
 def below_subclasses() -> AbstractContextManager[Any]:
     """A context for kernels: a tensor subclass's own `__torch_function__` and `new_empty` are not asked again."""
     return _C.DisableTorchFunctionSubclass()
+
+
+def decompositions(mode: proxy_tensor.ProxyTorchDispatchMode) -> Mapping[Any, Any]:
+    """The decompositions that a tracer applies: its own since 2.13, before that the one table of all tracers. Where
+    neither is there, exporters are given the operators themselves."""
+    everybodys = getattr(proxy_tensor, "CURRENT_DECOMPOSITION_TABLE", {})
+    return getattr(mode, "decomposition_table", everybodys)
 
 
 def expected_size(size: int | torch.SymInt) -> int | None:
