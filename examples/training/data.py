@@ -87,7 +87,7 @@ class Images(Dataset):
         return ImageOps.fit(image, size, Image.Resampling.BILINEAR, border)
 
 
-def _opened(source: Image.Image | Path) -> Image.Image:
+def _opened(source: Image.Image | str) -> Image.Image:
     try:
         return source if isinstance(source, Image.Image) else Image.open(source).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -123,10 +123,9 @@ class ImageData(lightning.LightningDataModule):
         return self._loader(self.evaluation, [keys[begin : begin + size] for begin in range(0, len(keys), size)])
 
     def _loader(self, images: Images, batches: Any) -> DataLoader:
-        workers, pinned = self.options.workers, self.options.device == "cuda"
-        return DataLoader(
-            images, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned
-        )
+        workers = self.options.workers
+        how = {"persistent_workers": workers > 0, "pin_memory": self.options.device == "cuda"}
+        return DataLoader(images, batch_sampler=batches, num_workers=workers, **how)
 
 
 class MicroBatches:
@@ -159,16 +158,16 @@ def _read_digits(training: bool) -> tuple[list[Image.Image], list[list[str]]]:
     return [Image.fromarray(p).convert("RGB") for p in pixels], [[str(digit)] for digit in digits]
 
 
-def _read_folder(options: Namespace, part: str) -> tuple[list[Path], list[list[str]]]:
+def _read_folder(options: Namespace, part: str) -> tuple[list[str], list[list[str]]]:
     """The paths of the images, and the names of what each shows."""
     folder = options.data_dir / part
     if not folder.is_dir():
         raise UserError(f"--data-dir: there is no folder {folder}")
     if options.multi_label:
         rows = _read_csv(folder / "labels.csv", "image", "labels")
-        return [folder / image for image, _ in rows], [labels.split() for _, labels in rows]
+        return [str(folder / image) for image, _ in rows], [labels.split() for _, labels in rows]
     files = sorted(f for f in glob("*/**/*", root_dir=folder, recursive=True) if f.lower().endswith(IMAGE_SUFFIXES))
-    return [folder / file for file in files], [[Path(file).parts[0]] for file in files]
+    return [str(folder / file) for file in files], [[Path(file).parts[0]] for file in files]
 
 
 def _read_csv(path: Path, *columns: str) -> list[list[str]]:
