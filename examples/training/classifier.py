@@ -33,7 +33,8 @@ class Classifier(lightning.LightningModule):
         self.network, self.options, self.class_weights = network, options, data.class_weights
         self.steps, self.images_per_step = data.steps, data.images_per_step
         names = ("loss", "top-1", "top-5", *(["MAP@100"] if options.multi_label else []))
-        self.scores, self.loss = nn.ModuleDict({name: MeanMetric() for name in names}), MeanMetric()
+        self.scores = nn.ModuleDict({name: MeanMetric("disable") for name in names})  # NaN stays NaN
+        self.loss = MeanMetric("disable")
         identity = {name: getattr(options, name) for name in IDENTITY} | {"images_per_step": data.images_per_step}
         self.save_hyperparameters(identity, logger=False)
 
@@ -42,8 +43,9 @@ class Classifier(lightning.LightningModule):
         never half a separable convolution, whose kernel reads both.
         """
         if self.options.distributed == "fsdp":
-            lists = [module for module in self.network.modules() if isinstance(module, nn.Sequential)]
-            blocks = [block for blocks in reversed(lists) for block in blocks if len(list(block.parameters())) > 2]
+            lists = [module for module in self.network.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+            blocks = [block for parent in reversed(lists) for block in parent if not isinstance(block, nn.ModuleList)]
+            blocks = [block for block in blocks if len(list(block.parameters())) > 2]  # more than a layer
             for module in (*blocks, self.network):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 

@@ -215,11 +215,9 @@ def test_weights_for_other_classes_keep_all_but_the_classifier(whole_run, tmp_pa
 
 
 def error_of(capsys, output, *flags):
-    """The message of a run that must end with one, and without a result."""
-    capsys.readouterr()
+    """The message of a run that must end with one."""
     assert run(output, *flags) == 1
-    captured = capsys.readouterr()
-    return next(line for line in captured.err.splitlines() if line.startswith("train.py: "))
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")][-1]
 
 
 def test_sigterm_saves_and_a_resumed_run_is_the_same_run(whole_run, noise, tmp_path, monkeypatch, capsys):
