@@ -97,6 +97,17 @@ def recomputing(network: Network) -> Network:
     return replace(network, impl=f"{network.impl}-recompute", build=build)
 
 
+def fusing_norm(network: Network) -> Network:
+    """The network after `fuse_batch_norm`."""
+
+    def build() -> nn.Module:
+        model = network.build()
+        fused_sepconv.fuse_batch_norm(model)
+        return model
+
+    return replace(network, impl=f"{network.impl}-fuse-norm", build=build)
+
+
 @dataclass(frozen=True)
 class Run:
     """A network on a device, and one call of it: an inference, or a training step with mixed precision."""

@@ -12,7 +12,7 @@ import torch
 from check import RESULTS, Check, network_faults
 from floors import Ceilings
 from layers import NETWORKS, Layer
-from networks import IMAGE_SIZE, Network, Run, networks, random_batch, recomputing
+from networks import IMAGE_SIZE, Network, Run, fusing_norm, networks, random_batch, recomputing
 from peers import Implementation, implementations
 from problem import Inputs, Problem, convolution_flags, prepare
 from record import Row, layer_row, make_row
@@ -214,7 +214,10 @@ def network_and_batch(network: Network, dtype: str, batch: int, device: str) -> 
 def model_suite(settings: Settings) -> list[Step]:
     """Every network in every dtype and batch, in inference and in training, where these passes are asked for."""
     rows = len(MODEL_PASSES.keys() & set(settings.passes))
-    return network_steps(time_network, rows, settings, networks(settings.model_layouts, settings.peers))
+    compared = networks(settings.model_layouts, settings.peers)
+    if settings.device == "cuda":  # elsewhere a fused BatchNorm runs by itself
+        compared += [fusing_norm(network) for network in compared if network.is_ours and not network.is_compiled]
+    return network_steps(time_network, rows, settings, compared)
 
 
 def time_network(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:
@@ -269,17 +272,17 @@ def saved_bytes(forward: Callable[[], Result], parameters: Collection[Tensor]) -
 
     Parameters are there anyway and are not counted. A layer's input is: it stays because the layer needs it.
     """
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    own = {parameter.untyped_storage()._cdata for parameter in parameters}  # a meta tensor has no address
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()  # alive until the sum is taken, so that no storage's address is used twice
+        kept = forward()  # alive until the sum is taken, so that no storage's number is used twice
     total = sum(saved.values())
     del kept
     return total
@@ -287,9 +290,12 @@ def saved_bytes(forward: Callable[[], Result], parameters: Collection[Tensor]) -
 
 def memory_suite(settings: Settings) -> list[Step]:
     """A training step of each network, in one layout: memory does not depend on it; ours with the depthwise results
-    saved, where that is faster, and without."""
+    saved, where that is faster, and without, and on a GPU with its BatchNorms fused."""
     compared = networks(settings.layouts[-1:], ())
-    return network_steps(network_memory, 1, settings, [*compared, recomputing(compared[-1])])
+    ours = [compared[-1]]
+    if settings.device == "cuda":  # as above
+        ours.append(fusing_norm(compared[-1]))
+    return network_steps(network_memory, 1, settings, [*compared, *ours[1:], *map(recomputing, ours)])
 
 
 def network_memory(network: Network, dtype: str, batch: int, settings: Settings) -> Iterator[Row]:

@@ -111,9 +111,9 @@ def ninja_file(csrc: Path, toolkit: Toolkit, gencode: list[str], pybind11: str, 
     """The text of build.ninja, which makes `_native.so` in the folder that ninja runs in."""
     includes = [csrc, toolkit.include, pybind11, sysconfig.get_path("include")]
     cxx = environ.get("CXX") or "c++"
-    objects = {f"{source.relative_to(csrc)}.o": ("nvcc", source) for source in kernel_sources(csrc)}
-    objects["bindings.cpp.o"] = ("cxx", csrc / "bindings.cpp")
-    objects["build_info.cpp.o"] = ("cxx", "build_info.cpp")
+    # bindings.cpp first: it takes long, and at the end the other processors would wait for it.
+    objects = {"bindings.cpp.o": ("cxx", csrc / "bindings.cpp"), "build_info.cpp.o": ("cxx", "build_info.cpp")}
+    objects |= {f"{source.relative_to(csrc)}.o": ("nvcc", source) for source in kernel_sources(csrc)}
     return NINJA_FILE.format(
         cxx=cxx,
         nvcc=ninja_words(str(toolkit.nvcc)),

@@ -82,9 +82,9 @@ std::unordered_map<const Instance*, int64_t> launches;
 // Runs an instance, and counts it where the launch succeeded; in the emulation, on buffers that the emulator knows.
 template <class Made, class Params>
 void run(const Made& instance, const Params& params, Stream stream) {
-#if defined(FSC_EMULATED) && !defined(FSC_NULL)
+#ifdef FSC_EMULATED
   const EmulatedBuffers buffers(instance, params);
-#elif !defined(FSC_EMULATED)
+#else
   load(instance);
 #endif
   instance.run(instance, params, stream);

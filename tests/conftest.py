@@ -96,7 +96,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "cases(cases, quick=(), full=()): the cases that the test's `case` goes through; those of the quick tier among "
         "them, and more of the full one",
     )
-    config.addinivalue_line("markers", "checked_on(cases): what the checked build goes through by default")
+    config.addinivalue_line(
+        "markers", "checked_on(cases, plain=all): what the checked build goes through by default, and the plain one"
+    )
     config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes that the test's `dtype` goes through")
     config.addinivalue_line("markers", "gradients: only where the target has gradients")
 
@@ -150,9 +152,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marker = item.get_closest_marker("checked_on")
-        if marker and item.callspec.params["native"]:
+        if marker:
+            by_default = marker.args[0] if item.callspec.params["native"] else marker.kwargs.get("plain")
             case = next((value for value in item.callspec.params.values() if isinstance(value, Case)), None)
-            if case not in marker.args[0]:
+            if by_default is not None and case not in by_default:
                 item.add_marker(pytest.mark.full)
 
 

@@ -2,7 +2,7 @@
 # The tests that need no emulated kernel, on several releases of PyTorch, each in a virtual environment of its own.
 #
 #   bash tests/versions.sh                          # the oldest, the one of GPU machines, the newest
-#   bash tests/versions.sh 2.6.0 -- tests/api       # one release; what follows -- is pytest's
+#   bash tests/versions.sh 2.7.0 -- tests/api       # one release; what follows -- is pytest's
 #   PYTHON=python3.13 bash tests/versions.sh 2.14.1
 #
 # Environments are kept in build/versions/ (several GB each, as PyPI's PyTorch brings CUDA) and used again. The last
@@ -11,11 +11,11 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # torchvision's release goes with PyTorch's: what is not in this list is left to pip.
-declare -A torchvision=([2.6.0]=0.21.0 [2.11.0]=0.26.0 [2.13.0]=0.28.0 [2.14.1]=0.29.1)
+declare -A torchvision=([2.7.0]=0.22.0 [2.11.0]=0.26.0 [2.13.0]=0.28.0 [2.14.1]=0.29.1)
 versions=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do versions+=("$1"); shift; done
 [ $# -gt 0 ] && shift
-[ ${#versions[@]} -gt 0 ] || versions=(2.6.0 2.11.0 2.14.1)
+[ ${#versions[@]} -gt 0 ] || versions=(2.7.0 2.11.0 2.14.1)
 arguments=("$@")
 [ ${#arguments[@]} -gt 0 ] || arguments=(tests --ignore=tests/kernels --ignore=tests/examples --ignore=tests/benchmarks)
 

@@ -17,14 +17,7 @@ struct Grid {
 
 constexpr int kLargestSharedBytes = 227 * 1024;  // of any device that the kernels are built for
 
-#ifdef FSC_NULL  // a build for the tests that measures the host's time: launches are counted, and nothing runs
-
-template <class Params>
-void launch(const char* instance, void (*)(Params), const Grid& grid, Stream, const Params&) {
-  ::emulator::count_launch(instance, grid.shared_bytes);
-}
-
-#elif defined(FSC_EMULATED)
+#ifdef FSC_EMULATED
 
 template <class Params>
 void launch(const char* instance, void (*kernel)(Params), const Grid& grid, Stream, const Params& params) {

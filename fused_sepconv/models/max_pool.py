@@ -44,11 +44,10 @@ class MaxPool3x3(nn.Module):
 # torch.fx leaves it as one call in what it traces: what it looks at in x, a traced x has not.
 @torch.fx.wrap
 def _max_pool(x: Tensor, stride: int, padding: str, dilation: int) -> Tensor:
-    if stride == 2 and padding == "same" and any(isinstance(size, torch.SymInt) for size in x.shape[-2:]):
-        # An export with free sizes: F.pad takes them, where max_pool2d wants its padding in numbers. They are size % 2,
-        # written so that the result's size is seen to be a strided convolution's.
-        top, left = ((size - 1) // 2 * 2 + 2 - size for size in x.shape[-2:])
-        return F.max_pool2d(F.pad(x, (left, 1, top, 1), value=float("-inf")), 3, 2)
+    if stride == 2 and padding == "same" and _exports_free_sizes(x):
+        # max_pool2d wants its padding in numbers: seen from its end, an image of an even size is padded as an odd
+        # one, by 1.
+        return F.max_pool2d(x.flip(-2, -1), 3, 2, 1).flip(-2, -1)
     before = [1 if padding == "symmetric" else (size + dilation - 1) // dilation % 2 for size in x.shape[-2:]]
     if stride == 2:
         # TensorFlow's last window reaches over the edge of an even size: ceil_mode does that without padding.
@@ -59,3 +58,9 @@ def _max_pool(x: Tensor, stride: int, padding: str, dilation: int) -> Tensor:
     top, left = top * dilation, left * dilation
     x = F.pad(x, (left, reach - left, top, reach - top), value=float("-inf"))
     return F.max_pool2d(x, 3, 1, 0, dilation)
+
+
+def _exports_free_sizes(x: Tensor) -> bool:
+    """Whether sizes that may change are exported; also where Dynamo exports, which hides before 2.8 that they may."""
+    free = any(isinstance(size, torch.SymInt) for size in x.shape[-2:])
+    return free or (torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting())

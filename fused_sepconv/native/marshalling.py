@@ -29,6 +29,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """`address` of each, without a call for each."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def strides_of(image: Tensor | None) -> Strides:
     """The strides of an image in elements, zeros for None."""
     return NO_STRIDES if image is None else image.stride()

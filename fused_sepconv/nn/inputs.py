@@ -37,3 +37,12 @@ def padding_sides_of(conv: Any) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) that `nn.Conv2d` pads with other than zeros: it is settled at its construction."""
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     return top, bottom, left, right
+
+
+def parameters_of(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A convolution's weight and bias. `nn.Module`'s own way to them takes five times as long."""
+    parameters = conv._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:  # plain attributes, as a replica of `nn.DataParallel` has
+        return conv.weight, conv.bias

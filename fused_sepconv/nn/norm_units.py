@@ -7,6 +7,7 @@ convolutions, one after the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch.nn.modules._functions import SyncBatchNorm as sync_batch_norm
 from fused_sepconv.nn.functional import depthwise_conv2d, separable_conv2d
 from fused_sepconv.ops import backend as backend_setting
 from fused_sepconv.ops import norm_units
-from fused_sepconv.ops.arguments import Pair, normalise_depthwise
+from fused_sepconv.ops.arguments import Pair, check_save, normalise_depthwise
 from fused_sepconv.ops.backend import asks_the_plan
 from fused_sepconv.ops.operators import without_autocast
+from fused_sepconv.ops.torch_internals import are_functorch_transforms_active
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import memory_format_of
 
@@ -56,7 +58,8 @@ def norm_separable_conv2d(
         running_mean, running_var, norm_weight, norm_bias, training, momentum, eps: as `F.batch_norm`'s; with
             `training` the statistics are the batch's, and the running ones, if there are any, are updated in place.
         process_group: None, or the processes over whose batches the statistics are taken, as `nn.SyncBatchNorm` does.
-        save_intermediate: where a kernel of ours runs the unit, the depthwise result is saved for the backward.
+        save_intermediate: False computes the depthwise result again in the backward. Else it is saved, where a kernel
+            of ours runs the unit; elsewhere this is `separable_conv2d`'s.
         the others: as `separable_conv2d`'s; `pre_activation` comes after the norm.
 
     Raises:
@@ -64,8 +67,8 @@ def norm_separable_conv2d(
     """
     norm = running_mean, running_var, norm_weight, norm_bias, training, momentum, eps
     how = stride, padding, dilation
-    t = _depthwise_of_norm(x, norm, depthwise_weight, depthwise_bias, how, pre_activation, process_group)
-    if t is None:
+    call = _depthwise_of_norm(x, norm, depthwise_weight, depthwise_bias, how, pre_activation, process_group)
+    if call is None:
         return separable_conv2d(
             _batch_norm(x, norm, process_group),
             depthwise_weight,
@@ -79,7 +82,8 @@ def norm_separable_conv2d(
             activation=activation,
             save_intermediate=save_intermediate,
         )
-    y = F.conv2d(ACTIVATIONS[mid_activation].forward(t), pointwise_weight, bias)
+    save = check_save(save_intermediate)
+    y = _pointwise(call, ACTIVATIONS[mid_activation].forward, pointwise_weight, bias, save)
     if residual is not None:
         if residual.shape != y.shape:
             raise ValueError(f"residual: expected the output's shape {tuple(y.shape)}, got {tuple(residual.shape)}")
@@ -112,9 +116,9 @@ def norm_depthwise_conv2d(
     """
     norm = running_mean, running_var, norm_weight, norm_bias, training, momentum, eps
     how = stride, padding, dilation
-    t = _depthwise_of_norm(x, norm, weight, bias, how, pre_activation, process_group)
-    if t is not None:
-        return ACTIVATIONS[activation].forward(t)
+    call = _depthwise_of_norm(x, norm, weight, bias, how, pre_activation, process_group)
+    if call is not None:
+        return ACTIVATIONS[activation].forward(call())
     u = _batch_norm(x, norm, process_group)
     return depthwise_conv2d(u, weight, bias, *how, pre_activation=pre_activation, activation=activation)
 
@@ -127,8 +131,8 @@ def _depthwise_of_norm(
     how: tuple,
     activation: str | None,
     group: Any,
-) -> Tensor | None:
-    """The depthwise result where the operator runs it; None where PyTorch's BatchNorm and a convolution do."""
+) -> Callable[[], Tensor] | None:
+    """The call of the operator, for the depthwise result; None where PyTorch's BatchNorm and a convolution run."""
     backend = backend_setting.default
     running_mean, running_var, norm_weight, norm_bias, training, momentum, eps = norm
     shared = training and group is not None
@@ -153,8 +157,47 @@ def _depthwise_of_norm(
             mean, invstd = running_mean.to(wide), torch.rsqrt(running_var.to(wide) + eps)
         args = (x, mean, invstd, norm_weight, norm_bias, weight, bias, *arguments, training, backend)
         if shared:
-            return norm_units.NormDepthwiseConv2dFunction.apply(*args, (group, count))
-        return norm_units.norm_depthwise_conv2d(*args)
+            args = (*args, (group, count))
+        operator = norm_units.NormDepthwiseConv2dFunction.apply if shared else norm_units.norm_depthwise_conv2d
+
+    def call() -> Tensor:
+        with without_autocast(x):
+            return operator(*args)
+
+    return call
+
+
+def _pointwise(
+    call: Callable[[], Tensor],
+    activation: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    save: bool | None,
+) -> Tensor:
+    """The 1x1 of the depthwise result that `call` gives, which the backward calls again where it is not to be saved."""
+    t = call()
+    if save is not False or torch.compiler.is_compiling() or are_functorch_transforms_active():
+        return F.conv2d(activation(t), weight, bias)
+
+    def again(name: str) -> Tensor:
+        with torch.no_grad():
+            return call() if name == "t" else activation(call())
+
+    def dropping(known: dict[int, str], other: str = "") -> Any:
+        """A context in which autograd keeps a name in place of a tensor: by its storage, else `other` if there is."""
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: known.get(_storage(tensor), other) or tensor,
+            lambda kept: again(kept) if isinstance(kept, str) else kept,
+        )
+
+    with dropping({_storage(t): "t"}, "v"):
+        v = activation(t)
+    with dropping({_storage(v): "v"}):
+        return F.conv2d(v, weight, bias)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def batch_norm(

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_sepconv.nn.functional import separable_conv2d
-from fused_sepconv.nn.inputs import check_channels, padding_sides_of, refuse_script
+from fused_sepconv.nn.inputs import check_channels, padding_sides_of, parameters_of, refuse_script
 from fused_sepconv.nn.normalised import Normalised
 from fused_sepconv.nn.padding import check_padding_mode, divide, pad_image
+from fused_sepconv.ops import backend, eager
 from fused_sepconv.ops.arguments import Padding, Pair, check_activation, check_save, integer, padding_form, pair
+from fused_sepconv.ops.operators import SEPARABLE_CONV2D
 from fused_sepconv.tensors.activations import ACTIVATIONS
 
 # torch.fx leaves them as one call in what it traces: what they look at in x, a traced x has not.
@@ -160,9 +162,11 @@ class SeparableConv2d(nn.Module):
             x = x.tensor()
         first, second = self._child_names  # as `halves`, without its call
         depthwise, pointwise = self._modules[first], self._modules[second]
-        if _run_as_one(depthwise, pointwise):
-            return separable_conv2d(**self._arguments(depthwise, pointwise, x, residual))
-        return self._call_children(x, residual)
+        if not _run_as_one(depthwise, pointwise):
+            return self._call_children(x, residual)
+        tensors, options = self._call(depthwise, pointwise, x, residual)
+        y = eager.run(SEPARABLE_CONV2D, tensors, options, backend.default)
+        return separable_conv2d(**_named(tensors, options)) if y is None else y
 
     def halves(self) -> tuple[nn.Module, nn.Module]:
         """The two convolutions, or what was put in their place."""
@@ -180,11 +184,12 @@ class SeparableConv2d(nn.Module):
 
     def call(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `separable_conv2d` that this module is, for an input."""
-        return self._arguments(*self.halves(), x, residual)
+        return _named(*self._call(*self.halves(), x, residual))
 
-    def _arguments(
+    def _call(
         self, depthwise: nn.Conv2d, pointwise: nn.Conv2d, x: Tensor, residual: Tensor | None
-    ) -> dict[str, Any]:
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """The tensors and the options of a call."""
         x = check_channels(x, depthwise.groups)
         padding = depthwise.padding if self._own_padding is None else self._own_padding
         if depthwise.padding_mode != "zeros":
@@ -192,21 +197,20 @@ class SeparableConv2d(nn.Module):
             x, padding = self._padded(x, self._own_padding or padding_sides_of(depthwise)), 0
         elif isinstance(self._own_padding, tuple):
             padding = padding[:2], padding[2:]
-        return {
-            "x": x,
-            "depthwise_weight": depthwise.weight,
-            "pointwise_weight": pointwise.weight,
-            "bias": pointwise.bias,
-            "stride": depthwise.stride,
-            "padding": padding,
-            "dilation": depthwise.dilation,
-            "depthwise_bias": depthwise.bias,
-            "residual": residual,
-            "pre_activation": self.pre_activation,
-            "mid_activation": self.mid_activation,
-            "activation": self.activation,
-            "save_intermediate": self.save_intermediate,
-        }
+        depthwise_weight, depthwise_bias = parameters_of(depthwise)
+        pointwise_weight, bias = parameters_of(pointwise)
+        return (
+            (x, depthwise_weight, pointwise_weight, bias, depthwise_bias, residual),
+            (
+                depthwise.stride,
+                padding,
+                depthwise.dilation,
+                self.pre_activation,
+                self.mid_activation,
+                self.activation,
+                self.save_intermediate,
+            ),
+        )
 
     def _call_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
         z = self._children_result(x)
@@ -238,6 +242,19 @@ class SeparableConv2d(nn.Module):
         if self.save_intermediate != "auto":
             shown["save_intermediate"] = self.save_intermediate
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+
+
+_NAMES = (
+    ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual"),
+    ("stride", "padding", "dilation", "pre_activation", "mid_activation", "activation", "save_intermediate"),
+)
+
+
+def _named(*values: tuple[Any, ...]) -> dict[str, Any]:
+    """The tensors and options of a call by their names."""
+    return {
+        name: value for names, part in zip(_NAMES, values, strict=True) for name, value in zip(names, part, strict=True)
+    }
 
 
 @torch.fx.wrap

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MOST = 4096
 """Prepared calls that are kept; the oldest leaves for a new one."""
 
+MOST_GRADIENTS = 64
+"""Backwards that are kept for each of them: gradients may come in ever new strides."""
+
 MEASURED = ("cuda",)
 """Types of devices on which a choice may be measured."""
 
@@ -58,10 +61,10 @@ def remember(key: tuple, value: Any) -> Any:
     return keep(_calls, key, value)
 
 
-def keep(cache: dict[tuple, Any], key: tuple, value: Any) -> Any:
-    """Puts a value into a bounded cache; returns it."""
+def keep(cache: dict[tuple, Any], key: tuple, value: Any, most: int | None = None) -> Any:
+    """Puts a value into a cache of at most `most` values, by default `MOST`; returns it."""
     with _lock:
-        while len(cache) >= MOST:
+        while len(cache) >= (most or MOST):
             del cache[next(iter(cache))]
         cache[key] = value
     return value
@@ -86,6 +89,7 @@ class Prepared:
         self._saving: RunForward | None = None
         self.saves_for: dict[tuple[bool, ...], bool] = {}  # what `saves` has answered
         self._backwards: dict[tuple, RunBackward] = {}
+        self.backward_routes: dict[tuple, Any] = {}  # those of eager calls
 
     def saves(self, tensors: tuple[Tensor | None, ...], mask: tuple[bool, ...]) -> bool:
         """Whether the forward saves the depthwise result for the gradients that the mask asks for."""
@@ -95,34 +99,26 @@ class Prepared:
 
     def forward(self, *tensors: Tensor | None) -> Tensor:
         """The output."""
-        return self._run_forward(self._forward or self._prepare_forward(tensors), tensors)
+        return self.run(self._forward or self._prepare_forward(tensors), tensors)
 
     def forward_saving(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         """The output, and the depthwise result for `backward`, of a call that `saves`."""
-        return self._run_forward(self._saving or self._prepare_forward(tensors, saved=True), tensors)
-
-    def _run_forward(self, run: RunForward, tensors: tuple[Tensor | None, ...]) -> Any:
-        try:
-            if self._index is None or self._index == _current_device():
-                return run(*tensors)
-            with launching.on_device(self._device):
-                return run(*tensors)
-        except RuntimeError as error:
-            raise self._named(error, run) from error
+        return self.run(self._saving or self._prepare_forward(tensors, saved=True), tensors)
 
     def backward(
-        self,
-        grad_output: Tensor,
-        tensors: tuple[Tensor | None, ...],
-        output: Tensor | None,
-        mask: tuple[bool, ...],
-        kept: Tensor | None = None,
+        self, grad_output: Tensor, tensors: tuple[Tensor | None, ...], output: Tensor | None, mask: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """A gradient for each tensor, None where the mask does not ask; `kept` is what `forward_saving` gave."""
-        key = (*signature(grad_output), *(() if output is None else signature(output)), mask, kept is None)
-        saved = kept is not None
-        run = self._backwards.get(key) or self._prepare_backward(key, grad_output, tensors, output, mask, saved)
-        given = (grad_output, tensors, output, kept) if saved else (grad_output, tensors, output)
+        """A gradient for each tensor, None where the mask does not ask."""
+        key = (*signature(grad_output), *(() if output is None else signature(output)), mask)
+        run = self._backwards.get(key)
+        if run is None:
+            run, settled = self.prepare_backward(grad_output, tensors, output, mask)
+            if settled:
+                keep(self._backwards, key, run, MOST_GRADIENTS)
+        return self.run(run, (grad_output, tensors, output))
+
+    def run(self, run: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        """Calls what was prepared, on the tensors' device; its error names the kernel where a launch failed."""
         try:
             if self._index is None or self._index == _current_device():
                 return run(*given)
@@ -170,15 +166,18 @@ class Prepared:
             self._forward = run
         return run
 
-    def _prepare_backward(
+    def prepare_backward(
         self,
-        key: tuple,
         grad_output: Tensor,
         tensors: tuple[Tensor | None, ...],
         output: Tensor | None,
         mask: tuple[bool, ...],
-        saved: bool,
-    ) -> RunBackward:
+        saved: bool = False,
+    ) -> tuple[RunBackward, bool]:
+        """The backward for gradients like these, for `run`, and whether later calls may use it again.
+
+        It takes (grad_output, tensors, output), and if `saved` also what `forward_saving` gave.
+        """
         x = tensors[0]
         problem = self._problem("backward", tensors, saved)
         shape = (problem.N, getattr(problem, "F", problem.K), problem.out_h, problem.out_w)
@@ -203,11 +202,7 @@ class Prepared:
             family = self.operator.families[decision.candidate.family]
             run = family.backward(decision.candidate, problem, grad_output, tensors, output, mask)
         self._note(run, decision.candidate, problem)
-        if decision.settled:
-            if len(self._backwards) >= 64:  # gradients of ever new strides
-                self._backwards.clear()
-            self._backwards[key] = run
-        return run
+        return run, decision.settled
 
 
 def find(

@@ -7,11 +7,13 @@ is a lookup by everything that decides what runs; all others go through the oper
 from __future__ import annotations
 
 from collections.abc import Callable
+from marshal import dumps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_sepconv.families.registry import RunBackward
 from fused_sepconv.ops import autograd, calls, operators
 from fused_sepconv.ops.arguments import check_save
 from fused_sepconv.ops.backend import BACKENDS
@@ -41,35 +43,36 @@ def run(operator: Operator, tensors: tuple[Any, ...], options: tuple[Any, ...], 
     if not may_skip_dispatcher():
         return None
     try:
-        # repr tells 1 from True and 1.0, which are equal as keys.
-        parts: list[Any] = [
-            operator.name,
-            repr(options),
-            backend,
-            included_keys().raw_repr(),
-            excluded_keys().raw_repr(),
-            *calls.flags(tensors[0], backend),
-        ]
-        for tensor in tensors:
-            if tensor is None:
-                parts.append(None)
-            else:
-                parts += (
-                    tensor.shape,
-                    tensor.stride(),
-                    tensor.dtype,
-                    tensor.device,
-                    tensor.data_ptr() & 15,
-                    tensor_keys(tensor).raw_repr(),
-                    tensor.__class__,
-                )
-        key = tuple(parts)
+        # Bytes tell 1 from True and 1.0, which are equal as keys. What marshal refuses is no plain number or name.
+        key = (operator.name, backend, *_signatures(tensors), *calls.flags(tensors[0], backend), dumps(options, 2))
         route = _routes.get(key, _UNKNOWN)
     except Exception:  # no tensor, no strides, no hash: whatever it is, the checks will say
         return None
     if route is _UNKNOWN:
         route = calls.keep(_routes, key, _route(operator, tensors, options, backend))
     return None if route is None else route(*tensors)
+
+
+def _signatures(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    """The dispatch keys of this thread, and all that tells a kernel one tensor from another.
+
+    Raises where a tensor is none, or has no strides or memory.
+    """
+    parts: list[Any] = [included_keys().raw_repr(), excluded_keys().raw_repr()]
+    for tensor in tensors:
+        if tensor is None:
+            parts.append(None)
+        else:
+            parts += (
+                tensor_keys(tensor).raw_repr(),  # first, as it refuses what is no tensor: a tracer records nothing then
+                tensor.__class__,
+                tensor.shape,
+                tensor.stride(),
+                tensor.dtype,
+                tensor.device,
+                tensor.data_ptr() & 15,
+            )
+    return parts
 
 
 def clear() -> None:
@@ -145,19 +148,18 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        prepared = ctx.prepared
-        operator, arguments, backend = prepared.operator, prepared.arguments, prepared.backend
-        (*kept, intermediate), mask = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        prepared, mask, saved = ctx.prepared, ctx.needs_input_grad[2:], ctx.saved_tensors
+        operator, arguments = prepared.operator, prepared.arguments
+        *kept, intermediate = saved
+        key = _backward_key(prepared, grad_output, saved, mask)
 
         def run(tensors: list[Tensor | None], output: Tensor | None, mask: tuple[bool, ...]) -> Any:
-            if _differentiates_plainly(grad_output, *tensors):
-                call = calls.find(operator, tuple(tensors), arguments, backend, prepared.save)
-                found = list(call.backward(grad_output, tuple(tensors), output, mask, intermediate))
-                for image in operator.images:
-                    if found[image] is not None:
-                        found[image] = as_gradient(tensors[image], found[image])
-                return found
-            return operator.backward(grad_output, *tensors, output, *arguments, backend, mask)
+            route = None if key is None else prepared.backward_routes.get(key, _UNKNOWN)
+            if route is _UNKNOWN:
+                route = _backward_route(prepared, key, grad_output, tuple(tensors), output, mask, intermediate)
+            if route is None:
+                return operator.backward(grad_output, *tensors, output, *arguments, prepared.backend, mask)
+            return route(grad_output, tensors, output, intermediate)
 
         return None, None, *autograd.gradients(operator, grad_output, kept, mask, arguments.activation, run)
 
@@ -178,15 +180,56 @@ _APPLY: dict[str, Route] = {
 }
 
 
-def _differentiates_plainly(grad_output: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether the gradients are numbers alone: not differentiated in their turn, nor seen by a mode or transform."""
-    return (
-        not torch.is_grad_enabled()
-        and may_skip_dispatcher()
-        and is_plain_state()
-        and not torch.is_autocast_enabled(grad_output.device.type)
-        and _are_plain((grad_output, *tensors))
-    )
+def _backward_key(
+    prepared: Prepared, grad_output: Tensor, saved: tuple[Tensor | None, ...], mask: tuple[bool, ...]
+) -> tuple[Any, ...] | None:
+    """Everything that decides how a call's gradients run; None where they are differentiated in their turn, or where
+    somebody wants to see the operator."""
+    if torch.is_grad_enabled() or not may_skip_dispatcher():
+        return None
+    try:
+        return mask, *_signatures((grad_output, *saved)), *calls.flags(grad_output, prepared.backend)
+    except Exception:  # no memory: a batch of gradients, say
+        return None
+
+
+def _backward_route(
+    prepared: Prepared,
+    key: tuple[Any, ...],
+    grad_output: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    output: Tensor | None,
+    mask: tuple[bool, ...],
+    intermediate: Tensor | None,
+) -> _DirectBackward | None:
+    """How the gradients of one key run; None for the dispatcher."""
+    operator, route, settled = prepared.operator, None, True
+    plain = is_plain_state() and not torch.is_autocast_enabled(grad_output.device.type)
+    if plain and _are_plain((grad_output, *tensors)):
+        # Not `prepared` itself: a parameter may have got other memory or a flag another value since the forward.
+        call = calls.find(operator, tensors, prepared.arguments, prepared.backend, prepared.save)
+        run, settled = call.prepare_backward(grad_output, tensors, output, mask, intermediate is not None)
+        images = [(i, torch.empty_like(tensors[i]).stride()) for i in operator.images if tensors[i] is not None]
+        route = _DirectBackward(call, run, images)
+    return calls.keep(prepared.backward_routes, key, route, calls.MOST_GRADIENTS) if settled else route
+
+
+class _DirectBackward:
+    """The gradients of a call on tensors of one signature."""
+
+    def __init__(self, call: Prepared, run: RunBackward, images: list[tuple[int, tuple[int, ...]]]) -> None:
+        self._call, self._run, self._images = call, run, images
+
+    def __call__(
+        self, grad_output: Tensor, tensors: list[Tensor | None], output: Tensor | None, intermediate: Tensor | None
+    ) -> list[Tensor | None]:
+        given = (grad_output, tensors, output)
+        found = list(self._call.run(self._run, given if intermediate is None else (*given, intermediate)))
+        for image, strides in self._images:
+            grad = found[image]
+            if grad is not None and (grad.stride() != strides or grad.storage_offset()):
+                found[image] = as_gradient(tensors[image], grad)
+        return found
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:

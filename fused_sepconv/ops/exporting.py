@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from fused_sepconv.ops.autograd import backward_composite
 from fused_sepconv.ops.operators import OPERATORS, Operator
+from fused_sepconv.ops.torch_internals import decompositions
 
 _CORE = torch.ops.aten.addcmul_.default
 """In the tables of decompositions that PyTorch makes, for its core operators or ONNX's, and not in an empty one."""
@@ -43,7 +44,7 @@ def _forward(operator: Operator) -> Callable[..., Tensor]:
 
 def _register(op: torch._ops.OpOverload, convolutions: Callable[..., Any]) -> None:
     def traced(mode: ProxyTorchDispatchMode, *args: Any) -> Any:
-        table = getattr(mode, "decomposition_table", {})
+        table = decompositions(mode)
         if torch.compiler.is_exporting() and not mode.pre_dispatch and _CORE in table and op not in table:
             with mode:
                 return convolutions(*args)
@@ -52,7 +53,6 @@ def _register(op: torch._ops.OpOverload, convolutions: Callable[..., Any]) -> No
     op.py_impl(ProxyTorchDispatchMode)(traced)
 
 
-if hasattr(torch.compiler, "is_exporting"):  # torch 2.7
-    for _operator in OPERATORS:
-        _register(_operator.forward, _forward(_operator))
-        _register(_operator.backward, backward_composite(_operator))
+for _operator in OPERATORS:
+    _register(_operator.forward, _forward(_operator))
+    _register(_operator.backward, backward_composite(_operator))

@@ -20,11 +20,14 @@ from fused_sepconv.planning.devices import DEVICES, Device, cuda_device
 from fused_sepconv.planning.plan import Plan, plan
 from fused_sepconv.planning.problem import DepthwiseProblem, Kernels, Problem
 
+_ALL_KERNELS = Kernels(frozenset(plans.INSTANCES))
+
 
 class _Wish:
-    """The family that `preferring` asks for."""
+    """What the two contexts below ask for."""
 
     family: str | None = None
+    meta: tuple[Device, Kernels] | None = None
 
 
 wish = _Wish()
@@ -38,6 +41,17 @@ def preferring(family: str | None) -> Iterator[None]:
         yield
     finally:
         wish.family = previous
+
+
+@contextmanager
+def meta_planned_for(device: str) -> Iterator[None]:
+    """Within the context meta tensors are planned for as if they were on this device, where every kernel is: to count
+    what a step would move and save there."""
+    previous, wish.meta = wish.meta, (DEVICES[device], _ALL_KERNELS)
+    try:
+        yield
+    finally:
+        wish.meta = previous
 
 
 def choose(
@@ -86,6 +100,8 @@ def _here(device_type: str, index: int | None) -> tuple[Device, Kernels]:
     if device_type == "cuda" and torch.version.hip is None:
         index = torch.cuda.current_device() if index is None else index
         return cuda_device(index), _cuda_kernels(index)
+    if device_type == "meta" and wish.meta is not None:
+        return wish.meta
     # Its ceilings are not known: an H200's fill the fields, and no source means that they decide and show nothing.
     return replace(DEVICES["H200"], name=f"a {device_type} device", source=""), _kernels_off_cuda(device_type)
 

@@ -237,7 +237,7 @@ def _through_statistics(
         sums = torch.cat([sum_dz, sum_dz_xmu])
         dist.all_reduce(sums, group=group)
         sum_dz, sum_dz_xmu = sums.chunk(2)
-    elif x.is_cuda and type(x) is Tensor:  # one pass of PyTorch's own
+    elif _is_on_gpu(x):  # one pass of PyTorch's own
         counts = torch.full((1,), count, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(dz, x, mean, invstd, norm_weight, sum_dz, sum_dz_xmu, counts)
     scale = invstd if norm_weight is None else invstd * norm_weight
@@ -308,7 +308,7 @@ def statistics(
     """Mean, 1 / sqrt(variance + eps) and count of each channel of x, over all processes of a group; the running
     statistics are updated."""
     count: Any = x.shape[0] * x.shape[2] * x.shape[3]
-    if group is None and x.is_cuda and type(x) in (Tensor, torch.nn.Parameter):
+    if group is None and _is_on_gpu(x):
         mean, invstd = torch.batch_norm_stats(x, eps)
         if running_mean is not None:
             counts = torch.full((1,), count, dtype=running_mean.dtype, device=x.device)
@@ -326,6 +326,11 @@ def statistics(
         unbiased = variance * (count / (count - 1))
         running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
     return mean, torch.rsqrt(variance + eps), count
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    """Whether PyTorch has kernels for the parts of x's BatchNorm, or (meta) what they move is counted."""
+    return (x.is_cuda or x.is_meta) and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def _merged(x: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:

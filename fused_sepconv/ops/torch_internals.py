@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 try:
@@ -22,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"fused_sepconv uses names inside PyTorch that this one, {torch.__version__}, does not have: {error}. "
-        "It is tested with PyTorch 2.6 to 2.14"
+        "It is tested with PyTorch 2.7 to 2.14"
     ) from error
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "SingleLevelFunction",
     "are_functorch_transforms_active",
     "below_subclasses",
+    "decompositions",
     "expected_size",
     "has_global_hooks",
     "has_storage",
@@ -108,6 +111,13 @@ def has_global_hooks() -> bool:
 def below_subclasses() -> AbstractContextManager[Any]:
     """A context for kernels: a tensor subclass's own `__torch_function__` and `new_empty` are not asked again."""
     return _C.DisableTorchFunctionSubclass()
+
+
+def decompositions(mode: proxy_tensor.ProxyTorchDispatchMode) -> Mapping[Any, Any]:
+    """The decompositions that a tracer applies: its own since 2.13, before that the one table of all tracers. Where
+    neither is there, exporters are given the operators themselves."""
+    everybodys = getattr(proxy_tensor, "CURRENT_DECOMPOSITION_TABLE", {})
+    return getattr(mode, "decomposition_table", everybodys)
 
 
 def expected_size(size: int | torch.SymInt) -> int | None:

@@ -8,7 +8,7 @@ import torch
 from fused_sepconv import DepthwiseConv2dFunction, SeparableConv2dFunction, separable_conv2d
 from tests.support.calls import backward_op, each_input, function_of, leaves, op_arguments, value_and_gradients
 from tests.support.cases import CASES, SMALL, Case, both, named, two_convolutions
-from tests.support.closeness import assert_gradient_as_close_as_eager
+from tests.support.closeness import assert_gradient_as_close_as_eager, close
 
 pytestmark = pytest.mark.gradients
 
@@ -17,11 +17,6 @@ def gradients(function, inputs, options, grad_output):
     found = value_and_gradients(function, inputs, options, grad_output)
     del found["y"]
     return found
-
-
-def close(actual, expected, tolerance=1e-10):
-    for ours, eager in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
 
 
 # A case for each feature: test_forward.py holds every case against float64 too.
@@ -264,35 +259,6 @@ def test_the_residuals_gradient_is_not_the_arriving_tensor_itself(target, dtype)
         separable_conv2d(**inputs, **case.options).backward(grad_output)
     assert torch.equal(grad_output, before)
     torch.testing.assert_close(inputs["residual"].grad, 2 * before)
-
-
-@pytest.mark.dtypes(torch.float32)
-def test_a_small_network_learns(target, dtype):
-    """Two layers, gradient descent, a target that another pair of layers drew: the loss falls by far."""
-
-    def layers(seed):
-        cases = Case("first", 4, 3, 8, 8, 8, bias=True), Case("second", 4, 8, 8, 8, 2, bias=True)
-        made = [case.tensors(seed + i) for i, case in enumerate(cases)]
-        return [
-            {n: t.to(target.device, dtype).requires_grad_() for n, t in layer.items() if n != "x"} for layer in made
-        ]
-
-    def network(x, weights):
-        x = separable_conv2d(x, **weights[0], padding=1, activation="elu")
-        return separable_conv2d(x, **weights[1], padding=1)
-
-    x = torch.randn(8, 3, 8, 8, device=target.device, dtype=dtype)
-    wanted = network(x, layers(100)).detach()
-    weights = layers(200)
-    optimizer = torch.optim.Adam([tensor for layer in weights for tensor in layer.values()], lr=0.05)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = (network(x, weights) - wanted).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0], losses[::10]
 
 
 # What double backward and saved gradients must not trip over

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_sepconv import SeparableConv2d, separable_conv2d
 from tests.support.calls import backward_op, function_of, op_arguments, saved_output
-from tests.support.cases import SMALL, XCEPTION_REDUCED, Case, both, named
+from tests.support.cases import SMALL, XCEPTION_REDUCED, Case, both, depthwise, named
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 FORMATS = (CONTIGUOUS, CHANNELS_LAST)
@@ -126,7 +126,7 @@ def promises(target, call, tensors):
 
 
 @pytest.mark.gradients
-@pytest.mark.cases(both(FAKED))
+@pytest.mark.cases((*FAKED, *depthwise(FAKED[len(IMAGES) :])), full=depthwise(IMAGES))
 def test_fake_and_meta_calls_promise_what_real_ones_give(target, case):
     """Each layout of the inputs with one dtype and one layout of the gradient, which another case has with another."""
     mask = [name in case.tensors() for name in case.inputs]

@@ -108,7 +108,7 @@ def test_first_and_second_derivatives_of_the_operator(training):
         return by_operator(**dict(zip(tensors, values, strict=True)), buffers=kept, options=options)
 
     assert torch.autograd.gradcheck(function, values)
-    assert torch.autograd.gradgradcheck(function, values, check_batched_grad=False)
+    assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
 def test_transforms_compilers_and_forward_mode_see_the_operator():
@@ -184,3 +184,55 @@ def test_the_kernels_are_as_close_to_the_oracle_as_eager(plain, layout, dtype, n
     for name, ours in results[0].items():
         if ours is not None:
             assert_gradient_as_close_as_eager(ours, results[1][name], results[2][name], name=name)
+
+
+@pytest.mark.parametrize("mid_activation", (None, "relu", "gelu"))
+def test_without_save_intermediate_a_unit_computes_it_again(plain, mid_activation):
+    def step(save):
+        tensors, buffers, _ = unit(dtype=torch.float32)
+        kept = []
+
+        def keep(tensor):
+            kept.append(tensor.shape)
+            return tensor
+
+        plain.reset_launch_counts()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = norm_separable_conv2d(
+                tensors["x"], *buffers, tensors["norm_weight"], tensors["norm_bias"], tensors["depthwise_weight"],
+                tensors["pointwise_weight"], padding=1, training=True, mid_activation=mid_activation,
+                save_intermediate=save,
+            )  # fmt: skip
+        used = [tensors[name] for name in ("x", "norm_weight", "norm_bias", "depthwise_weight", "pointwise_weight")]
+        gradients = torch.autograd.grad(y.square().sum(), used)
+        counts = plain.launch_counts()
+        forwards = sum(count for name, count in counts.items() if "normalised_forward" in name)
+        return (y, *gradients, *buffers), forwards, kept.count(tensors["x"].shape)
+
+    (right, once, saved), (ours, more, without) = step("auto"), step(False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
+    assert once == 1 and more > 1 and saved > without == 1  # x alone
+    with pytest.raises(ValueError, match="save_intermediate"):
+        step("never")
+
+
+def test_a_recomputed_unit_has_second_derivatives_and_refuses_a_changed_input(plain):
+    def function(x, weight, save):
+        pointwise = torch.linspace(-1, 1, FEATURES * C).view(FEATURES, C, 1, 1)
+        return norm_separable_conv2d(
+            x, None, None, None, None, weight, pointwise, padding=1, training=True, pre_activation="silu",
+            mid_activation="silu", save_intermediate=save,
+        )  # fmt: skip
+
+    found = []
+    for save in (True, False):
+        tensors, _, _ = unit(dtype=torch.float32)
+        leaves = tensors["x"], tensors["depthwise_weight"]
+        grad = torch.autograd.grad(function(*leaves, save).square().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in grad), leaves))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+    x = leaves[0].detach().clone()
+    y = function(x, leaves[1], False)
+    x += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

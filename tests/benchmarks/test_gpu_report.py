@@ -45,13 +45,12 @@ def test_every_stage_may_fail_and_the_next_runs(tmp_path: Path) -> None:
 def test_a_stage_out_of_time_is_interrupted_and_says_what_it_found(tmp_path: Path) -> None:
     hangs = """trap "echo found so far; exit 1" INT
 case "$*" in
-  "-c "* | -) ;;
+  *"pip install"* | *run_cases*) sleep 30 & wait ;;
   *bench.py*) echo measured ;;
-  *) sleep 30 & wait ;;
 esac"""
     started = time.monotonic()
-    status, lines, _ = gpu_report(tmp_path, hangs, scale=4)
-    assert time.monotonic() - started < 60
-    assert "time out" in lines["build"] and "time out" in lines["cases"] and "time out" in lines["accuracy"]
+    status, lines, _ = gpu_report(tmp_path, hangs, scale=3)
+    assert time.monotonic() - started < 25
+    assert "time out" in lines["build"] and "time out" in lines["cases"]
     assert (tmp_path / "report/cases.log").read_text() == "found so far\n"
-    assert "ok" in lines["bench"] and status > 0
+    assert "ok" in lines["accuracy"] and "ok" in lines["bench"] and status > 0

@@ -108,7 +108,7 @@ def theirs(case: Case, tensors: list[Tensor | None]) -> list[Tensor]:
     ],
 )
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.checked_on(LIGHT)
+@pytest.mark.checked_on(LIGHT, plain=[case for case in DEPTHWISE if case not in LIGHT])
 @pytest.mark.cases(DEPTHWISE)
 def test_every_schedule_gives_the_same_bits_and_the_right_ones(native, case, layout, sms, widest):
     tensors = inputs(case, torch.float32, layout)

@@ -136,7 +136,7 @@ def test_other_peoples_pairs_and_depthwise_convolutions(operator):
     assert fuse_batch_norm(fused).replaced == ("norm", "norm2")
     for model in (fused, pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused)):
         close(step(model, X), step(copy.deepcopy(plain), X))
-    compiled = torch.compile(copy.deepcopy(fused), backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(fused), backend="aot_eager", fullgraph=True)
     close(step(compiled, X)[0], step(copy.deepcopy(plain), X)[0])
     assert operator is None or len(operator) >= 6
 
@@ -226,6 +226,13 @@ for _ in range(3):
     optimizer.step()
 if rank == 0:
     torch.save(model.module.state_dict(), sys.argv[2])
+if sync:
+    try:
+        torch.autograd.grad(model.module(own).square().sum(), own.requires_grad_(), create_graph=True)
+    except RuntimeError as error:
+        assert "no second derivative" in str(error), error
+    else:
+        raise AssertionError("a second derivative that is not one")
 dist.destroy_process_group()
 """
 

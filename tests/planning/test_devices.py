@@ -109,7 +109,7 @@ def test_geforce_sums_in_float32_at_half_the_rate():
 
 
 def test_the_native_module_is_asked_and_otherwise_pytorch(monkeypatch):
-    """PyTorch 2.6 tells neither clocks nor shared memory."""
+    """A PyTorch that tells neither clocks nor shared memory."""
     properties = SimpleNamespace(
         name="NVIDIA H100 PCIe", multi_processor_count=114, major=9, minor=0, max_threads_per_multi_processor=2048
     )

@@ -35,27 +35,13 @@ def problem(case: Case, direction: str = "forward", dtype: torch.dtype = torch.f
     stride, dilation = pair(case.stride), pair(case.dilation)
     sides = four_sides(case.padding, (case.H, case.W), pair(case.kernel), stride, dilation)
     arguments = Arguments(stride, sides, dilation, case.pre_activation, case.mid_activation, case.activation)
-    names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
-    return problem_of(direction, tuple(tensors.get(name) for name in names), arguments)
+    return problem_of(direction, tuple(tensors.get(name) for name in case.inputs), arguments)
 
 
 MIDDLE = Problem(
-    direction="forward",
-    N=64,
-    C=728,
-    H=19,
-    W=19,
-    F=728,
-    multiplier=1,
-    kernel=(3, 3),
-    stride=(1, 1),
-    padding=(1, 1, 1, 1),
-    dilation=(1, 1),
-    out_h=19,
-    out_w=19,
-    dtype="bfloat16",
-    layout="nhwc",
-)
+    direction="forward", N=64, C=728, H=19, W=19, F=728, multiplier=1, kernel=(3, 3), stride=(1, 1),
+    padding=(1, 1, 1, 1), dilation=(1, 1), out_h=19, out_w=19, dtype="bfloat16", layout="nhwc",
+)  # fmt: skip
 
 
 def test_every_case_has_a_plan_in_both_directions():

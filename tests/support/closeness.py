@@ -9,6 +9,7 @@ where there are only a few elements to judge by.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -105,3 +106,10 @@ def assert_gradient_as_close_as_eager(
     spread = norm / math.sqrt(count)
     offset, eager_offset = (abs(float((v - truth).mean())) / spread for v in (a, b))
     _check(name, "offset", offset, eager_offset, factor * eager_offset + accident)
+
+
+def close(actual: Tensor | Iterable[Tensor], expected: Tensor | Iterable[Tensor], tolerance: float = 1e-10) -> None:
+    """The same but for rounding, in float64: two tensors, or as many of them on either side."""
+    pairs = [(actual, expected)] if isinstance(expected, Tensor) else zip(actual, expected, strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)

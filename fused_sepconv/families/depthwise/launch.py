@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_sepconv.families.simt.launch import Reduction, SplitSums, Step
+from fused_sepconv.families.simt.launch import Reductions, SplitSums, Step
 from fused_sepconv.native import loader
 from fused_sepconv.native.marshalling import (
     NO_STRIDES,
     Strides,
-    address,
+    addresses,
     conv_shape,
     cuda_stream,
     stream_of,
@@ -151,11 +151,8 @@ class OnePass:
         self._candidate, self._problem = candidate, problem
         self._layout, self._x_strides = memory_format_of(x), x.stride()
         self._want_x, want_weight, want_bias = mask
-        parts = candidate.tiling.parts
-        self._sums = [
-            Reduction(parts, like) if wanted else None
-            for like, wanted in ((weight, want_weight), (bias, want_bias and bias is not None))
-        ]
+        like = weight if want_weight else None, bias if want_bias else None
+        self._sums = Reductions(candidate.tiling.parts, *like)
         self._launches: dict[tuple[Strides, Strides], Any] = {}
 
     def __call__(self, grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
@@ -171,23 +168,11 @@ class OnePass:
                 self._x_strides,
                 *strides,
             )
-        partials = [None if sums is None else sums.empty(x) for sums in self._sums]
+        partials = self._sums.empty(x)
         weight = weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        launch(
-            x.data_ptr(),
-            weight.data_ptr(),
-            address(bias),
-            grad_output.data_ptr(),
-            address(grad_x),
-            address(partials[0]),
-            address(partials[1]),
-            stream_of(x.device.index),
-        )
-        grad_weight, grad_bias = (
-            None if sums is None else sums(part) for sums, part in zip(self._sums, partials, strict=True)
-        )
-        return grad_x, grad_weight, grad_bias
+        launch(*addresses(x, weight, bias, grad_output, grad_x, *partials), stream_of(x.device.index))
+        return grad_x, *self._sums(partials)
 
 
 def readable(grad: Tensor, layout: torch.memory_format, candidate: Candidate) -> Tensor:

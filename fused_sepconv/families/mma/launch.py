@@ -15,14 +15,17 @@ from fused_sepconv.families.mma import nchw
 from fused_sepconv.families.simt import launch as simt
 from fused_sepconv.families.split import launch as split
 from fused_sepconv.native import loader
-from fused_sepconv.native.marshalling import Tensors, address, conv_shape, stream_of, tiling_of
+from fused_sepconv.native.marshalling import Tensors, addresses, conv_shape, stream_of, tiling_of
 from fused_sepconv.planning.problem import Candidate, MmaInputTiling, Problem, Splits
-from fused_sepconv.tensors.memory_format import aligned, as_nhwc, as_output
+from fused_sepconv.tensors.memory_format import as_nhwc, as_output
 
 
 def _readable(image: Tensor) -> Tensor:
-    """An image as the kernels can read it, NHWC and aligned to 16 bytes: copied if it is not."""
-    if image.is_contiguous(memory_format=torch.channels_last) and aligned(image):
+    """An image as the kernels can read it, NHWC and aligned to 16 bytes: copied if it is not.
+
+    (Its channels fill whole vectors, or no kernel of this family was chosen.)
+    """
+    if image.is_contiguous(memory_format=torch.channels_last) and image.data_ptr() % 16 == 0:
         return image
     return as_nhwc(image)
 
@@ -153,14 +156,6 @@ class InputGradients:
             )
         partials = self._sums.empty(x)
         depthwise_weight, pointwise_weight = depthwise_weight.contiguous(), _vectors(pointwise_weight)
-        launch(
-            x.data_ptr(),
-            depthwise_weight.data_ptr(),
-            pointwise_weight.data_ptr(),
-            grad_z.data_ptr(),
-            address(grad_x),
-            address(partials[0]),
-            address(partials[1]),
-            stream_of(x.device.index),
-        )
+        given = addresses(x, depthwise_weight, pointwise_weight, grad_z, grad_x, *partials)
+        launch(*given, stream_of(x.device.index))
         return grad_x, *self._sums(partials)

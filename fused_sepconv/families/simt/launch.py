@@ -15,8 +15,9 @@ from torch import Tensor
 from fused_sepconv.families.backward import Backward, Gradients
 from fused_sepconv.native import loader
 from fused_sepconv.native.marshalling import (
+    NO_STRIDES,
     Tensors,
-    address,
+    addresses,
     conv_shape,
     cuda_stream,
     stream_of,
@@ -180,6 +181,7 @@ class Step:
     ) -> None:
         self._instance = name if tiling else f"simt_backward_{name}_{problem.dtype}_{problem.layout}"
         self._problem, self._splits, self._x_strides, self._tiling = problem, splits, x.stride(), tiling
+        self._index = x.device.index
         self._launches: dict[tuple, Any] = {}
 
     def __call__(
@@ -196,7 +198,11 @@ class Step:
         """`weights` are depthwise_weight, pointwise_weight and depthwise_bias, contiguous."""
         if not self._problem.N:
             return
-        strides = strides_of(grad_z), strides_of(grad_t), strides_of(grad_x)
+        strides = (
+            NO_STRIDES if grad_z is None else grad_z.stride(),
+            NO_STRIDES if grad_t is None else grad_t.stride(),
+            NO_STRIDES if grad_x is None else grad_x.stride(),
+        )
         launch = self._launches.get(strides)
         if launch is None:
             splits = self._splits or Splits(0, 0)
@@ -209,19 +215,8 @@ class Step:
                 self._x_strides,
                 *strides,
             )
-        depthwise_weight, pointwise_weight, depthwise_bias = weights
-        launch(
-            x.data_ptr(),
-            address(depthwise_weight),
-            address(pointwise_weight),
-            address(depthwise_bias),
-            address(grad_z),
-            address(grad_t),
-            address(grad_x),
-            address(partial_weight),
-            address(partial_bias),
-            stream_of(x.device.index),
-        )
+        given = addresses(x, *weights, grad_z, grad_t, grad_x, partial_weight, partial_bias)
+        launch(*given, 0 if self._index is None else cuda_stream(self._index))
 
 
 class SplitSums:
@@ -255,16 +250,20 @@ class Reductions:
     """The ordered sums over parts of a weight's and a bias's gradient, None for None."""
 
     def __init__(self, parts: int, weight: Tensor | None, bias: Tensor | None) -> None:
-        self._sums = [None if like is None else Reduction(parts, like) for like in (weight, bias)]
+        self._weight = None if weight is None else Reduction(parts, weight)
+        self._bias = None if bias is None else Reduction(parts, bias)
 
-    def empty(self, x: Tensor) -> list[Tensor | None]:
-        return [None if sums is None else sums.empty(x) for sums in self._sums]
+    def empty(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self._weight, self._bias
+        return None if weight is None else weight.empty(x), None if bias is None else bias.empty(x)
 
     def zeros(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return tuple(None if sums is None else sums.zeros(x) for sums in self._sums)
+        weight, bias = self._weight, self._bias
+        return None if weight is None else weight.zeros(x), None if bias is None else bias.zeros(x)
 
-    def __call__(self, partials: list[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-        return tuple(None if sums is None else sums(part) for sums, part in zip(self._sums, partials, strict=True))
+    def __call__(self, partials: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self._weight, self._bias
+        return None if weight is None else weight(partials[0]), None if bias is None else bias(partials[1])
 
 
 class Reduction:

@@ -15,7 +15,7 @@ from fused_sepconv.families.split.plan import convolution
 from fused_sepconv.native.marshalling import Tensors
 from fused_sepconv.planning.problem import Candidate, Problem
 from fused_sepconv.tensors.activations import ACTIVATIONS
-from fused_sepconv.tensors.memory_format import as_output, empty_output
+from fused_sepconv.tensors.memory_format import empty_output, output_strides
 
 _IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -39,6 +39,7 @@ class Forward:
         inner = convolution(problem)
         self._intermediate = Intermediate(step, inner, tensors)
         self._saves = problem.saved
+        self._strides = output_strides(tensors[0], (problem.N, problem.F, problem.out_h, problem.out_w))
         self._mid = None if inner is problem else ACTIVATIONS[problem.mid_activation].forward
         self._pointwise = Pointwise(candidate)
         self._activation = None if problem.activation is None else _IN_PLACE[problem.activation]
@@ -58,7 +59,9 @@ class Forward:
         z = self._pointwise(v, pointwise_weight, bias)
         if residual is not None:
             z.add_(residual)
-        y = as_output(x, z if self._activation is None else self._activation(z))
+        y = z if self._activation is None else self._activation(z)
+        if y.stride() != self._strides:
+            y = torch.empty_strided(y.shape, self._strides, dtype=y.dtype, device=y.device).copy_(y)
         return (y, kept) if self._saves else y
 
 
@@ -197,9 +200,7 @@ class Pointwise:
         """z in a tensor of its own: (N, F, out_h, out_w)."""
         if not self._matmul:
             return F.conv2d(v, weight, bias)
-        rows, columns = _rows(v), weight.flatten(1).t()
-        z = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
-        return _image(z, v.shape)
+        return _product(v, weight.flatten(1).t(), bias)
 
     def backward(
         self, grad_z: Tensor, v: Tensor | None, weight: Tensor, mask: tuple[bool, bool, bool], x: Tensor
@@ -208,7 +209,7 @@ class Pointwise:
         want_v, want_weight, want_bias = mask
         grad_v = None
         if self._matmul and want_v:
-            grad_v = _image(torch.mm(_rows(grad_z), weight.flatten(1)), grad_z.shape)
+            grad_v = _product(grad_z, weight.flatten(1))
             mask = (False, want_weight, want_bias)
         if not any(mask):
             return grad_v, None, None
@@ -224,12 +225,9 @@ class Pointwise:
         return grad_v if self._matmul else grad_input, grad_weight, grad_bias
 
 
-def _rows(image: Tensor) -> Tensor:
-    """(pixels, channels) of an image: a view where it is NHWC."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
-
-
-def _image(rows: Tensor, shape: torch.Size) -> Tensor:
-    """The image, NHWC, whose pixels the rows are."""
-    n, _, height, width = shape
+def _product(image: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The image, NHWC, of an image's pixels times a matrix, and a bias added to each. No copy of an NHWC image."""
+    n, channels, height, width = image.shape
+    rows = image.permute(0, 2, 3, 1).reshape(-1, channels)
+    rows = torch.mm(rows, matrix) if bias is None else torch.addmm(bias, rows, matrix)
     return rows.view(n, height, width, -1).permute(0, 3, 1, 2)

@@ -21,8 +21,8 @@ namespace emulator {
 void launch(const char* instance, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body,
             int cluster = 1);
 
-// Counts a launch as launch() does. All that a launch of the null build comes to.
-void count_launch(const char* instance, int shared_bytes);
+// False in the null build, which measures the host's time: a launch is counted, and nothing runs.
+extern const bool launches_run;
 
 // In which order the threads that could run do run, and the order in which blocks start. A kernel free of races gives
 // the same bits in all of them.
