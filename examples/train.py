@@ -3,8 +3,8 @@
     python examples/train.py --dataset digits
     torchrun --nproc-per-node=8 examples/train.py --data-dir imagenet --recipe imagenet --amp --channels-last
 
-`--help` has all flags. The files of a run are in its `--output`: metrics.csv and tensorboard/ as it goes, checkpoints/
-and best.ckpt; at the end model.safetensors, model_best.safetensors and curves.png.
+`--help` has all flags. The files of a run are in its `--output`: csv/ and tensorboard/ as it goes, checkpoints/ and
+best.ckpt; at the end model.safetensors, model_best.safetensors and curves.png.
 """
 
 import argparse
@@ -25,17 +25,13 @@ try:
 
     import fused_sepconv
 except ModuleNotFoundError as error:
-    if error.name not in ("fused_sepconv", "lightning"):
-        raise
     sys.exit(f'{error.name} is not installed: run `pip install ".[train]"` at the root of the checkout first')
 except RuntimeError as error:  # Lightning imports torchvision where it is installed
-    if "torchvision::nms" not in str(error):
-        raise
-    sys.exit(f"torchvision is for another PyTorch than {torch.__version__}: install the one that fits, or uninstall it")
+    sys.exit(f"torchvision is for another PyTorch than {torch.__version__}, or broken: {error}")
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from training import networks, run
 from training.arguments import parse
@@ -43,27 +39,21 @@ from training.classifier import Classifier, averaged
 from training.data import ImageData, UserError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-# What Lightning warns of is meant: the order of the images knows where to go on in an epoch, for one.
-for text in ("You're resuming from", ".*does not have many workers", "Checkpoint directory", ".*treespec, LeafSpec"):
+# Lightning warns of what is meant (the order of the images knows where to go on in an epoch), and, beside FSDP, of the
+# averaged weights that are not asked for there.
+MEANT = ("You're resuming from", ".*does not have many workers", "Checkpoint directory", ".*treespec, LeafSpec")
+for text in (*MEANT, "You're using the WeightAveraging"):
     warnings.filterwarnings("ignore", text)
-warnings.filterwarnings("ignore", "You're using the WeightAveraging")  # it does so for FSDP alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 after an error that is the user's to mend; 128 and the signal's number after a signal."""
     options = parse(argv)
+    work = summarise if options.summary else evaluate if options.evaluate else train
     try:
         _join_again(options)
         with fused_sepconv.use_backend(options.backend):
-            if options.summary:
-                network = network_of(options, options.model, 10 if options.dataset else 1000)
-                print(networks.summary(network, options.img_size))
-            elif options.evaluate:
-                print(evaluate(options))
-            else:
-                results = train(options)
-                if options.rank == 0:
-                    print(*(f"{name} {figure}" for name, figure in results.items() if name != "loss"))
+            report = work(options)
     except (UserError, OSError) as error:
         # From a worker process of the DataLoader the message arrives inside the text of the worker's traceback.
         print(f"train.py: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
@@ -71,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except run.Interrupted as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         return 128 + stop.signal if stop.signal else 1
+    if options.rank == 0:
+        print(report)
     return 0
 
 
@@ -84,19 +76,29 @@ def network_of(options: argparse.Namespace, name: str, classes: int) -> torch.nn
 
 def trainer(options: argparse.Namespace, **more: object) -> lightning.Trainer:
     """Lightning's, for this process and those that torchrun has started beside it."""
-    strategy: object = "auto"
+    strategy: object = "auto"  # DDP where there are several
     if options.distributed == "fsdp":
         if "RANK" not in os.environ:
             raise UserError("--distributed fsdp: start it with torchrun, one process will do")
         strategy = ModelParallelStrategy(options.ranks, 1, save_distributed_checkpoint=False)
-    elif options.ranks > 1:
-        strategy = DDPStrategy(gradient_as_bucket_view=True)
-    precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[options.amp_dtype] if options.amp else "32-true"
-    how = {"accelerator": options.device, "devices": options.local_ranks}
-    how |= {"num_nodes": options.ranks // options.local_ranks, "num_sanity_val_steps": 0}
-    how |= {"precision": precision, "sync_batchnorm": options.sync_bn, "use_distributed_sampler": False}
-    how |= {"enable_model_summary": False, "enable_progress_bar": sys.stderr.isatty(), "log_every_n_steps": 1}
-    return lightning.Trainer(strategy=strategy, **how, **more)
+    return lightning.Trainer(
+        accelerator=options.device,
+        strategy=strategy,
+        devices=options.local_ranks,
+        num_nodes=options.ranks // options.local_ranks,
+        precision="bf16-mixed" if options.amp else "32-true",
+        sync_batchnorm=options.sync_bn,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+        **more,
+    )
+
+
+def summarise(options: argparse.Namespace) -> str:
+    return networks.summary(network_of(options, options.model, 10 if options.dataset else 1000), options.img_size)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -113,49 +115,50 @@ def evaluate(options: argparse.Namespace) -> str:
     return run.table(rows)
 
 
-def train(options: argparse.Namespace) -> dict[str, str]:
+def train(options: argparse.Namespace) -> str:
     """Returns the last evaluation's figures."""
     data = ImageData(options)
     if not data.steps:
         raise UserError(f"--batch-size: {len(data.train)} training images, and a step needs {data.images_per_step}")
     output = options.output or Path("output") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.model}"
     newest = run.latest(output)
-    if options.rank == 0 and not options.resume and (newest or (output / "metrics.csv").exists()):
+    if options.rank == 0 and not options.resume and (newest or (output / "csv").exists()):
         raise UserError(f"--output: {output} holds a run; give --resume to go on with it, or another folder")
+    resumed = newest if options.resume is True else options.resume
     network = network_of(options, options.model, len(data.classes))
-    ranks = f"{options.ranks} rank{'s' * (options.ranks > 1)}"
-    title = f"{options.model}, {options.dataset or options.data_dir.name}, {options.recipe}, {ranks}"
+    title = f"{options.model}, {options.dataset or options.data_dir.name}, {options.recipe}, ranks: {options.ranks}"
     notes = [f"{title}: {len(data.train)} images, {data.steps} steps an epoch, into {output}"]
     notes += [networks.load_weights(network, path, new_head=True) for path in options.weights]
+    notes += [f"resumed from {resumed}"] if resumed else []
+    if options.rank == 0:
+        print(*notes, sep="\n", file=sys.stderr)
     plain = copy.deepcopy(network)
     if options.channels_last:
         network.to(memory_format=torch.channels_last)
     if options.torchcompile:
         network.compile(backend=options.torchcompile)
 
-    measure = "val/map100" if options.multi_label else "val/top1"
-    log = run.Log(output / "metrics.csv", min(options.log_interval, data.steps))  # a short epoch has a row too
-    callbacks = [log, run.Checkpoints(output / "checkpoints", options.recovery_interval, options.checkpoint_hist)]
+    best = {"monitor": "val/MAP@100" if options.multi_label else "val/top-1", "mode": "max"}
+    best |= {"save_on_train_epoch_end": False, "enable_version_counter": False}
+    log = run.Log(min(options.log_interval, data.steps))  # a short epoch has a row too
+    callbacks = [log, run.Checkpoints(output / "checkpoints", options.recovery_interval)]
     callbacks += [averaged(options.model_ema_decay)] if options.model_ema else []
-    # Whole, as Lightning puts averaged weights into no others.
-    how = {"save_on_train_epoch_end": False, "enable_version_counter": False}
-    callbacks += [ModelCheckpoint(output, "best", monitor=measure, mode="max", **how)]
+    callbacks += [ModelCheckpoint(output, "best", **best)]
+    loggers = [CSVLogger(output, "csv", flush_logs_every_n_steps=1), TensorBoardLogger(output, "tensorboard", "")]
     every = {"max_epochs": options.epochs, "accumulate_grad_batches": options.grad_accum_steps}
     if options.eval_interval:
         interval = options.eval_interval * options.grad_accum_steps
         every |= {"val_check_interval": interval, "check_val_every_n_epoch": None}
-    trainer_ = trainer(options, callbacks=callbacks, logger=TensorBoardLogger(output, "tensorboard", ""), **every)
-    module = Classifier(network, options, data)
-    resumed = newest if options.resume is True else options.resume
-    if options.rank == 0:
-        print(*notes, *([f"resumed from {resumed}"] if resumed else []), sep="\n", file=sys.stderr)
-    trainer_.fit(module, data, ckpt_path=resumed, weights_only=True)
-    if options.rank == 0:
-        for file, checkpoint in (("model", run.latest(output)), ("model_best", output / "best.ckpt")):
-            networks.export(plain, checkpoint, output / f"{file}.safetensors")
-        run.draw({options.model: log.rows}, output / "curves.png", title)
-        print(f"curves: {output / 'curves.png'}", file=sys.stderr)
-    return run.last_evaluation(log.rows)
+    fit = trainer(options, callbacks=callbacks, logger=loggers, **every).fit
+    fit(Classifier(network, options, data), data, ckpt_path=resumed, weights_only=True)
+    if options.rank != 0:
+        return ""
+    for file, checkpoint in (("model", run.latest(output)), ("model_best", output / "best.ckpt")):
+        networks.export(plain, checkpoint, output / f"{file}.safetensors")
+    rows = run.read(output)
+    run.draw({options.model: rows}, title).savefig(output / "curves.png", dpi=110)
+    print(f"curves: {output / 'curves.png'}", file=sys.stderr)
+    return " ".join(f"{name} {figure}" for name, figure in run.last_evaluation(rows).items() if name != "loss")
 
 
 def _join_again(options: argparse.Namespace) -> None:

@@ -1,8 +1,7 @@
-"""What is trained, and how: the network with its losses, optimiser, learning rate, scores and averaged weights."""
+"""What is trained, and how: the network with its losses, scores, optimiser, learning rate and averaged weights."""
 
 import math
 from argparse import Namespace
-from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -14,14 +13,12 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from .data import ImageData, UserError, derive
-from .run import NAMES
+from .data import ImageData, UserError, generator
 
 AUXILIARY_WEIGHT = 0.3
 """Of each auxiliary head's loss, as GoogLeNet has it."""
 RMSPROP_DECAY = 0.9
 """Decay of the mean square, which the paper leaves out: Inception V3's. PyTorch's default is 0.99."""
-TOP = 5
 MAP_DEPTH = 100
 """The paper's measure on JFT is the mean average precision of the first 100 answers."""
 IDENTITY = ("model", "model_kwargs", "multi_label", "model_ema", "seed", "opt", "lr", "momentum", "weight_decay")
@@ -29,18 +26,29 @@ IDENTITY = ("model", "model_kwargs", "multi_label", "model_ema", "seed", "opt", 
 
 
 class Classifier(lightning.LightningModule):
+    """A network with its losses and scores; `loss` is the mean of training's since it was last reset."""
+
     def __init__(self, network: nn.Module, options: Namespace, data: ImageData) -> None:
         super().__init__()
         self.network, self.options, self.class_weights = network, options, data.class_weights
         self.steps, self.images_per_step = data.steps, data.images_per_step
-        self.scores = nn.ModuleDict({name: MeanMetric() for name in NAMES if name != "map100" or options.multi_label})
+        names = ("loss", "top-1", "top-5", *(["MAP@100"] if options.multi_label else []))
+        self.scores = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.loss = MeanMetric(
+            "disable"
+        )  # without a look for NaN each step (torchmetrics 1.9 then drops weights: none here)
         identity = {name: getattr(options, name) for name in IDENTITY} | {"images_per_step": data.images_per_step}
         self.save_hyperparameters(identity, logger=False)
 
     def configure_model(self) -> None:
-        """For FSDP2 divides parameters, gradients and the optimiser's state among the ranks."""
+        """For FSDP2 divides parameters, gradients and the optimiser's state among the ranks. Blocks are gathered whole,
+        never half a separable convolution, whose kernel reads both.
+        """
         if self.options.distributed == "fsdp":
-            for module in (*_blocks(self.network), self.network):
+            lists = [module for module in self.network.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+            blocks = [block for parent in reversed(lists) for block in parent if not isinstance(block, nn.ModuleList)]
+            blocks = [block for block in blocks if len(list(block.parameters())) > 2]  # more than a layer
+            for module in (*blocks, self.network):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -57,11 +65,13 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, targets, _ = batch
-        turns, trainer = self.options.grad_accum_steps, self.trainer
-        place = (trainer.global_step * turns + batch_idx % turns) * self.options.ranks + self.options.rank
-        torch.manual_seed(derive(self.options.seed, "dropout", place))
-        main, *auxiliary = (self.losses(y, targets, self.options.smoothing).mean() for y in self(images))
-        return main + AUXILIARY_WEIGHT * sum(auxiliary)
+        options, turns = self.options, self.options.grad_accum_steps
+        place = (self.trainer.global_step * turns + batch_idx % turns) * options.ranks + options.rank
+        torch.manual_seed(int(generator(options.seed, "dropout", place).integers(2**63)))
+        main, *auxiliary = (self.losses(y, targets, options.smoothing).mean() for y in self(images))
+        loss = main + AUXILIARY_WEIGHT * sum(auxiliary)
+        self.loss.update(loss.detach())
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         images, targets, counts = batch
@@ -70,12 +80,12 @@ class Classifier(lightning.LightningModule):
         order = logits.topk(min(MAP_DEPTH, logits.shape[1])).indices
         hits, labelled = right.gather(1, order).bool(), counts & right.any(1)  # no label, no score
         figures = {"loss": (self.losses(logits, targets), counts)}
-        figures |= {name: (hits[:, :n].any(1) * 100.0, labelled) for name, n in (("top1", 1), ("top5", TOP))}
+        figures |= {f"top-{n}": (hits[:, :n].any(1) * 100.0, labelled) for n in (1, 5)}
         if self.options.multi_label:
-            figures["map100"] = 100 * average_precision(order, targets, self.class_weights), labelled
+            figures["MAP@100"] = 100 * average_precision(order, targets, self.class_weights), labelled
         for name, (values, where) in figures.items():
             self.scores[name].update(values, where.float())
-            self.log(f"val/{name}", self.scores[name], logger=False)
+            self.log(f"val/{name}", self.scores[name], prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Weight decay applies to the weights of convolutions and matrices alone, not to biases and BatchNorm."""
@@ -101,43 +111,27 @@ class Classifier(lightning.LightningModule):
             raise UserError(f"--resume: the checkpoint is of another run: {'; '.join(different)}")
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Blocks whose parameters are gathered together: never half a separable convolution, whose kernel reads both."""
-    for child in module.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            yield from _blocks(child)
-        elif len(list(child.parameters())) > 2:  # more than a layer
-            yield child
-
-
 def averaged(decay: float) -> WeightAveraging:
     """Polyak averaging: an exponential moving average of weights and BatchNorm statistics, for evaluation.
 
     The decay of the n-th update is min(decay, (1 + n) / (10 + n)), as TensorFlow's ExponentialMovingAverage has it, so
     that short runs are not all about the first weights.
     """
-
-    def update(average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        if average[0].is_floating_point():  # BatchNorm counts its batches
-            n = int(updates)
-            torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return WeightAveraging(multi_avg_fn=update)
+    return WeightAveraging(avg_fn=lambda mean, now, n: mean + (now - mean) * (9 / (10 + n)).clamp(min=1 - decay))
 
 
 def learning_rate_factor(step: int, options: Namespace, steps_per_epoch: int, images_per_step: int) -> float:
     """What the initial learning rate is multiplied by at a step, counted from 0; a warm-up rises evenly."""
     warmup = options.warmup_epochs * steps_per_epoch
-    if step < warmup:
+    done, left = step - warmup, options.epochs * steps_per_epoch - warmup
+    if done < 0:
         return (step + 1) / (warmup + 1)
     if options.sched == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (options.epochs * steps_per_epoch - warmup)))
+        return 0.5 * (1 + math.cos(math.pi * done / left))
     if options.sched == "none":
         return 1.0
-    done, every = step - warmup, options.decay_epochs * steps_per_epoch
-    if options.decay_images:
-        done, every = done * images_per_step, options.decay_images
-    return options.decay_rate ** (done // every)
+    every = options.decay_epochs * steps_per_epoch * images_per_step
+    return options.decay_rate ** (done * images_per_step // (options.decay_images or every))
 
 
 def average_precision(order: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:

@@ -4,9 +4,8 @@ one class an image        DIR/train/CLASS/*.jpg   DIR/val/CLASS/*.jpg
 many labels an image      DIR/train/labels.csv    DIR/val/labels.csv    with a header line `image,labels`; images
                           relative to the file's folder, labels with spaces between: `a/1.jpg,dog grass`
 
-Every use of random numbers has a seed made of the run's seed and the place of use: an epoch's order, an image's
-augmentation in an epoch, a micro-batch's dropout. So a run that is resumed, or that has other numbers of ranks or
-workers, draws what an uninterrupted one would have drawn, and no generator's state is saved.
+Every use of random numbers has a generator made of the run's seed and the place of use. So a run that is resumed, or
+that has other numbers of ranks or workers, draws what an uninterrupted one would have drawn.
 """
 
 import csv
@@ -21,14 +20,15 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ASPECT_RATIO = 4 / 3
 """Longer by shorter side of a training crop, at most."""
-FOLDER_WORKERS = 4
 
 Key = tuple[int, int, bool]
 """(epoch, number of the image, whether it counts: an evaluation is filled up to the same length in all ranks)"""
@@ -38,38 +38,38 @@ class UserError(Exception):
     """An error that is the user's to mend: its text is printed, without a traceback."""
 
 
-def derive(seed: int, use: str, *place: int) -> int:
-    """A 63-bit seed for `use` ("order", "dropout", ...) at `place`."""
-    sequence = np.random.SeedSequence((seed, zlib.crc32(use.encode()), *place))
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+def generator(seed: int, use: str, *place: int) -> np.random.Generator:
+    """Random numbers for `use` ("order", "dropout", ...) at `place`."""
+    return np.random.default_rng((seed, zlib.crc32(use.encode()), *place))
 
 
 class Images(Dataset):
     """(tensor (3, size, size), target, whether it counts) by `Key`; the target is a class's number, or, for many
-    labels, float32 (classes,) of zeros and ones.
-
-    Args:
-        sources: paths, or arrays uint8 (H, W, 3).
-        labels: each image's, as numbers.
-        augment: a random crop and flip, else the middle.
+    labels, float32 (classes,) of zeros and ones. Training images have a random crop and flip, the others the middle.
     """
 
-    def __init__(self, options: Namespace, sources: Sequence, labels: list[list[int]], classes: int, augment: bool):
-        self.options, self.sources, self.labels = options, sources, labels
-        self.classes, self.augment = classes, augment
+    def __init__(self, options: Namespace, part: str, classes: Sequence[str] = ()) -> None:
+        self.options, self.augment = options, part == "train"
+        self.sources, names = _read_digits(self.augment) if options.dataset else _read_folder(options, part)
+        self.classes = classes or sorted({name for of_image in names for name in of_image})
+        number = {name: index for index, name in enumerate(self.classes)}
+        unknown = sorted({name for of_image in names for name in of_image if name not in number})
+        if unknown or not names:
+            what = f"no training images of {', '.join(unknown[:3])}" if unknown else "no images to train or evaluate"
+            raise UserError(f"--data-dir: {options.data_dir} has {what}")
+        self.labels = [[number[name] for name in of_image] for of_image in names]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Any, bool]:
         epoch, index, counts = key
-        source, labels = self.sources[index], self.labels[index]
-        image = Image.fromarray(source) if isinstance(source, np.ndarray) else _read_image(source)
-        rng = np.random.default_rng(derive(self.options.seed, "augmentation", epoch, index))
+        options, image, labels = self.options, _opened(self.sources[index]), self.labels[index]
+        rng = generator(options.seed, "augmentation", epoch, index)
         image = self._random_crop(image, rng) if self.augment else self._middle(image)
-        x = (np.asarray(image, np.float32) / 255 - np.float32(self.options.mean)) / np.float32(self.options.std)
-        target = np.isin(range(self.classes), labels).astype(np.float32) if self.options.multi_label else labels[0]
-        return torch.from_numpy(x.transpose(2, 0, 1).copy()), target, counts
+        x = np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+        target = np.isin(range(len(self.classes)), labels).astype(np.float32) if options.multi_label else labels[0]
+        return torch.from_numpy(x.copy()), target, counts
 
     def _random_crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """A crop of random area and shape, at most the image; flipped by chance."""
@@ -80,21 +80,18 @@ class Images(Dataset):
         left, top = rng.integers((image.width - width, image.height - height), endpoint=True).tolist()
         box, size = (left, top, left + width, top + height), (self.options.img_size,) * 2
         image = image.resize(size, Image.Resampling.BILINEAR, box)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.options.hflip else image
+        return ImageOps.mirror(image) if rng.random() < self.options.hflip else image
 
     def _middle(self, image: Image.Image) -> Image.Image:
-        size, resized = self.options.img_size, math.floor(self.options.img_size / self.options.crop_pct)
-        image = image.resize([resized * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
-        left, top = (round((side - size) / 2) for side in image.size)
-        return image.crop((left, top, left + size, top + size))
+        size, border = (self.options.img_size,) * 2, (1 - self.options.crop_pct) / 2
+        return ImageOps.fit(image, size, Image.Resampling.BILINEAR, border)
 
 
-def _read_image(path: str) -> Image.Image:
+def _opened(source: Image.Image | str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return source if isinstance(source, Image.Image) else Image.open(source).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source} cannot be read as an image: {' '.join(str(error).split())}") from None
 
 
 class ImageData(lightning.LightningDataModule):
@@ -105,29 +102,15 @@ class ImageData(lightning.LightningDataModule):
 
     def __init__(self, options: Namespace) -> None:
         super().__init__()
-        self.options, self.train, self.class_weights = options, None, None
-        self.classes: list[str] = []
         alone = options.evaluate and not options.dataset and not (options.data_dir / "train").is_dir()
-        if not alone:
-            self.train = self._images(*_read(options, "train"), augment=True)
-        parts = ("val", "validation", "test", *([""] if alone else []))
-        self.evaluation = self._images(*_read(options, *parts), augment=False)
+        self.options, self.train = options, None if alone else Images(options, "train")
+        self.evaluation = Images(options, "" if alone else "val", () if alone else self.train.classes)
+        self.classes, self.class_weights = self.evaluation.classes, None
         if options.class_weights:
             given = {name: float(weight) for name, weight in _read_csv(options.class_weights, "label", "weight")}
             self.class_weights = torch.tensor([given.get(name, 1.0) for name in self.classes])
         self.images_per_step = options.batch_size * options.grad_accum_steps * options.ranks
         self.steps = len(self.train or ()) // self.images_per_step
-
-    def _images(self, sources: Sequence, names: list[list[str]], augment: bool) -> Images:
-        """The classes are those of the training images; the others may have no more."""
-        self.classes = self.classes or sorted({name for of_image in names for name in of_image})
-        number = {name: index for index, name in enumerate(self.classes)}
-        unknown = sorted({name for of_image in names for name in of_image if name not in number})
-        if unknown or not names:
-            what = f"no training images of {', '.join(unknown[:3])}" if unknown else "no images to train or evaluate"
-            raise UserError(f"--data-dir: {self.options.data_dir} has {what}")
-        labels = [[number[name] for name in of_image] for of_image in names]
-        return Images(self.options, sources, labels, len(self.classes), augment)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train, MicroBatches(self))
@@ -141,10 +124,8 @@ class ImageData(lightning.LightningDataModule):
 
     def _loader(self, images: Images, batches: Any) -> DataLoader:
         workers = self.options.workers
-        if workers is None:
-            workers = 0 if self.options.dataset == "digits" else FOLDER_WORKERS
-        more = {"persistent_workers": workers > 0, "pin_memory": self.options.device == "cuda"}
-        return DataLoader(images, batch_sampler=batches, num_workers=workers, **more)
+        how = {"persistent_workers": workers > 0, "pin_memory": self.options.device == "cuda"}
+        return DataLoader(images, batch_sampler=batches, num_workers=workers, **how)
 
 
 class MicroBatches:
@@ -161,28 +142,27 @@ class MicroBatches:
         return self.data.steps * self.options.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, done = divmod(self.data.trainer.global_step, self.data.steps)
-        rng, size = np.random.default_rng(derive(self.options.seed, "order", epoch)), self.options.batch_size
-        order = rng.permutation(len(self.data.train)).tolist()
-        for turn in range(done * self.options.grad_accum_steps, len(self)):
-            begin = (turn * self.options.ranks + self.options.rank) * size
-            yield [(epoch, index, True) for index in order[begin : begin + size]]
+        options, (epoch, done) = self.options, divmod(self.data.trainer.global_step, self.data.steps)
+        order = generator(options.seed, "order", epoch).permutation(len(self.data.train)).tolist()
+        for turn in range(done * options.grad_accum_steps, len(self)):
+            begin = (turn * options.ranks + options.rank) * options.batch_size
+            yield [(epoch, index, True) for index in order[begin : begin + options.batch_size]]
 
 
-def _read(options: Namespace, *parts: str) -> tuple[Sequence, list[list[str]]]:
-    """Sources, and what each shows, of the first part that there is."""
-    if options.dataset == "digits":  # a fixed fifth of each digit is the test set
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+def _read_digits(training: bool) -> tuple[list[Image.Image], list[list[str]]]:
+    """scikit-learn's 1,797; a fixed fifth of each digit is the test set."""
+    pixels, digits = load_digits(return_X_y=True)
+    pixels = (pixels * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
+    split = train_test_split(pixels, digits, test_size=0.2, random_state=0, stratify=digits)
+    pixels, digits = split[0::2] if training else split[1::2]
+    return [Image.fromarray(p).convert("RGB") for p in pixels], [[str(digit)] for digit in digits]
 
-        pixels, digits = load_digits().images, load_digits().target
-        pixels = np.repeat((pixels * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
-        split = train_test_split(pixels, digits, test_size=0.2, random_state=0, stratify=digits)
-        which = "train" not in parts
-        return split[which], [[str(digit)] for digit in split[2 + which]]
-    folder = next((options.data_dir / part for part in parts if (options.data_dir / part).is_dir()), None)
-    if folder is None:
-        raise UserError(f"--data-dir: there is no folder {options.data_dir / parts[0]}")
+
+def _read_folder(options: Namespace, part: str) -> tuple[list[str], list[list[str]]]:
+    """The paths of the images, and the names of what each shows."""
+    folder = options.data_dir / part
+    if not folder.is_dir():
+        raise UserError(f"--data-dir: there is no folder {folder}")
     if options.multi_label:
         rows = _read_csv(folder / "labels.csv", "image", "labels")
         return [str(folder / image) for image, _ in rows], [labels.split() for _, labels in rows]

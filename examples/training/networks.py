@@ -46,15 +46,13 @@ def load_weights(network: nn.Module, path: Path, new_head: bool = False) -> str:
         new_head: whether Xception's classifier may stay as it is, where the file's is missing or of other classes.
     """
     try:
-        if path.suffix == ".ckpt":
-            network.load_state_dict(state_of_checkpoint(path))
-            return f"{path}: a run's checkpoint"
-        if isinstance(network, Xception):
+        if isinstance(network, Xception) and path.suffix != ".ckpt":
             report = load(network, path)
             if report.kept and not new_head:
                 raise ValueError(f"it has no {', '.join(report.kept)}")
             return f"{path}: {report}"
-        network.load_state_dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu"))
+        read = {".ckpt": state_of_checkpoint, ".safetensors": load_file}.get(path.suffix, torch.load)
+        network.load_state_dict(read(path))
         return f"{path}: all tensors"
     except Exception as error:  # each format and library has its own for a file that is not what it should be
         if not new_head or not isinstance(network, Xception):

@@ -1,87 +1,73 @@
-"""A run's files: its figures and their picture, its checkpoints."""
+"""The files of a run: its figures, its checkpoints, and how it stops; the figures again as a table and a picture."""
 
 import csv
 import math
 import os
 import signal
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .data import UserError
 
-NAMES = {"loss": "loss", "top1": "top-1", "top5": "top-5", "map100": "MAP@100"}
-"""An evaluation's figures, and what people call them."""
+CHECKPOINTS = 2
+"""So many stay, the newest."""
+
+Rows = list[dict[str, float]]
 
 
 class Interrupted(Exception):
     """All ranks have stopped after the same step, which is saved. `signal` is this rank's, None if another's."""
 
-    def __init__(self, number: int | None, steps: int) -> None:
+    def __init__(self, signal: int | None, steps: int) -> None:
         super().__init__(f"stopped after {steps} steps, which are saved: --resume goes on")
-        self.signal = number
+        self.signal = signal
 
 
 class Log(Callback):
-    """Figures of training every `interval` steps, the means since the row before of all ranks, and of evaluations: to
-    metrics.csv, TensorBoard and the terminal. The rows are a part of every checkpoint, so a resumed run has them all.
+    """Figures of training, means over `interval` steps and all ranks, and of evaluations: to Lightning's loggers; to
+    stderr too where that is no terminal, and so has no progress bar.
     """
 
-    def __init__(self, path: Path, interval: int) -> None:
-        self.path, self.interval = path, interval
-        self.rows: list[dict[str, float]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.losses, self.began, self.first = [], time.perf_counter(), trainer.global_step
+        self.began, self.first = time.perf_counter(), trainer.global_step
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
         step = trainer.global_step
-        self.losses.append(outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning has divided it
         if between_steps(trainer) or step % self.interval:
             return
-        loss = float(trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
+        loss = float(pl_module.loss.compute())
+        pl_module.loss.reset()
         if not math.isfinite(loss):
             raise UserError(f"--lr: the loss is {loss} after step {step}: the training has diverged")
         speed = (step - self.first) * pl_module.images_per_step / (time.perf_counter() - self.began)
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self._note(trainer, pl_module.steps, {"train/loss": loss, "train/lr": rate, "train/images_per_second": speed})
+        self._note(trainer, pl_module, {"train/loss": loss, "train/lr": rate, "train/images_per_second": speed})
         pl_module.log_dict({"loss": loss, "images/s": speed}, prog_bar=True, logger=False)
-        if trainer.progress_bar_callback is None:
-            pl_module.print(f"step {step}  loss {loss:.4f}  {speed:.0f} images/s")
-        self.on_train_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name[:4] == "val/"}
-            self._note(trainer, pl_module.steps, figures)
-            text = "  ".join(f"{name} {figure}" for name, figure in shown(figures).items())
-            pl_module.print(f"epoch {trainer.global_step / pl_module.steps:g}  evaluation {text}")
-            self.on_train_start(trainer, pl_module)
+            metrics = trainer.callback_metrics.items()
+            self._note(trainer, pl_module, {name: float(value) for name, value in metrics if name.startswith("val/")})
 
-    def _note(self, trainer: lightning.Trainer, steps: int, figures: dict[str, float]) -> None:
+    def _note(self, trainer: lightning.Trainer, pl_module: Any, figures: dict[str, float]) -> None:
         step = trainer.global_step
-        if not self.rows or self.rows[-1]["step"] != step:
-            self.rows.append({"step": step, "epoch": step / steps})
-        self.rows[-1] |= figures
-        if trainer.is_global_zero:
-            trainer.logger.log_metrics({"epoch": step / steps, **figures}, step)
-            with open(self.path, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
-                writer.writeheader()
-                writer.writerows(self.rows)
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch": step / pl_module.steps, **figures}, step)
+        if trainer.is_global_zero and trainer.progress_bar_callback is None:
+            print(f"step {step}", *(f"{k} {v:.4g}" for k, v in figures.items()), sep="  ", file=sys.stderr)
+        self.on_train_start(trainer, pl_module)
 
 
 def between_steps(trainer: lightning.Trainer) -> bool:
@@ -90,16 +76,15 @@ def between_steps(trainer: lightning.Trainer) -> bool:
 
 
 class Checkpoints(Checkpoint):
-    """A checkpoint every `interval` steps (0: none) and after each epoch's evaluation; the newest `keep` stay.
+    """A checkpoint every `interval` steps (0: none) and after each epoch's evaluation.
 
     After SIGTERM (a scheduler takes the machine back) or Ctrl-C the step under way is finished and saved; a second
     Ctrl-C stops at once. Lightning's own handler is replaced, as it exchanges tensors inside of the handler, where
     ranks are at different places.
     """
 
-    def __init__(self, folder: Path, interval: int, keep: int) -> None:
-        self.folder, self.interval, self.keep = folder, interval, keep
-        self.signal: int | None = None
+    def __init__(self, folder: Path, interval: int) -> None:
+        self.folder, self.interval, self.signal = folder, interval, None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -118,28 +103,39 @@ class Checkpoints(Checkpoint):
         self._save(trainer, True)
 
     def _save(self, trainer: lightning.Trainer, due: bool) -> None:
-        stop, path = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False), self.folder / "new"
+        step, path = trainer.global_step, self.folder / "new"
+        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
         if stop or due:
             trainer.save_checkpoint(path)
             if trainer.is_global_zero:  # now it is whole
-                os.replace(path, self.folder / f"step-{trainer.global_step:08d}.ckpt")
-                for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                os.replace(path, self.folder / f"step-{step:08d}.ckpt")
+                for old in sorted(self.folder.glob("step-*.ckpt"))[:-CHECKPOINTS]:
                     old.unlink()
         if stop:
-            raise Interrupted(self.signal, trainer.global_step)
+            raise Interrupted(self.signal, step)
 
 
 def latest(output: Path) -> Path | None:
     return max((output / "checkpoints").glob("step-*.ckpt"), default=None)
 
 
-def shown(figures: Mapping[str, Any]) -> dict[str, str]:
+def read(output: Path) -> Rows:
+    """A row a step that has figures. A resumed run has a file of its own, whose rows go before those that were lost."""
+    rows = defaultdict(dict)
+    for path in sorted((output / "csv").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                rows[int(row["step"])] |= {name: float(value) for name, value in row.items() if value}
+    return [rows[step] for step in sorted(rows)]
+
+
+def shown(figures: Mapping[str, float]) -> dict[str, str]:
     """An evaluation's figures as people read them."""
-    values = {name: figures[f"val/{name}"] for name in NAMES if f"val/{name}" in figures}
-    return {NAMES[name]: f"{float(v):.4f}" if name == "loss" else f"{float(v):.1f}" for name, v in values.items()}
+    values = {name[4:]: value for name, value in figures.items() if name.startswith("val/")}
+    return {name: f"{value:.4f}" if name == "loss" else f"{value:.1f}" for name, value in values.items()}
 
 
-def last_evaluation(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def last_evaluation(rows: Rows) -> dict[str, str]:
     return next((shown(row) for row in reversed(rows) if "val/loss" in row), {})
 
 
@@ -150,40 +146,25 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join("  ".join(line.get(name, "").rjust(width) for name, width in widths.items()) for line in lines)
 
 
-def read(output: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv."""
-    with open(output / "metrics.csv", newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> None:
-    """Loss, accuracy (MAP@100 where there are many labels) and learning rate of one run, or of several in one picture.
-
-    Args:
-        runs: names and rows.
-    """
+def draw(runs: Mapping[str, Rows], title: str, colours: Sequence = colormaps["tab10"].colors) -> Figure:
+    """Loss, accuracy (MAP@100 where there are many labels) and learning rate of one run, or of several."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     figure.suptitle(title)
     loss, score, rate = figure.subplots(1, 3, width_ratios=(2, 2, 1))
-    measure = "map100" if any("val/map100" in row for rows in runs.values() for row in rows) else "top1"
-    # A few runs have colours of their own; many are in an order, from dark to bright.
-    palette = colormaps["tab10"].colors if len(runs) < 6 else colormaps["viridis"].resampled(len(runs) + 1).colors
+    measure = "MAP@100" if any("val/MAP@100" in row for rows in runs.values() for row in rows) else "top-1"
     panels = [(loss, "train/loss", ":"), (loss, "val/loss", ".-"), (score, f"val/{measure}", ".-")]
-    for (name, rows), colour in zip(runs.items(), palette, strict=False):
-        for axes, column, style in (*panels, (rate, "train/lr", "-")):
+    panels += [(rate, "train/lr", "-")]
+    for (name, rows), colour in zip(runs.items(), colours, strict=False):
+        for axes, column, style in panels:
             points = [(row["epoch"], row[column]) for row in rows if column in row]
             axes.plot(*zip(*points, strict=True), style, color=colour, label=name)
-    loss.set(title="Loss: evaluation solid, training (as regularised) dotted", xlabel="epoch", xlim=0)
     # An evaluation by statistics of a few batches can be far above all of training.
     loss.set_ylim(0, max(1.1 * row["train/loss"] for rows in runs.values() for row in rows if "train/loss" in row))
-    score.set(title=f"Evaluation: {NAMES[measure]}, %", xlabel="epoch", xlim=0)
-    rate.set(title="Learning rate", xlabel="epoch", xlim=0, ylim=0)
-    for axes in (loss, score, rate):
+    loss.set_title("Loss: evaluation solid, training (as regularised) dotted")
+    score.set_title(f"Evaluation: {measure}, %")
+    rate.set(title="Learning rate", ylim=0)
+    for axes in figure.axes:
+        axes.set(xlabel="epoch", xlim=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    if len(runs) > 1:  # the ends of the curves are what is compared
-        ends = [[row[f"val/{measure}"] for row in rows if "val/loss" in row][-1] for rows in runs.values()]
-        bottom = max(0, min(95, 100 - 4 * (100 - min(ends))))
-        score.set_ylim(bottom, max(ends) + (100 - bottom) / 10)
-        figure.legend(*score.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
-    figure.savefig(path, dpi=110)
+    return figure

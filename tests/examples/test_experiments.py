@@ -9,13 +9,14 @@ import experiments
 from tests.support.train_runs import NETWORK
 
 
-def test_the_spectrum_s_costs_fall_with_every_segment(noise, monkeypatch, tmp_path):
-    few = {
-        name: experiments.EXPERIMENTS["spectrum"][name] for name in ("1 segment", "3 segments", "a segment a channel")
-    }
+def test_the_spectrum_s_costs_fall_with_every_segment(noise, monkeypatch, tmp_path, capsys):
+    spectrum = experiments.EXPERIMENTS["spectrum"]
+    few = {name: spectrum[name] for name in ("1 segment", "3 segments", "a segment a channel")}
     monkeypatch.setitem(experiments.EXPERIMENTS, "spectrum", few)
     flags = (*NETWORK, *noise, "-j", "0", "--batch-size", "20", "--epochs", "1", "--log-interval", "1")
-    head, *lines = experiments.compare("spectrum", tmp_path, list(flags)).splitlines()
+    monkeypatch.setattr("sys.argv", ["experiments.py", "spectrum", "--output", str(tmp_path), *flags])
+    experiments.main()
+    head, *lines = capsys.readouterr().out.splitlines()  # the table alone
     assert head.split()[:3] == ["spectrum", "parameters", "multiply-adds"]
     assert len(lines) == len(few)
     for column in (-7, -6):
