@@ -154,7 +154,7 @@ def _why_not(flow: Dataflow, norm: nn.Module) -> str:
         reader, reason = _only_reader(flow, root, node)
         if reader is None:
             return reason
-        if activation is None and (_is_addition(reader, node) or _is_pooling(root, reader, node)):
+        if activation is None and (_is_addition(reader) or _is_pooling(root, reader, node)):
             return ""
         name = _activation(root, reader)
         if name is None or activation is not None:
@@ -193,15 +193,12 @@ def _activation(root: nn.Module, node: fx.Node) -> str | None:
     return None
 
 
-def _is_addition(reader: fx.Node, node: fx.Node) -> bool:
-    """Whether a node adds an image to another one: what is added in place, if so, is this one."""
+def _is_addition(reader: fx.Node) -> bool:
+    """Whether a node adds two images."""
     if reader.op != "call_function" or len(reader.args) != 2 or reader.kwargs:
         return False
-    if reader.target not in (operator.add, torch.add) and (
-        reader.target is not operator.iadd or reader.args[0] is not node
-    ):
-        return False
-    return all(isinstance(argument, fx.Node) for argument in reader.args)
+    added = reader.target in (operator.add, operator.iadd, torch.add)
+    return added and all(isinstance(argument, fx.Node) for argument in reader.args)
 
 
 def _is_pooling(root: nn.Module, reader: fx.Node, node: fx.Node) -> bool:
