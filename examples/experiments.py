@@ -41,7 +41,7 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
     "backends": {name: ["--backend", name] for name in ("auto", "reference")},
 }
 DIGITS = {
-    "spectrum": ["--epochs", "6"],
+    "spectrum": ["--epochs", "4"],
     "architectures": ["--img-size", "75", "--batch-size", "16", "--epochs", "1"],
 }
 """On digits alone: eight networks take their time, and three are large for a CPU; Inception V3 needs 75 pixels."""
