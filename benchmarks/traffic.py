@@ -2,10 +2,10 @@
 
     python benchmarks/traffic.py [--batch 64] [--device H200]
 
-Nothing is run: a step is traced on meta tensors, operator by operator. An operator of this package moves what the plan
-says of the kernels that it would run (tests hold that against the bytes that the emulated kernels ask for); one of
-PyTorch's reads each tensor that it is given and writes each that it gives, but for what `_PASSES` says. Parameters are
-counted like every tensor, the optimizer's step is not part of it.
+Nothing is run: a step is traced on meta tensors, operator by operator. A convolution of this package moves what the
+plan says of the kernels that it would run (tests hold that against the bytes that the emulated kernels ask for). Any
+other operator reads each tensor that it is given and writes each that it gives, but for what `_PASSES` says.
+Parameters are counted like every tensor; the optimizer's step is not part of it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ _PASSES: dict[Any, Callable[..., int]] = {
 _MOVES_NOTHING = ("aten::detach", "aten::empty", "aten::empty_strided", "aten::empty_like")
 
 _KINDS = {
-    "norm_depthwise": "depthwise",
+    "norm_pool": "joins",
+    "norm_add": "joins",
     "depthwise": "depthwise",
     "separable": "separable",
     "batch_norm": "BatchNorm",
@@ -81,7 +82,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = self.run(op, args, kwargs)
-        if op.namespace == "fused_sepconv":
+        if op.namespace == "fused_sepconv" and "conv2d" in op._schema.name:
             moved = self.planned(op, args)
         elif op.is_view or op._schema.name in (
             "aten::detach",
@@ -140,6 +141,7 @@ _FOR_CUDA_ALONE: dict[Any, Callable[..., Any]] = {
     aten.batch_norm_stats.default: _statistics,
     aten.batch_norm_gather_stats_with_counts.default: _statistics,
     aten.batch_norm_backward_elemt.default: lambda grad, *_: torch.empty_like(grad),
+    aten.batch_norm_backward_reduce.default: lambda grad, *rest: 2 * _statistics(*rest),
 }
 """Tensors like the results of PyTorch's operators that are for CUDA tensors alone."""
 

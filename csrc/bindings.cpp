@@ -70,6 +70,21 @@ const auto& mma_input_instances() {
   return all;
 }
 
+const auto& norm_add_kernels() {
+  static const auto all = by_name({norm_add_instances()});
+  return all;
+}
+
+const auto& norm_pool_kernels() {
+  static const auto all = by_name({norm_pool_instances()});
+  return all;
+}
+
+const auto& norm_pool_backward_kernels() {
+  static const auto all = by_name({norm_pool_backward_instances()});
+  return all;
+}
+
 const auto& reduce_instances() {
   static const auto all = by_name({reduce_splits_instances()});
   return all;
@@ -300,6 +315,77 @@ void run_mma_input(const MmaInputLaunch& launch, Address x, Address depthwise_we
   run(launch.made, params, stream);
 }
 
+Affine affine_of(Address scale, Address shift) {
+  return {static_cast<float*>(pointer(scale)), static_cast<float*>(pointer(shift))};
+}
+
+using NormAddLaunch = Launch<NormAddInstance, NormAddParams>;
+
+NormAddLaunch norm_add_launch(const std::string& instance, int64_t pixels, int channels) {
+  NormAddParams params{};
+  params.pixels = pixels;
+  params.C = channels;
+  return {norm_add_kernels().at(instance), params};
+}
+
+void run_norm_add(const NormAddLaunch& launch, Address x, Address scale, Address shift, Address other,
+                  Address other_scale, Address other_shift, Address y, Stream stream) {
+  NormAddParams params = launch.params;
+  params.x = pointer(x);
+  params.affine = affine_of(scale, shift);
+  params.other = pointer(other);
+  params.other_affine = affine_of(other_scale, other_shift);
+  params.y = pointer(y);
+  run(launch.made, params, stream);
+}
+
+// N, C, H, W, out_h, out_w, pad_top, pad_left.
+PoolShape pool_shape_of(const std::array<int64_t, 8>& sizes) {
+  const auto size = [&](int i) { return static_cast<int32_t>(sizes[i]); };
+  return {sizes[0], size(1), size(2), size(3), size(4), size(5), size(6), size(7)};
+}
+
+using NormPoolLaunch = Launch<NormPoolInstance, NormPoolParams>;
+
+NormPoolLaunch norm_pool_launch(const std::string& instance, const std::array<int64_t, 8>& sizes) {
+  NormPoolParams params{};
+  params.shape = pool_shape_of(sizes);
+  return {norm_pool_kernels().at(instance), params};
+}
+
+void run_norm_pool(const NormPoolLaunch& launch, Address x, Address scale, Address shift, Address picked, Address index,
+                   Stream stream) {
+  NormPoolParams params = launch.params;
+  params.x = pointer(x);
+  params.affine = affine_of(scale, shift);
+  params.picked = pointer(picked);
+  params.index = static_cast<uint8_t*>(pointer(index));
+  run(launch.made, params, stream);
+}
+
+using NormPoolBackwardLaunch = Launch<NormPoolBackwardInstance, NormPoolBackwardParams>;
+
+NormPoolBackwardLaunch norm_pool_backward_launch(const std::string& instance, const std::array<int64_t, 8>& sizes) {
+  NormPoolBackwardParams params{};
+  params.shape = pool_shape_of(sizes);
+  return {norm_pool_backward_kernels().at(instance), params};
+}
+
+void run_norm_pool_backward(const NormPoolBackwardLaunch& launch, Address grad, Address index, Address x,
+                            Address factor, Address mean, Address mean_g, Address slope, Address grad_x,
+                            Stream stream) {
+  NormPoolBackwardParams params = launch.params;
+  params.grad = pointer(grad);
+  params.index = static_cast<uint8_t*>(pointer(index));
+  params.x = pointer(x);
+  params.factor = static_cast<float*>(pointer(factor));
+  params.mean = static_cast<float*>(pointer(mean));
+  params.mean_g = static_cast<float*>(pointer(mean_g));
+  params.slope = static_cast<float*>(pointer(slope));
+  params.grad_x = pointer(grad_x);
+  run(launch.made, params, stream);
+}
+
 using ReduceLaunch = Launch<ReduceInstance, ReduceParams>;
 
 ReduceLaunch reduce_launch(const std::string& instance, int64_t count, int splits) {
@@ -320,6 +406,9 @@ void for_each_instance(const Body& body) {
   for (const auto& [name, instance] : depthwise_forward_kernels()) body(instance);
   for (const auto& [name, instance] : depthwise_backward_kernels()) body(instance);
   for (const auto& [name, instance] : mma_input_instances()) body(instance);
+  for (const auto& [name, instance] : norm_add_kernels()) body(instance);
+  for (const auto& [name, instance] : norm_pool_kernels()) body(instance);
+  for (const auto& [name, instance] : norm_pool_backward_kernels()) body(instance);
   for (const auto& [name, instance] : reduce_instances()) body(instance);
 }
 
@@ -484,6 +573,15 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&mma_input_launch), py::arg("instance"), py::arg("shape"), py::arg("tiling"), py::arg("x"),
            py::arg("grad_z"))
       .def("__call__", &run_mma_input, without_gil);
+  py::class_<NormAddLaunch>(m, "NormAddLaunch", py::module_local())
+      .def(py::init(&norm_add_launch), py::arg("instance"), py::arg("pixels"), py::arg("channels"))
+      .def("__call__", &run_norm_add, without_gil);
+  py::class_<NormPoolLaunch>(m, "NormPoolLaunch", py::module_local())
+      .def(py::init(&norm_pool_launch), py::arg("instance"), py::arg("sizes"))
+      .def("__call__", &run_norm_pool, without_gil);
+  py::class_<NormPoolBackwardLaunch>(m, "NormPoolBackwardLaunch", py::module_local())
+      .def(py::init(&norm_pool_backward_launch), py::arg("instance"), py::arg("sizes"))
+      .def("__call__", &run_norm_pool_backward, without_gil);
   py::class_<ReduceLaunch>(m, "ReduceLaunch", py::module_local())
       .def(py::init(&reduce_launch), py::arg("instance"), py::arg("count"), py::arg("splits"))
       .def("__call__", &run_reduce, without_gil);

@@ -173,6 +173,49 @@ struct DepthwiseBackwardParams {
   float* partial_affine;                                // (parts, 2, C): of dz, and of dz * (x - mean)
 };
 
+// A BatchNorm joined to an addition: y = u + v, with u = scale * x + shift, and v likewise of `other` where that has a
+// scale, each rounded as BatchNorm's own result would be. All images are NHWC without gaps.
+struct NormAddParams {
+  int64_t pixels;  // of all images
+  int32_t C;       // channels, whole pieces of 16 bytes
+  const void* x;
+  Affine affine;
+  const void* other;    // or null
+  Affine other_affine;  // or nulls
+  void* y;
+};
+
+// Sizes of a 3 x 3 max-pooling of stride 2. Where a window reaches over the edge, it is smaller.
+struct PoolShape {
+  int64_t N;
+  int32_t C, H, W;            // of x
+  int32_t out_h, out_w;       // pixels of the result
+  int32_t pad_top, pad_left;  // rows and columns of the first window that lie outside
+};
+
+// A BatchNorm joined to a max-pooling: of each window, where scale * x + shift, rounded, is largest.
+struct NormPoolParams {
+  PoolShape shape;
+  const void* x;   // (N, H, W, C)
+  Affine affine;   // (C)
+  void* picked;    // (N, out_h, out_w, C): x there
+  uint8_t* index;  // the same: its place in the window, 3 * row + column
+};
+
+// Its backward: grad_x = factor * (g - mean_g - (x - mean) * slope), where g is the sum of `grad` over the windows that
+// picked the pixel. Without `slope` it is factor * g.
+struct NormPoolBackwardParams {
+  PoolShape shape;
+  const void* grad;      // (N, out_h, out_w, C)
+  const uint8_t* index;  // the same
+  const void* x;         // (N, H, W, C)
+  const float* factor;   // (C)
+  const float* mean;     // (C) or null, like the next two
+  const float* mean_g;
+  const float* slope;
+  void* grad_x;  // (N, H, W, C)
+};
+
 // How the tensor-core backward cuts the stream of positions that all images make (mma/stream.cuh).
 struct MmaInputTiling {
   int32_t strips;  // that an image's columns are cut into

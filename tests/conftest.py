@@ -63,9 +63,14 @@ class Target:
     def runs(self, case: Case, dtype: torch.dtype) -> bool:
         return case.multiplications <= self.patience.get(dtype, math.inf)
 
-    def runs_by_default(self, case: Case, dtype: torch.dtype) -> bool:
-        """Whether it is no repetition: on a CPU "auto" is PyTorch's convolutions in every dtype, held against them."""
-        return self != LIBRARY or dtype == torch.float64 or case in FEATURES
+    def runs_by_default(self, case: Case, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> bool:
+        """Whether it is no repetition. On a CPU "auto" is PyTorch's convolutions in every dtype, held against them; the
+        emulated kernels take two of the four dtypes by turns, and all of them in a case for each feature."""
+        if case in FEATURES or self not in (LIBRARY, EMULATED):
+            return True
+        if self == LIBRARY:
+            return dtype == torch.float64
+        return len(dtypes) < 4 or dtypes.index(dtype) % 2 == len(case.name) % 2
 
 
 # Device code is slow on the CPU: no case of more than a million multiplications.
@@ -128,7 +133,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     def marks(target: Target, dtype: torch.dtype | None, case: Case | None) -> tuple[pytest.MarkDecorator, ...]:
         if case is None:
             return ()
-        if case not in cases or ("target" in wanted and not target.runs_by_default(case, dtype)):
+        if case not in cases or ("target" in wanted and not target.runs_by_default(case, dtype, dtypes)):
             return (pytest.mark.full,)
         return (pytest.mark.quick,) if case in tiers.get("quick", ()) else ()
 

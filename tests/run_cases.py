@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from fused_sepconv.planning.plan import INSTANCES
 from tests import accuracy
 from tests.accuracy import LAYOUTS, allowing_tf32, eager_in, results
 from tests.support.calls import function_of
-from tests.support.cases import Case, depthwise, normalised
+from tests.support.cases import Case, JoinCase, depthwise, normalised
 from tests.support.closeness import FACTOR, assert_as_close_as_eager, assert_gradient_as_close_as_eager
 from tests.support.emulation import emulated_kernels, planned_for
 
@@ -142,6 +143,12 @@ def mma_input(kind: str, dtype: str) -> Iterator[Run]:
     yield Run(_case(kind, "biases"), "mma", dtype, "nchw", through=through)
 
 
+def norm_join(dtype: str, pooled: bool) -> Iterator[Run]:
+    for variant in VARIANTS:
+        sizes = {name: VARIANTS[variant][name] for name in "NCHW"}
+        yield Run(JoinCase(f"join, {variant}", **sizes, F=sizes["C"], pooled=pooled), "joins", dtype, "nhwc")
+
+
 _STORED = "(?P<dtype>float64|float32|float16|bfloat16)"
 _LAYOUT = "(?P<layout>nhwc|nchw)"
 _OPERAND = "(?P<dtype>bfloat16|float16|tf32)"
@@ -151,6 +158,8 @@ RULES: dict[str, Callable[..., Iterator[Run]]] = {
     rf"simt_depthwise_forward_{_STORED}_{_LAYOUT}": simt_depthwise,
     rf"depthwise_(forward|backward)_{_LAYOUT}_(?P<kind>\dx\d_(s1|s2|dilated))_{_STORED}": one_pass_depthwise,
     rf"depthwise_normalised_(forward|backward)_{_LAYOUT}_(?P<kind>\dx\d_(s1|s2))_{_STORED}": one_pass_normalised,
+    rf"norm_add_{_STORED}": partial(norm_join, pooled=False),
+    rf"norm_pool(_backward)?_{_STORED}": partial(norm_join, pooled=True),
     rf"mma_forward_(?P<kind>any|\dx\d(_stride2)?)_(?P<tile>\d+x\d+)_{_OPERAND}": mma_forward,
     rf"mma_backward_pointwise_weight_(?P<kind>any|\dx\d(_stride2)?)_{_OPERAND}": mma_weight,
     rf"mma_backward_input_(?P<kind>\dx\d)_{_OPERAND}": mma_input,

@@ -54,6 +54,18 @@ struct MmaInputInstance : Instance {
   void (*run)(const Instance&, const MmaInputParams&, Stream) = nullptr;
 };
 
+struct NormAddInstance : Instance {
+  void (*run)(const Instance&, const NormAddParams&, Stream) = nullptr;
+};
+
+struct NormPoolInstance : Instance {
+  void (*run)(const Instance&, const NormPoolParams&, Stream) = nullptr;
+};
+
+struct NormPoolBackwardInstance : Instance {
+  void (*run)(const Instance&, const NormPoolBackwardParams&, Stream) = nullptr;
+};
+
 struct ReduceInstance : Instance {
   void (*run)(const Instance&, const ReduceParams&, Stream) = nullptr;
 };
@@ -104,6 +116,9 @@ std::vector<DepthwiseBackwardInstance> depthwise_nchw_backward_instances();
 std::vector<ForwardInstance> mma_forward_instances();
 std::vector<BackwardInstance> mma_backward_pointwise_weight_instances();
 std::vector<MmaInputInstance> mma_backward_input_instances();
+std::vector<NormAddInstance> norm_add_instances();
+std::vector<NormPoolInstance> norm_pool_instances();
+std::vector<NormPoolBackwardInstance> norm_pool_backward_instances();
 std::vector<ReduceInstance> reduce_splits_instances();
 
 }  // namespace fused_sepconv

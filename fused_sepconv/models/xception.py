@@ -151,7 +151,7 @@ class Xception(nn.Module):
         pool_padding: of the max-poolings. "same" is TensorFlow's rule, for Keras's weights; "symmetric" is PyTorch's
             one pixel on every side, for timm's. They differ where a size is even.
         global_pool: "avg", "max", or "" for none.
-        fuse_norm: whether BatchNorms run together with the separable convolutions after them (`fuse_batch_norm`).
+        fuse_norm: whether BatchNorms run together with what reads their results (`fuse_batch_norm`).
         device, dtype: of the parameters.
 
     Shape: (N, in_channels, H, W), at least 7 pixels a side -> (N, num_classes).

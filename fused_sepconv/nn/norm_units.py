@@ -20,8 +20,9 @@ from fused_sepconv.ops import backend as backend_setting
 from fused_sepconv.ops import norm_units
 from fused_sepconv.ops.arguments import Pair, check_save, normalise_depthwise
 from fused_sepconv.ops.backend import asks_the_plan
+from fused_sepconv.ops.joins import Norm, Window, norm_join, why_not
 from fused_sepconv.ops.operators import without_autocast
-from fused_sepconv.ops.torch_internals import are_functorch_transforms_active
+from fused_sepconv.ops.torch_internals import are_functorch_transforms_active, in_forward_mode
 from fused_sepconv.tensors.activations import ACTIVATIONS
 from fused_sepconv.tensors.memory_format import memory_format_of
 
@@ -149,12 +150,7 @@ def _depthwise_of_norm(
     if training and values == 1 and not shared:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     with without_autocast(x):
-        if training:
-            shared_by = group if shared else None
-            mean, invstd, count = norm_units.statistics(x, running_mean, running_var, momentum, eps, shared_by)
-        else:
-            wide = norm_units.accumulator(x)
-            mean, invstd = running_mean.to(wide), torch.rsqrt(running_var.to(wide) + eps)
+        mean, invstd, count = _statistics(x, norm, group if shared else None)
         args = (x, mean, invstd, norm_weight, norm_bias, weight, bias, *arguments, training, backend)
         if shared:
             args = (*args, (group, count))
@@ -165,6 +161,44 @@ def _depthwise_of_norm(
             return operator(*args)
 
     return call
+
+
+def _statistics(x: Tensor, norm: tuple, group: Any) -> tuple[Tensor, Tensor, Any]:
+    """Mean, 1 / sqrt(variance + eps) and count of what x is normalised by."""
+    running_mean, running_var, _, _, training, momentum, eps = norm
+    if training:
+        return norm_units.statistics(x, running_mean, running_var, momentum, eps, group)
+    wide = norm_units.accumulator(x)
+    return running_mean.to(wide), torch.rsqrt(running_var.to(wide) + eps), None
+
+
+def joined(norm: dict[str, Any], window: Window | None, other: Tensor | dict[str, Any] | None) -> Tensor | None:
+    """pool(batch_norm(**norm)) + other, or + batch_norm(**other), by kernels of ours; None where they can't run it, and
+    then no running statistics have changed."""
+    norms = [norm] if type(other) is not dict else [norm, other]
+    images = [each["x"] for each in norms] + ([other] if isinstance(other, Tensor) else [])
+    x = images[0]
+    if torch.compiler.is_compiling() or are_functorch_transforms_active() or in_forward_mode():
+        return None
+    if any(type(image) not in (Tensor, torch.nn.Parameter) for image in images) or not _joins(x):
+        return None
+    shape = tuple(x.shape) if window is None else (*x.shape[:2], *window.size)
+    if any((tuple(other.shape), other.dtype, other.device) != (shape, x.dtype, x.device) for other in images[1:]):
+        return None
+    for each in norms:
+        image = each["x"]
+        if each["process_group"] is not None or (each["training"] and image.numel() == image.shape[1]):
+            return None  # the second is an error, which F.batch_norm raises
+    found = []
+    for each in norms:
+        names = ("running_mean", "running_var", "norm_weight", "norm_bias", "training", "momentum", "eps")
+        mean, invstd, _ = _statistics(each["x"], tuple(each[name] for name in names), None)
+        found.append(Norm(mean, invstd, each["norm_weight"], each["norm_bias"], each["training"]))
+    return norm_join(x, found[0], images[1] if len(images) > 1 else None, *(found[1:] or (None,)), window)
+
+
+def _joins(x: Tensor) -> bool:
+    return x.numel() > 0 and asks_the_plan(x, backend_setting.default) and not why_not(x)
 
 
 def _pointwise(

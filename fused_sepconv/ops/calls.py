@@ -32,8 +32,8 @@ MOST = 4096
 MOST_GRADIENTS = 64
 """Backwards that are kept for each of them: gradients may come in ever new strides."""
 
-MEASURED = ("cuda",)
-"""Types of devices on which a choice may be measured."""
+MEASURES_CPU = False
+"""Whether a choice may be measured on the CPU too, as on CUDA: tests ask for it."""
 
 # -1 is no device: each launch then makes its own the current one.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice" if GUARD_BINDS else "", lambda: -1)
@@ -225,7 +225,7 @@ def signature(tensor: Tensor) -> tuple[Any, ...]:
 
 def flags(x: Tensor, backend: str) -> tuple[Any, ...]:
     """Values that change a choice besides the call: PyTorch's flags, a family asked for, a newer measurement."""
-    if x.device.type in MEASURED:
+    if x.is_cuda or (MEASURES_CPU and x.is_cpu):
         found = (
             launching.wish.family,
             choice.generation,

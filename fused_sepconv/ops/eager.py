@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fused_sepconv.families.registry import RunBackward
 from fused_sepconv.ops import autograd, calls, operators
@@ -21,11 +22,9 @@ from fused_sepconv.ops.calls import Prepared
 from fused_sepconv.ops.operators import Operator
 from fused_sepconv.ops.torch_internals import (
     excluded_keys,
-    has_storage,
     included_keys,
     is_plain_state,
     may_skip_dispatcher,
-    tensor_keys,
 )
 from fused_sepconv.tensors.memory_format import as_gradient
 
@@ -54,24 +53,26 @@ def run(operator: Operator, tensors: tuple[Any, ...], options: tuple[Any, ...], 
 
 
 def _signatures(tensors: tuple[Tensor | None, ...]) -> list[Any]:
-    """The dispatch keys of this thread, and all that tells a kernel one tensor from another.
+    """The dispatch keys of this thread, and all that tells a kernel one plain tensor from another.
 
-    Raises where a tensor is none, or has no strides or memory.
+    Raises where a tensor is of another kind, a subclass or a tracer's stand-in, or has no strides or memory.
     """
     parts: list[Any] = [included_keys().raw_repr(), excluded_keys().raw_repr()]
     for tensor in tensors:
         if tensor is None:
             parts.append(None)
-        else:
-            parts += (
-                tensor_keys(tensor).raw_repr(),  # first, as it refuses what is no tensor: a tracer records nothing then
-                tensor.__class__,
-                tensor.shape,
-                tensor.stride(),
-                tensor.dtype,
-                tensor.device,
-                tensor.data_ptr() & 15,
-            )
+            continue
+        if tensor.__class__ is not Tensor and tensor.__class__ is not Parameter:
+            raise TypeError  # before any other question, which a tracer would note
+        address = tensor.data_ptr()
+        parts += (
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor.device,
+            address & 15 if address else None,
+            tensor.is_neg(),
+        )
     return parts
 
 
@@ -233,14 +234,8 @@ class _DirectBackward:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a kernel may read the tensors' memory as it is: no subclass, batch of gradients, lazy negation or
-    tensor of zeros without memory."""
-    for tensor in tensors:
-        if tensor is not None and (
-            (tensor.__class__ is not Tensor and tensor.__class__ is not torch.nn.Parameter)
-            or not has_storage(tensor)
-            or tensor.is_neg()
-            or tensor._is_zerotensor()
-        ):
-            return False
-    return True
+    """Whether a kernel may read the memory of tensors that have a signature as it is: no lazy negation, and no zeros
+    or functional stand-in without memory."""
+    return not any(
+        tensor is not None and (tensor.is_neg() or (tensor.numel() and not tensor.data_ptr())) for tensor in tensors
+    )

@@ -250,12 +250,16 @@ def _composed(*args: Any) -> Tensor:
     """The operator in PyTorch's own, differentiable in x through its statistics too."""
     x, mean, invstd, norm_weight, norm_bias, weight, bias, stride, padding, dilation, activation, own, _ = args
     if own:
-        wide = x.to(accumulator(x))
-        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-        epsilon = invstd.detach().pow(-2) - variance.detach()
-        invstd = torch.rsqrt(variance + epsilon)
+        mean, invstd = with_own_statistics(x, invstd)
     u = _normalised(x, mean, invstd, norm_weight, norm_bias)
     return convolutions.depthwise_forward(u, weight, bias, stride, padding, dilation, activation, None)
+
+
+def with_own_statistics(x: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and invstd as differentiable functions of x, of which `invstd` is the value."""
+    variance, mean = torch.var_mean(x.to(accumulator(x)), (0, 2, 3), correction=0)
+    epsilon = invstd.detach().pow(-2) - variance.detach()
+    return mean, torch.rsqrt(variance + epsilon)
 
 
 def _composed_gradients(tensors: tuple, arguments: tuple, needs: tuple, grad_output: Tensor) -> list[Tensor | None]:

@@ -35,7 +35,6 @@ __all__ = [
     "decompositions",
     "expected_size",
     "has_global_hooks",
-    "has_storage",
     "has_tangent",
     "in_forward_mode",
     "is_plain_state",
@@ -47,10 +46,8 @@ __all__ = [
 
 _C = torch._C
 _NAMES = (
-    "_dispatch_keys",
     "_dispatch_tls_local_exclude_set",
     "_dispatch_tls_local_include_set",
-    "_has_storage",
     "_get_tracing_state",
     "_len_torch_dispatch_stack",
     "_len_torch_function_stack",
@@ -58,13 +55,10 @@ _NAMES = (
 _complete = all(hasattr(_C, name) for name in _NAMES) and hasattr(forward_ad, "_current_level")
 """False where a name is missing: every call goes through the dispatcher then, as right, and slower."""
 
-tensor_keys = getattr(_C, "_dispatch_keys", None)
-"""A tensor's dispatch keys: wrappers, lazy negation and the like have keys of their own. Read with `raw_repr()`."""
 included_keys = getattr(_C, "_dispatch_tls_local_include_set", None)
 excluded_keys = getattr(_C, "_dispatch_tls_local_exclude_set", None)
-"""The keys that this thread adds and leaves out: modes, transforms, tracers and autocast change them."""
-has_storage = getattr(_C, "_has_storage", None)
-"""Whether a tensor has memory of its own: a batch of `torch.autograd.grad(is_grads_batched=True)` has none."""
+"""The keys that this thread adds and leaves out: modes, transforms, tracers and autocast change them. Read with
+`raw_repr()`."""
 _function_modes = getattr(_C, "_len_torch_function_stack", None)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from fused_sepconv.families import joins
 from fused_sepconv.families.depthwise import plan as depthwise
 from fused_sepconv.families.mma import backward as mma_backward
 from fused_sepconv.families.mma import backward_input as mma_input
@@ -29,7 +30,14 @@ FAMILIES = (pytorch, simt, split, mma_forward, mma_backward, mma_nchw)
 SAVING_FAMILIES = (pytorch, split)
 """The families whose forward has the depthwise result in memory, and can give it to the backward."""
 
-INSTANCES = simt.INSTANCES | depthwise.INSTANCES | mma_forward.INSTANCES | mma_weight.INSTANCES | mma_input.INSTANCES
+INSTANCES = {
+    **simt.INSTANCES,
+    **depthwise.INSTANCES,
+    **mma_forward.INSTANCES,
+    **mma_weight.INSTANCES,
+    **mma_input.INSTANCES,
+    **joins.INSTANCES,
+}
 """Every kernel of a complete native module, by name."""
 
 

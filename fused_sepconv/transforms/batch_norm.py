@@ -1,11 +1,12 @@
-"""`fuse_batch_norm`: each BatchNorm that only a convolution reads, run together with it; and the way back.
+"""`fuse_batch_norm`: each BatchNorm run together with what alone reads its result; and the way back.
 
 The BatchNorm stays where and what it is, under its name. Its class becomes one that hands its input and its parameters
-on, as a `Normalised`, to whatever reads its result. Nothing links it to the convolution.
+on, as a `Normalised`, to whatever reads its result. Nothing links it to that.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from fused_sepconv.nn.depthwise import DepthwiseConv, DepthwiseConv2d
-from fused_sepconv.nn.normalised import ACTIVATION_FUNCTIONS, Normalised, NormCall
+from fused_sepconv.nn.normalised import ACTIVATION_FUNCTIONS, POOLINGS, Normalised, NormCall, window_of
 from fused_sepconv.nn.separable import SeparableConv2d
 from fused_sepconv.ops.torch_internals import has_global_hooks
 from fused_sepconv.transforms.adopted import AdoptedSequential
@@ -23,6 +24,7 @@ from fused_sepconv.transforms.isolation import all_or_nothing
 from fused_sepconv.transforms.lookahead import is_looked_at
 from fused_sepconv.transforms.report import ReplacementReport, check_model
 
+_SIZES = (1, 1, 9, 9)  # of an image of which nothing is known
 _ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 
 
@@ -83,14 +85,16 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fuse_batch_norm(model: nn.Module) -> ReplacementReport:
-    """Runs each BatchNorm of a model together with the convolution that alone reads its result, in place.
+    """Runs each BatchNorm of a model together with what alone reads its result, in place.
 
     BatchNorm (`nn.BatchNorm2d` or `nn.SyncBatchNorm`) → perhaps ReLU, ReLU6, SiLU or hardswish → a `SeparableConv2d` or
     `DepthwiseConv2d`: on a GPU the norm and the activation run inside the depthwise kernels, in training and in
-    evaluation, and what is between them is never written. Call `replace_separable_convs` or `replace_depthwise_convs`
-    first, for convolutions that are PyTorch's. Parameters, buffers, names, keys and results stay what they are;
-    `train()`, `eval()` and frozen BatchNorms are heard at every call. Under `torch.compile` and tracers the parts run
-    one after the other. `unfuse_batch_norm` is the way back.
+    evaluation, and what is between them is never written. BatchNorm → an addition, or → a 3x3 max-pooling of stride 2
+    and perhaps an addition (of another BatchNorm's result, too): likewise by kernels of their own, for images in NHWC
+    whose pixels are whole pieces of 16 bytes, and not over several processes. Call `replace_separable_convs` or
+    `replace_depthwise_convs` first, for convolutions that are PyTorch's. Parameters, buffers, names, keys and results
+    stay what they are; `train()`, `eval()` and frozen BatchNorms are heard at every call. Under `torch.compile` and
+    tracers the parts run one after the other. `unfuse_batch_norm` is the way back.
 
     Returns:
         A report: `.replaced` names the BatchNorms, `.skipped` has (name, reason) of those that were left.
@@ -150,6 +154,8 @@ def _why_not(flow: Dataflow, norm: nn.Module) -> str:
         reader, reason = _only_reader(flow, root, node)
         if reader is None:
             return reason
+        if activation is None and (_is_addition(reader, node) or _is_pooling(root, reader, node)):
+            return ""
         name = _activation(root, reader)
         if name is None or activation is not None:
             break
@@ -185,6 +191,38 @@ def _activation(root: nn.Module, node: fx.Node) -> str | None:
     if node.op == "call_function" and len(node.args) == 1 and node.kwargs.keys() <= {"inplace"}:
         return ACTIVATION_FUNCTIONS.get(node.target)
     return None
+
+
+def _is_addition(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether a node adds an image to another one: what is added in place, if so, is this one."""
+    if reader.op != "call_function" or len(reader.args) != 2 or reader.kwargs:
+        return False
+    if reader.target not in (operator.add, torch.add) and (
+        reader.target is not operator.iadd or reader.args[0] is not node
+    ):
+        return False
+    return all(isinstance(argument, fx.Node) for argument in reader.args)
+
+
+def _is_pooling(root: nn.Module, reader: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is a max-pooling that a BatchNorm can be joined to."""
+    from fused_sepconv.models.max_pool import MaxPool3x3  # which comes after this module
+
+    if not reader.args or reader.args[0] is not node:
+        return False
+    if reader.op == "call_function":
+        return reader.target in POOLINGS and window_of(_SIZES, *reader.args[1:], **reader.kwargs) is not None
+    if reader.op != "call_module":
+        return False
+    module = root.get_submodule(reader.target)
+    if is_touched(module) or has_hooks(module):
+        return False
+    if type(module) is MaxPool3x3:
+        return module.stride == 2 and module.dilation == 1
+    if type(module) is not nn.MaxPool2d:
+        return False
+    options = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+    return window_of(_SIZES, *options, module.return_indices) is not None
 
 
 def _is_convolution(module: Any) -> bool:

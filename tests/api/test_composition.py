@@ -35,7 +35,7 @@ CHOSEN = named(
 
 # What each kind of tracing, which takes seconds, goes through by default, and all that it can.
 EVERYTHING = both(named("everything"))
-TRACED = both(named("batch 0", "everything"))
+TRACED = (*named("batch 0"), *EVERYTHING)
 ALL_TRACED = both((*CHOSEN, *named("unbatched, everything", "1x1 image", "silu after")))
 
 

@@ -503,23 +503,6 @@ def test_hooks_on_the_module_itself_work():
     assert_twins(ours, theirs, image())
 
 
-def test_a_pruned_module_trains_like_the_pruned_pair():
-    pairs = both(padding=1)
-    x = image()
-    for module in pairs:
-        for conv, name, amount in (
-            (module.depthwise, "weight", 0.4), (module.pointwise, "weight", 0.5), (module.pointwise, "bias", 2),
-        ):  # fmt: skip
-            prune.l1_unstructured(conv, name, amount=amount)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            module(x).square().mean().backward()
-            optimizer.step()
-        assert (module.depthwise.weight == 0).sum() == round(0.4 * 36)
-    assert_twins(*pairs, x)
-
-
 @pytest.mark.parametrize("mode", ("zeros", "reflect", "replicate", "circular"))
 def test_what_is_changed_on_a_child_later_takes_effect(mode):
     """As when a segmentation network turns strides into dilations after loading; PyTorch settles at construction how

@@ -74,7 +74,7 @@ STATES = {
 @pytest.mark.quick
 @pytest.mark.parametrize(("first", "then"), list(itertools.permutations(STATES, 2)))
 def test_a_state_that_changes_between_calls_is_another_call(first, then, monkeypatch):
-    monkeypatch.setattr(calls, "MEASURED", ("cpu", "cuda"))  # PyTorch's flags are then part of the key, as on a GPU
+    monkeypatch.setattr(calls, "MEASURES_CPU", True)  # PyTorch's flags are then part of the key, as on a GPU
     for state in (first, then, first):
         with STATES[state]():
             assert_right()
@@ -82,7 +82,7 @@ def test_a_state_that_changes_between_calls_is_another_call(first, then, monkeyp
 
 @pytest.mark.parametrize("flag", ("deterministic", "benchmark", "enabled", "allow_tf32"))
 def test_pytorch_s_flags_are_part_of_the_key(flag, monkeypatch):
-    monkeypatch.setattr(calls, "MEASURED", ("cpu", "cuda"))
+    monkeypatch.setattr(calls, "MEASURES_CPU", True)
     inputs = tensors()
     kept = []
     for value in (False, True, False, True):
@@ -93,7 +93,7 @@ def test_pytorch_s_flags_are_part_of_the_key(flag, monkeypatch):
 
 
 def test_a_family_that_is_asked_for_is_part_of_the_key(monkeypatch):
-    monkeypatch.setattr(calls, "MEASURED", ("cpu", "cuda"))
+    monkeypatch.setattr(calls, "MEASURES_CPU", True)
     for family in (None, "simt", None):
         with launching.preferring(family):
             assert_right()

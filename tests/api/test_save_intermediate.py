@@ -124,7 +124,8 @@ def test_the_operator_is_called_with_and_without_it():
         close([y], [right])
         close(torch.autograd.grad(y.sum(), list(inputs.values())), torch.autograd.grad(
             two_convolutions(**inputs).sum(), list(inputs.values())))  # fmt: skip
-        torch.library.opcheck(op.default, (*arguments, *save))
+        if save in ((), (True,)):
+            torch.library.opcheck(op.default, (*arguments, *save))
 
 
 def test_autocast_saves_in_the_dtype_it_computes_in():

@@ -7,7 +7,7 @@ from torch import nn
 
 from fused_sepconv import SeparableConv2d, fuse_batch_norm, restore_convs
 from fused_sepconv.models.xception import SeparableStack
-from fused_sepconv.ops import norm_units
+from fused_sepconv.ops import joins, norm_units
 from fused_sepconv.ops.launching import preferring
 from tests.support.emulation import planned_for
 
@@ -75,13 +75,14 @@ class Emulated(traffic.Traffic):
         return asked
 
 
-def test_emulated_a_middle_flow_block_takes_55_passes_where_it_took_63(checked, monkeypatch):
+def test_emulated_a_middle_flow_block_takes_53_passes_where_it_took_63(checked, monkeypatch):
     """PyTorch's operators are counted as on a GPU, our kernels' bytes are those of images that their threads ask for.
 
-    The first convolution takes 11 passes, the two units 19 or 15 each, the last BatchNorm 8, the addition and that of
-    its gradients 3 each.
+    The first convolution takes 11 passes, the two units 19 or 15 each, the last BatchNorm and its addition 11 or 9, the
+    addition of its gradients 3.
     """
-    monkeypatch.setattr(norm_units, "_is_on_gpu", lambda x: True)
+    for module in (norm_units, joins):
+        monkeypatch.setattr(module, "_is_on_gpu", lambda x: True)
     passes = {}
     for fused in (False, True):
         compared = []
@@ -89,7 +90,7 @@ def test_emulated_a_middle_flow_block_takes_55_passes_where_it_took_63(checked, 
         model = middle_block(16)
         save(True, model)
         if fused:
-            assert fuse_batch_norm(model).replaced == ("bn1", "bn2")
+            assert fuse_batch_norm(model).replaced == ("bn1", "bn2", "bn3")
         x = image(2, 16, 19, "cpu")
         with planned_for(2), preferring("depthwise"):
             step = traffic.count(model, x)
@@ -98,8 +99,8 @@ def test_emulated_a_middle_flow_block_takes_55_passes_where_it_took_63(checked, 
         assert len(ran) == 6 and sum(any("normalised" in name for name in names) for names in ran) == 4 * fused
         for names, asked, planned in compared:  # which counts weights and partial sums besides
             assert asked < planned < 1.1 * asked, names
-    assert passes == pytest.approx({False: 63, True: 55}, rel=0.06)
-    assert passes[False] - passes[True] == pytest.approx(8, rel=0.1)
+    assert passes == pytest.approx({False: 63, True: 53}, rel=0.06)
+    assert passes[False] - passes[True] == pytest.approx(10, rel=0.1)
 
 
 def test_a_step_of_xception_moves_and_saves_less():
@@ -109,8 +110,9 @@ def test_a_step_of_xception_moves_and_saves_less():
     moved = {name: step.traffic.total() / 1e9 for name, step in steps.items()}
     saved = {name: step.saved / 1e9 for name, step in steps.items()}
     assert moved["PyTorch, eager"] == pytest.approx(64.5, abs=0.1)
-    # Each of the 21 units gives four passes over its tensor, 1.252 GB in all, and its normalised tensor, once.
-    assert moved["True"] - moved["True, fuse_norm"] == pytest.approx(4 * 1.252, rel=0.01)
-    assert saved["True"] - saved["True, fuse_norm"] == pytest.approx(1.252, rel=0.01)
-    kept = [saved[name] for name in ("False, fuse_norm", "False", "True, fuse_norm", "True", "PyTorch, eager")]
-    assert kept == sorted(kept) and len(set(kept)) == len(kept)
+    # Each of the 21 units gives four passes over its tensor, 1.252 GB in all, and its normalised tensor, once. The rest
+    # is the joins': two passes of 8 tensors, and of a pooled one all that its normalised tensor and wide indices took.
+    assert moved["True"] - moved["True, fuse_norm"] == pytest.approx(4 * 1.252 + 6.05, rel=0.01)
+    assert moved["True, fuse_norm"] < 43.5
+    kept = [saved[name] for name in ("False, fuse_norm", "True, fuse_norm", "False", "True", "PyTorch, eager")]
+    assert kept == sorted(kept) and kept[1] < kept[2] - 0.5 and kept[1] < 0.7 * kept[-1]

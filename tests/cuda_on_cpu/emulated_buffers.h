@@ -43,7 +43,7 @@ class EmulatedBuffers {
     read_depthwise_operands(params);
     read("depthwise_bias", params.depthwise_bias, shape.K);
     read("grad_output", params.grad_output.data, output_extent(params.grad_output, shape, shape.K));
-    read_affine(params);
+    read_affine("scale", "shift", params.affine, shape.C);
     write("y", params.y.data, output_extent(params.y, shape, shape.K) * instance.scalar_bytes);
   }
 
@@ -53,7 +53,7 @@ class EmulatedBuffers {
     read("depthwise_bias", params.depthwise_bias, shape.K);
     read("grad_output", params.grad_output.data, output_extent(params.grad_output, shape, shape.K));
     write("grad_x", params.grad_x.data, input_extent(params.grad_x, shape) * instance.scalar_bytes);
-    read_affine(params);
+    read_affine("scale", "shift", params.affine, shape.C);
     read_floats("mean", params.mean, shape.C);
     const int64_t parts = params.tiling.parts + params.planes.parts;  // one of the two is 0
     write("partial_affine", params.partial_affine, parts * 2 * shape.C * instance.compute_bytes);
@@ -73,6 +73,34 @@ class EmulatedBuffers {
     write("partial_bias", params.partial_bias, rows * instance.compute_bytes);
   }
 
+  EmulatedBuffers(const Instance& instance, const NormAddParams& params) : instance_(instance) {
+    const int64_t elements = params.pixels * params.C;
+    read("x", params.x, elements);
+    read_affine("scale", "shift", params.affine, params.C);
+    read("other", params.other, elements);
+    read_affine("other_scale", "other_shift", params.other_affine, params.C);
+    write("y", params.y, elements * instance.scalar_bytes);
+  }
+
+  EmulatedBuffers(const Instance& instance, const NormPoolParams& params) : instance_(instance) {
+    read("x", params.x, pixels(params.shape) * params.shape.C);
+    read_affine("scale", "shift", params.affine, params.shape.C);
+    write("picked", params.picked, pooled(params.shape) * instance.scalar_bytes);
+    write("index", params.index, pooled(params.shape));
+  }
+
+  EmulatedBuffers(const Instance& instance, const NormPoolBackwardParams& params) : instance_(instance) {
+    const PoolShape& shape = params.shape;
+    read("grad", params.grad, pooled(shape));
+    scope_.input("index", params.index, pooled(shape));
+    read("x", params.x, pixels(shape) * shape.C);
+    read_floats("factor", params.factor, shape.C);
+    read_floats("mean", params.mean, shape.C);
+    read_floats("mean_g", params.mean_g, shape.C);
+    read_floats("slope", params.slope, shape.C);
+    write("grad_x", params.grad_x, pixels(shape) * shape.C * instance.scalar_bytes);
+  }
+
   EmulatedBuffers(const Instance& instance, const ReduceParams& params) : instance_(instance) {
     scope_.input("partials", params.partials, params.splits * params.count * instance.compute_bytes);
     write("out", params.out, params.count * instance.scalar_bytes);
@@ -86,11 +114,14 @@ class EmulatedBuffers {
     read("depthwise_weight", params.depthwise_weight, int64_t{shape.K} * shape.kernel_h * shape.kernel_w);
   }
 
-  template <class Params>
-  void read_affine(const Params& params) {
-    read_floats("scale", params.affine.scale, params.shape.C);
-    read_floats("shift", params.affine.shift, params.shape.C);
+  void read_affine(const char* scale, const char* shift, const Affine& affine, int64_t channels) {
+    read_floats(scale, affine.scale, channels);
+    read_floats(shift, affine.shift, channels);
   }
+
+  static int64_t pixels(const PoolShape& shape) { return shape.N * shape.H * shape.W; }
+  // Elements of the result.
+  static int64_t pooled(const PoolShape& shape) { return shape.N * shape.out_h * shape.out_w * shape.C; }
 
   template <class Params>
   void read_operands(const Params& params) {

@@ -85,8 +85,7 @@ def batched(case: Case, stored: torch.dtype) -> dict[str, Tensor]:
 def by_kernel(case: Case, stored: torch.dtype, step: Candidate, grad_z: Tensor | None = None) -> dict[str, Tensor]:
     """The gradients of the pointwise weight and, where the case has it, of the bias."""
     tensors = batched(case, stored)
-    names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
-    everything = tuple(tensors.get(name) for name in names)
+    everything = tuple(tensors.get(name) for name in case.inputs)
     grad_z = grad_z_of(case, stored) if grad_z is None else grad_z
     run = mma_launch.PointwiseWeightGradient(step, in_nhwc(case, stored), everything, want_bias=case.bias)
     weight, bias = run(grad_z, everything)

@@ -20,6 +20,7 @@ from fused_sepconv.ops import launching
 from fused_sepconv.ops.problems import ALL_KERNELS
 from fused_sepconv.planning.devices import DEVICES
 from fused_sepconv.planning.problem import Candidate, MmaInputTiling, Problem
+from tests.kernels.test_mma_forward import eights
 from tests.planning.test_plan import problem
 from tests.support.cases import CASES, XCEPTION, Case, depthwise_convolution
 from tests.support.closeness import assert_as_close_as_eager, assert_gradient_as_close_as_eager
@@ -61,11 +62,6 @@ def served(case: Case) -> bool:
     return (case.kernel, case.stride, case.multiplier, case.mid_activation) == (3, 1, 1, None) and case.N is not None
 
 
-def eights(case: Case) -> Case:
-    """The case with as many channels as 16-byte accesses need."""
-    return dataclasses.replace(case, C=math.ceil(case.C / 8) * 8, F=math.ceil(case.F / 8) * 8)
-
-
 SERVED = (*(eights(case) for case in CASES if served(case) and case.N and case not in XCEPTION), *OWN)
 
 
@@ -102,9 +98,8 @@ def ours(case: Case, dtype: torch.dtype, candidate: Candidate, mask: tuple = EVE
 
 def run(case: Case, tensors: dict, grad_z: Tensor, candidate: Candidate, mask: tuple) -> list[Tensor | None]:
     whole, _ = planned(case, grad_z.dtype)
-    names = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
     mask = (*mask[:2], mask[2] and case.depthwise_bias)
-    everything = tuple(tensors.get(name) for name in names)
+    everything = tuple(tensors.get(name) for name in case.inputs)
     return list(mma_launch.InputGradients(candidate, whole, everything, mask)(grad_z, everything))
 
 

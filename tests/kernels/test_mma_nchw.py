@@ -26,7 +26,6 @@ CASES = (
     Case("images of one pixel, padded", 3, 8, 1, 1, 8, kernel=3, padding=2),
     Case("no image", 0, 8, 4, 4, 8, bias=True),
 )
-NAMES = ("x", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias", "residual")
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)

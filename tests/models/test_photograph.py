@@ -49,6 +49,7 @@ def there_and_back(network, image):
 
 
 @pytest.mark.gradients
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize(
     "name, memory_format, every",
     (

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_sepconv
-from tests.support.cases import Case, NormalisedCase, four_sides, pair
+from tests.support.cases import Case, four_sides, pair
+from tests.support.joins import norm_join
 from tests.support.normalised import normalised_depthwise
 
 
 def function_of(case: Case) -> Callable[..., Tensor]:
     """The function that takes the case's tensors and options: the package's, if it has one."""
-    return normalised_depthwise if isinstance(case, NormalisedCase) else getattr(fused_sepconv, case.operator)
+    ours = {"normalised_depthwise": normalised_depthwise, "norm_join": norm_join}
+    return ours.get(case.operator) or getattr(fused_sepconv, case.operator)
 
 
 def forward_op(case: Case) -> Any:

@@ -275,6 +275,42 @@ def normalised(cases: Sequence[DepthwiseCase]) -> tuple[NormalisedCase, ...]:
     )
 
 
+def joined_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, other: Tensor, *, pooled: bool) -> Tensor:
+    """BatchNorm of x, by its own statistics, then perhaps a max-pooling, and an addition."""
+    u = F.batch_norm(x, None, None, norm_weight, norm_bias, training=True)
+    return (F.max_pool2d(u, 3, 2, 1) if pooled else u) + other
+
+
+@dataclass(frozen=True)
+class JoinCase(Case):
+    """A BatchNorm joined to what follows it."""
+
+    pooled: bool = False
+
+    operator: ClassVar[str] = "norm_join"
+    definition: ClassVar[Callable[..., Tensor]] = staticmethod(joined_norm)
+    inputs: ClassVar[tuple[str, ...]] = ("x", "norm_weight", "norm_bias", "other")
+    activations: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"pooled": self.pooled}
+
+    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
+        """The values of a window lie well apart, and so do they normalised: rounding picks no other one."""
+        generator = torch.Generator().manual_seed(seed)
+        size = ((self.H + 1) // 2, (self.W + 1) // 2) if self.pooled else (self.H, self.W)
+        shapes = (self.x_shape, (self.C,), (self.C,), (self.N, self.C, *size))
+        tensors = {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64)
+            for name, shape in zip(self.inputs, shapes, strict=True)
+        }
+        place = (torch.arange(self.H).view(-1, 1) % 3 * 3 + torch.arange(self.W) % 3) * 2 % 9
+        tensors["x"] = place / 2.0 - 2 + tensors["x"] / 50
+        tensors["norm_weight"] += tensors["norm_weight"].sign() / 2
+        return tensors
+
+
 # The ten distinct layers of Xception (34 in all), at their full size and one image. "relu" stands where the network
 # has an activation right before the convolution.
 XCEPTION = (

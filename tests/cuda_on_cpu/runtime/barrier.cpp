@@ -12,7 +12,7 @@ void join_clock(VectorClock& clock, const VectorClock& other) {
   for (size_t i = 0; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
 }
 
-void begin_step(Thread& thread) { ++thread.clock[thread.slot]; }
+void begin_step(Thread& thread) { ++thread.clock[thread.index]; }
 
 namespace {
 
@@ -80,27 +80,12 @@ void enter(int id, int threads, bool waits, Site site) {
 void barrier_sync(int id, int threads, Site site) { enter(id, threads, true, site); }
 void barrier_arrive(int id, int threads, Site site) { enter(id, threads, false, site); }
 
-void cluster_sync(Site site) {
-  Barrier& barrier = current_worker->cluster_barrier;
-  if (arrive(barrier, 0, current_worker->live, true)) {
-    complete(barrier);
-    give_way();
-  } else {
-    wait_here("cluster_sync", site);
-  }
-}
-
-int cluster_rank() { return current_block().rank; }
-
 void leave_barriers(Thread& thread) {
   Block& block = *thread.block;
   --block.live;
-  --current_worker->live;
   Barrier& all_threads = block.barriers[0];
   if (all_threads.arrived && all_threads.expected == 0 && block.live && all_threads.arrived >= block.live)
     complete(all_threads);
-  Barrier& all_blocks = current_worker->cluster_barrier;
-  if (all_blocks.arrived && current_worker->live && all_blocks.arrived >= current_worker->live) complete(all_blocks);
 }
 
 }  // namespace emulator

@@ -17,9 +17,7 @@ namespace emulator {
 // a thread breaks; the other blocks are then abandoned, so what they would have written is undefined.
 //   instance      the kernel's name, as executed() counts it and errors name it
 //   shared_bytes  dynamic shared memory of a block, filled with NaN before the block starts
-//   cluster       blocks that run side by side and may read each other's shared memory; divides `blocks`
-void launch(const char* instance, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body,
-            int cluster = 1);
+void launch(const char* instance, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body);
 
 // False in the null build, which measures the host's time: a launch is counted, and nothing runs.
 extern const bool launches_run;

@@ -25,8 +25,7 @@ __attribute__((const)) int lane_index();  // 0 to 31 within the warp
 // The block's dynamic shared memory, 1024-byte aligned. An error if the launch gave fewer than `bytes`.
 unsigned char* shared_memory(size_t bytes, Site site = Site::here());
 
-// A 32-bit shared-memory address, as on the device: bits 0-23 are the offset, the bits above are the rank in the
-// cluster of the block that owns the memory.
+// A 32-bit shared-memory address, as on the device: an offset into the block's memory.
 using SharedAddress = uint32_t;
 
 SharedAddress shared_address(const void* pointer, Site site = Site::here());
@@ -46,10 +45,6 @@ void barrier_arrive(int id, int threads, Site site);
 
 // Waits for the lanes in `mask` and makes their writes visible to each other.
 void sync_warp(uint32_t mask, Site site);
-
-// Waits for all threads of the cluster that have not exited.
-void cluster_sync(Site site);
-int cluster_rank();
 
 // ---- warp collectives
 

@@ -28,17 +28,16 @@ std::string describe_wait(const Thread& thread) {
 // One line for every run of threads that wait at the same place.
 std::string describe_deadlock(const Worker& worker) {
   std::string text = std::string(worker.launch->instance) + ": deadlock, no thread can go on";
-  for (const Block& block : worker.blocks) {
-    int first = 0;
-    for (int i = 1; i <= worker.launch->threads; ++i) {
-      const std::string wait = describe_wait(block.threads[first]);
-      if (i < worker.launch->threads && describe_wait(block.threads[i]) == wait) continue;
-      text += "\n    block " + std::to_string(block.index) + ", ";
-      text += first == i - 1 ? "thread " + std::to_string(first)
-                             : "threads " + std::to_string(first) + "-" + std::to_string(i - 1);
-      text += ": " + wait;
-      first = i;
-    }
+  const std::vector<Thread>& threads = worker.block.threads;
+  size_t first = 0;
+  for (size_t i = 1; i <= threads.size(); ++i) {
+    const std::string wait = describe_wait(threads[first]);
+    if (i < threads.size() && describe_wait(threads[i]) == wait) continue;
+    text += "\n    block " + std::to_string(worker.block.index) + ", ";
+    text += first == i - 1 ? "thread " + std::to_string(first)
+                           : "threads " + std::to_string(first) + "-" + std::to_string(i - 1);
+    text += ": " + wait;
+    first = i;
   }
   return text;
 }

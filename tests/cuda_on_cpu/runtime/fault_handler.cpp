@@ -26,7 +26,7 @@ thread_local Fault fault;
 [[noreturn]] void report_fault() {
   const Thread& thread = current_thread();
   const uintptr_t stack_low =
-      reinterpret_cast<uintptr_t>(current_worker->stacks.top(thread.slot)) - FiberStacks::kStackBytes;
+      reinterpret_cast<uintptr_t>(current_worker->stacks.top(thread.index)) - FiberStacks::kStackBytes;
   const bool overflow = reinterpret_cast<uintptr_t>(fault.address) - stack_low < 4096;
   if (overflow)
     fail(thread, Origin::of_instruction(fault.instruction), "stack overflow: the thread uses more than %zu bytes",

@@ -5,7 +5,7 @@ namespace emulator {
 
 struct Worker;
 
-// While it lives, a segmentation fault of a fiber of this OS thread fails the running cluster: a guard page after a
+// While it lives, a segmentation fault of a fiber of this OS thread fails the running block: a guard page after a
 // buffer, a wild pointer, a stack overflow. Other faults go to whoever handled them before.
 class FaultsBecomeErrors {
  public:

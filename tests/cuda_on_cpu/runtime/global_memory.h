@@ -9,7 +9,7 @@
 
 namespace emulator {
 
-// Readers that a granule of global memory remembers: with those of two clusters known, no writer of a third, or of
+// Readers that a granule of global memory remembers: with those of two blocks known, no writer of a third, or of
 // either, goes unseen.
 constexpr int kGlobalReaders = 2;
 

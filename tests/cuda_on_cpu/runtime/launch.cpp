@@ -52,57 +52,42 @@ void return_worker(std::unique_ptr<Worker> worker) {
   idle_workers.push_back(std::move(worker));
 }
 
-// ---- one cluster on one worker
+// ---- one block on one worker
 
-void set_up_thread(Thread& thread, Block& block, int index, int slot, int slots) {
+void set_up_thread(Thread& thread, Block& block, int index) {
   thread.block = &block;
   thread.index = index;
-  thread.slot = slot;
   thread.copies.clear();
   thread.copy_groups.clear();
   thread.uncommitted_copies = 0;
   if (!checked_build) return;
-  thread.clock.assign(slots, 0);
-  thread.clock[slot] = 1;
+  thread.clock.assign(block.threads.size(), 0);
+  thread.clock[index] = 1;
 }
 
-void set_up_block(Worker& worker, int64_t cluster, int rank) {
+void set_up_block(Worker& worker, int64_t index) {
   const Launch& launch = *worker.launch;
-  Block& block = worker.blocks[rank];
-  block.index = cluster * launch.cluster + rank;
-  block.rank = rank;
-  block.cluster = static_cast<uint32_t>(cluster);
+  worker.stacks.reserve(launch.threads);
+  worker.failure = {};
+  worker.ready.reset(launch.threads, launch.schedule.order, launch.schedule.seed + index);
+  std::memset(worker.shared, 0xff, launch.shared_bytes);  // NaN in every floating-point type
+  Block& block = worker.block;
+  block.index = index;
   block.live = launch.threads;
-  block.shared = worker.shared_arena + rank * kSharedStride;
-  block.threads = &worker.threads[rank * launch.threads];
   for (Barrier& barrier : block.barriers) barrier = {};
   block.collectives.resize((launch.threads + kWarpSize - 1) / kWarpSize);
   for (auto& pending : block.collectives) pending.clear();
-  std::memset(block.shared, 0xff, launch.shared_bytes);  // NaN in every floating-point type
   if (checked_build) block.shadow.reset(launch.shared_bytes, Contents::garbage);
-  for (int i = 0; i < launch.threads; ++i)
-    set_up_thread(block.threads[i], block, i, rank * launch.threads + i, launch.cluster * launch.threads);
+  block.threads.resize(launch.threads);
+  for (int i = 0; i < launch.threads; ++i) set_up_thread(block.threads[i], block, i);
 }
 
-void set_up_cluster(Worker& worker, int64_t cluster) {
-  const Launch& launch = *worker.launch;
-  const int slots = launch.cluster * launch.threads;
-  worker.blocks.resize(launch.cluster);
-  worker.threads.resize(slots);
-  worker.stacks.reserve(slots);
-  worker.live = slots;
-  worker.cluster_barrier = {};
-  worker.failure = {};
-  worker.ready.reset(slots, launch.schedule.order, launch.schedule.seed + cluster);
-  for (int rank = 0; rank < launch.cluster; ++rank) set_up_block(worker, cluster, rank);
-}
+// ---- all blocks on all workers
 
-// ---- all clusters on all workers
-
-// In which order clusters start: a permutation of 0 to count - 1.
-class ClusterOrder {
+// In which order blocks start: a permutation of 0 to count - 1.
+class BlockOrder {
  public:
-  ClusterOrder(const Schedule& schedule, int64_t count) : order_(schedule.order), count_(count) {
+  BlockOrder(const Schedule& schedule, int64_t count) : order_(schedule.order), count_(count) {
     Random random;
     random.seed(schedule.seed);
     start_ = random.next() % count;
@@ -120,28 +105,28 @@ class ClusterOrder {
   int64_t count_, start_, step_;
 };
 
-// Clusters still to run, and the first error; shared by the workers of a launch.
+// Blocks still to run, and the first error; shared by the workers of a launch.
 struct Progress {
-  Progress(const Schedule& schedule, int64_t count) : order(schedule, count), clusters(count) {}
+  Progress(const Schedule& schedule, int64_t count) : order(schedule, count), blocks(count) {}
 
-  ClusterOrder order;
-  int64_t clusters;
+  BlockOrder order;
+  int64_t blocks;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
   std::string error;
 };
 
-void run_clusters(const Launch& launch, Progress& progress) {
+void run_blocks(const Launch& launch, Progress& progress) {
   std::unique_ptr<Worker> worker = take_worker();
   worker->launch = &launch;
   if (launch.memory) worker->traffic.assign(launch.memory->buffer_count(), {});
   current_worker = worker.get();
   {
     FaultsBecomeErrors faults(*worker);
-    for (int64_t position; !progress.failed && (position = progress.next++) < progress.clusters;) {
-      set_up_cluster(*worker, progress.order.at(position));
-      run_cluster(*worker);
+    for (int64_t position; !progress.failed && (position = progress.next++) < progress.blocks;) {
+      set_up_block(*worker, progress.order.at(position));
+      run_block(*worker);
       if (!worker->failure.happened) continue;
       std::lock_guard<std::mutex> lock(progress.mutex);
       if (!progress.failed) progress.error = describe_failure(*worker);
@@ -159,14 +144,12 @@ void check_launch(const Launch& launch) {
   if (launch.threads < 1 || launch.threads > kMaxThreads) refuse(std::to_string(launch.threads) + " threads a block");
   if (launch.shared_bytes < 0 || launch.shared_bytes > kMaxSharedBytes)
     refuse(std::to_string(launch.shared_bytes) + " bytes of shared memory a block");
-  if (launch.cluster < 1 || launch.cluster > kMaxCluster || launch.blocks % launch.cluster != 0)
-    refuse("clusters of " + std::to_string(launch.cluster) + " blocks in a grid of " + std::to_string(launch.blocks));
 }
 
 int os_threads_for(const Launch& launch) {
   const int wanted =
       launch.schedule.os_threads ? launch.schedule.os_threads : static_cast<int>(std::thread::hardware_concurrency());
-  return static_cast<int>(std::min<int64_t>(std::max(wanted, 1), launch.blocks / launch.cluster));
+  return static_cast<int>(std::min<int64_t>(std::max(wanted, 1), launch.blocks));
 }
 
 void count_launch(const char* instance, int shared_bytes) {
@@ -186,19 +169,18 @@ GlobalMemory* checked_memory() {
 }  // namespace
 
 Worker::Worker() {
-  void* mapping = mmap(nullptr, kMaxCluster * kSharedStride, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* mapping =
+      mmap(nullptr, kMaxSharedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
-  shared_arena = static_cast<unsigned char*>(mapping);
+  shared = static_cast<unsigned char*>(mapping);
 }
 
-Worker::~Worker() { munmap(shared_arena, kMaxCluster * kSharedStride); }
+Worker::~Worker() { munmap(shared, kMaxSharedBytes); }
 
-void launch(const char* instance, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body,
-            int cluster) {
+void launch(const char* instance, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
   count_launch(instance, shared_bytes);
   if (!launches_run) return;
-  Launch launch{instance, blocks, threads, shared_bytes, cluster, &body, {}, nullptr, {}};
+  Launch launch{instance, blocks, threads, shared_bytes, &body, {}, nullptr, {}};
   check_launch(launch);
   {
     std::lock_guard<std::mutex> lock(state_mutex);
@@ -206,11 +188,10 @@ void launch(const char* instance, int64_t blocks, int threads, int shared_bytes,
   }
   launch.memory = checked_memory();
   if (launch.memory) launch.host_stack = own_stack();
-  const int64_t clusters = blocks / cluster;
-  Progress progress(launch.schedule, clusters);
+  Progress progress(launch.schedule, blocks);
   std::vector<std::thread> helpers;
-  for (int i = 1; i < os_threads_for(launch); ++i) helpers.emplace_back([&] { run_clusters(launch, progress); });
-  run_clusters(launch, progress);
+  for (int i = 1; i < os_threads_for(launch); ++i) helpers.emplace_back([&] { run_blocks(launch, progress); });
+  run_blocks(launch, progress);
   for (std::thread& helper : helpers) helper.join();
   if (progress.failed) throw Error(progress.error);
 }

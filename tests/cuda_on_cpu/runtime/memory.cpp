@@ -10,9 +10,6 @@
 namespace emulator {
 namespace {
 
-constexpr int kRankShift = 24;
-constexpr SharedAddress kOffsetMask = (1u << kRankShift) - 1;
-
 void check_aligned(const void* address, size_t bytes, const char* what, Site site) {
   const size_t excess = reinterpret_cast<uintptr_t>(address) % bytes;
   if (excess) fail(current_thread(), site, "misaligned %zu-byte %s, at %zu past a multiple of it", bytes, what, excess);
@@ -24,26 +21,20 @@ unsigned char* shared_memory(size_t bytes, Site site) {
   const size_t given = current_worker->launch->shared_bytes;
   if (bytes > given)
     fail(current_thread(), site, "the kernel uses %zu bytes of shared memory and was launched with %zu", bytes, given);
-  return current_block().shared;
+  return current_worker->shared;
 }
 
 SharedAddress shared_address(const void* pointer, Site site) {
-  const size_t offset = static_cast<const unsigned char*>(pointer) - current_worker->shared_arena;
-  const size_t rank = offset / kSharedStride;
-  if (rank >= current_worker->blocks.size()) fail(current_thread(), site, "%p is not in shared memory", pointer);
-  return static_cast<SharedAddress>(rank << kRankShift | offset % kSharedStride);
+  const size_t offset = static_cast<const unsigned char*>(pointer) - current_worker->shared;
+  if (offset >= kMaxSharedBytes) fail(current_thread(), site, "%p is not in shared memory", pointer);
+  return static_cast<SharedAddress>(offset);
 }
 
 unsigned char* shared_pointer(SharedAddress address, size_t bytes, Site site) {
-  const size_t rank = address >> kRankShift;
-  const size_t offset = address & kOffsetMask;
   const size_t given = current_worker->launch->shared_bytes;
-  if (rank >= current_worker->blocks.size())
-    fail(current_thread(), site, "shared-memory address %#x is of block %zu of a cluster of %zu", address, rank,
-         current_worker->blocks.size());
-  if (offset + bytes > given)
-    fail(current_thread(), site, "%zu bytes out of bounds of shared memory: at byte %zu of %zu", bytes, offset, given);
-  return current_worker->blocks[rank].shared + offset;
+  if (address + bytes > given)
+    fail(current_thread(), site, "%zu bytes out of bounds of shared memory: at byte %u of %zu", bytes, address, given);
+  return current_worker->shared + address;
 }
 
 void read_memory(void* value, const void* address, size_t bytes, Site site) {

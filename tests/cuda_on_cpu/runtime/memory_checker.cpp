@@ -41,19 +41,12 @@ bool is_static_data(uintptr_t address) {
   return search.found.end != 0;
 }
 
-// The block of the running cluster whose shared memory holds `address`, null if none does.
-Block* block_of_shared(uintptr_t address) {
-  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(current_worker->shared_arena);
-  if (offset >= current_worker->blocks.size() * kSharedStride) return nullptr;
-  return &current_worker->blocks[offset / kSharedStride];
-}
-
-void check_shared(const Thread& thread, Block& block, size_t offset, size_t bytes, Access access, Origin origin) {
+void check_shared(const Thread& thread, size_t offset, size_t bytes, Access access, Origin origin) {
   const size_t size = current_worker->launch->shared_bytes;
   if (offset + bytes > size)
     fail(thread, origin, "%zu-byte %s out of bounds of shared memory: at byte %zu of %zu", bytes, verb(access), offset,
          size);
-  block.shadow.access(offset, bytes, access, thread, origin, "shared memory");
+  thread.block->shadow.access(offset, bytes, access, thread, origin, "shared memory");
 }
 
 void check_global(const Thread& thread, uintptr_t address, size_t bytes, Access access, Origin origin) {
@@ -74,12 +67,13 @@ void check_access(const Thread& thread, const void* pointer, size_t bytes, size_
   Worker& worker = *current_worker;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   if (worker.stacks.contains(pointer)) return;  // a thread's own variables
-  Block* block = block_of_shared(address);
+  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(worker.shared);
+  const bool shared = offset < kMaxSharedBytes;
   if (address % alignment != 0)
     fail(thread, origin, "misaligned %zu-byte %s of %s memory, at %zu past a multiple of %zu", bytes, verb(access),
-         block ? "shared" : "global", address % alignment, alignment);
-  if (block)
-    check_shared(thread, *block, address - reinterpret_cast<uintptr_t>(block->shared), bytes, access, origin);
+         shared ? "shared" : "global", address % alignment, alignment);
+  if (shared)
+    check_shared(thread, offset, bytes, access, origin);
   else
     check_global(thread, address, bytes, access, origin);
 }

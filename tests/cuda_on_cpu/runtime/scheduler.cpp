@@ -14,13 +14,13 @@ namespace {
 void reschedule() {
   Worker& worker = *current_worker;
   Thread& self = *worker.running;
-  const int slot = worker.ready.take();
-  if (slot == ReadySet::kNone) {
-    if (worker.live > 0) fail_deadlock();
+  const int index = worker.ready.take();
+  if (index == ReadySet::kNone) {
+    if (worker.block.live > 0) fail_deadlock();
     switch_context(self.context, worker.scheduler);
     return;
   }
-  Thread& next = worker.threads[slot];
+  Thread& next = worker.block.threads[index];
   if (&next == &self) return;
   worker.running = &next;
   switch_context(self.context, next.context);
@@ -53,12 +53,12 @@ void thread_main() {
 
 }  // namespace
 
-void run_cluster(Worker& worker) {
-  for (Thread& thread : worker.threads) {
-    start_context(thread.context, worker.stacks.top(thread.slot), FiberStacks::kStackBytes, thread_main);
+void run_block(Worker& worker) {
+  for (Thread& thread : worker.block.threads) {
+    start_context(thread.context, worker.stacks.top(thread.index), FiberStacks::kStackBytes, thread_main);
     wake(thread);
   }
-  worker.running = &worker.threads[worker.ready.take()];
+  worker.running = &worker.block.threads[worker.ready.take()];
   switch_context(worker.scheduler, worker.running->context);
   worker.running = nullptr;
 }
@@ -73,7 +73,7 @@ void wait_here(const char* what, Site site) {
 
 void wake(Thread& thread) {
   thread.status = Status::ready;
-  current_worker->ready.insert(thread.slot);
+  current_worker->ready.insert(thread.index);
 }
 
 void give_way() {

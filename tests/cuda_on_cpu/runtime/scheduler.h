@@ -9,7 +9,7 @@ struct Thread;
 struct Worker;
 
 // Runs the worker's blocks, which are set up, until all their threads have exited or one has failed.
-void run_cluster(Worker& worker);
+void run_block(Worker& worker);
 
 // The running thread waits until wake() is called for it; `what` and `site` are for the deadlock report.
 void wait_here(const char* what, Site site);

@@ -10,28 +10,26 @@ namespace {
 
 bool is_over(const AccessRecord& record, const Thread& thread) {
   if (record.clock == 0) return true;
-  return record.cluster == thread.block->cluster && record.clock <= thread.clock[record.slot];
+  return record.block == thread.block->index && record.clock <= thread.clock[record.thread];
 }
 
 bool is_own(const AccessRecord& record, const Thread& thread) {
-  return record.cluster == thread.block->cluster && record.slot == thread.slot;
+  return record.block == thread.block->index && record.thread == thread.index;
 }
 
 AccessRecord record_of(const Thread& thread, Access access, Origin origin) {
   AccessRecord record;
-  record.clock = thread.clock[thread.slot];
-  record.cluster = thread.block->cluster;
+  record.clock = thread.clock[thread.index];
+  record.block = static_cast<uint32_t>(thread.block->index);
   record.origin = origin;
-  record.slot = static_cast<uint16_t>(thread.slot);
+  record.thread = static_cast<uint16_t>(thread.index);
   record.atomic = access == Access::atomic;
   return record;
 }
 
 std::string name_of(const AccessRecord& record, const Thread& thread) {
-  const Launch& launch = *current_worker->launch;
-  std::string name = "thread " + std::to_string(record.slot % launch.threads);
-  const int64_t block = int64_t{record.cluster} * launch.cluster + record.slot / launch.threads;
-  if (block != thread.block->index) name += " of block " + std::to_string(block);
+  std::string name = "thread " + std::to_string(record.thread);
+  if (record.block != thread.block->index) name += " of block " + std::to_string(record.block);
   return name;
 }
 
@@ -65,25 +63,25 @@ void check_races(const ShadowCell<Readers>& cell, Access access, const Thread& t
 }
 
 // The record that a new reader replaces: its own; else one that is over, as a write after the new read is also after
-// that one; else, among clusters, its own cluster's, so that readers of two clusters stay known and no writer passes.
+// that one; else, among blocks, its own block's, so that readers of two blocks stay known and no writer passes.
 template <int Readers>
 AccessRecord& record_to_replace(ShadowCell<Readers>& cell, const Thread& thread) {
   for (AccessRecord& read : cell.reads)
     if (is_own(read, thread)) return read;
   for (AccessRecord& read : cell.reads)
     if (is_over(read, thread)) return read;
-  const auto is_foreign = [&](const AccessRecord& read) { return read.cluster != thread.block->cluster; };
+  const auto is_foreign = [&](const AccessRecord& read) { return read.block != thread.block->index; };
   if (std::any_of(cell.reads, cell.reads + Readers, is_foreign))
     for (AccessRecord& read : cell.reads)
       if (!is_foreign(read)) return read;
-  return cell.reads[thread.slot % Readers];
+  return cell.reads[thread.index % Readers];
 }
 
 // Whether the thread's last check still holds: a write since then would have cleared the record. Most reads repeat one.
 template <int Readers>
 bool was_read_in_this_step(const ShadowCell<Readers>& cell, const Thread& thread) {
   for (const AccessRecord& read : cell.reads)
-    if (is_own(read, thread) && read.clock == thread.clock[thread.slot]) return true;
+    if (is_own(read, thread) && read.clock == thread.clock[thread.index]) return true;
   return false;
 }
 

@@ -29,10 +29,10 @@ inline bool is_read(Access access) { return access == Access::read; }
 
 // One access, as it is remembered.
 struct AccessRecord {
-  uint32_t clock = 0;    // the thread's own step; 0: no access
-  uint32_t cluster = 0;  // threads of different clusters never know of each other's steps
+  uint32_t clock = 0;  // the thread's own step; 0: no access
+  uint32_t block = 0;  // threads of different blocks never know of each other's steps
   Origin origin;
-  uint16_t slot = 0;
+  uint16_t thread = 0;  // within the block
   bool atomic = false;
 };
 
@@ -46,7 +46,7 @@ struct ShadowCell {
 enum class Contents : uint8_t { garbage, in_flight, value };
 
 // The shadow of one range of memory. Blocks on several OS threads share the shadow of global memory without a lock:
-// a record torn between two of them is a record of two clusters that touch the same bytes, and a write that meets it
+// a record torn between two of them is a record of two blocks that touch the same bytes, and a write that meets it
 // races with one of the two whatever it says.
 template <int Readers>
 class Shadow {

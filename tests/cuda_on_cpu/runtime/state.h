@@ -24,13 +24,12 @@ namespace emulator {
 
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxCluster = 16;
 constexpr int kBarriers = 16;
 // Readers that a granule of shared memory remembers; of more concurrent ones some are forgotten.
 constexpr int kSharedReaders = 3;
 constexpr int kMaxSharedBytes = 227 * 1024;  // what sm_90 and sm_100 give a block
 
-// How much of every thread's execution a thread knows to be over. Indexed by slot.
+// How much of the execution of every thread of its block a thread knows to be over.
 using VectorClock = std::vector<uint32_t>;
 
 // A cp.async that was issued and not yet waited for.
@@ -49,7 +48,6 @@ struct Block;
 struct Thread {
   Block* block;
   int index;  // within the block
-  int slot;   // within the worker: rank * threads + index
   Status status;
   Context context;
   const char* waits_for;  // where status is waiting: the primitive's name, and its line
@@ -85,11 +83,8 @@ struct PendingCollective {
 
 struct Block {
   int64_t index;
-  int rank;          // within its cluster
-  uint32_t cluster;  // index of the cluster; of the block itself where clusters have one block
-  int live;          // threads that have not exited
-  unsigned char* shared;
-  Thread* threads;
+  int live;  // threads that have not exited
+  std::vector<Thread> threads;
   Barrier barriers[kBarriers];
   std::vector<std::vector<PendingCollective>> collectives;  // by warp
   Shadow<kSharedReaders> shadow;
@@ -101,7 +96,6 @@ struct Launch {
   int64_t blocks;
   int threads;
   int shared_bytes;
-  int cluster;
   const std::function<void()>* body;
   Schedule schedule;
   GlobalMemory* memory;  // null: global memory is not checked
@@ -117,7 +111,7 @@ struct Failure {
   Origin origin{};
 };
 
-// One OS thread's share of a launch: runs one cluster after another. Kept from launch to launch for its mappings.
+// One OS thread's share of a launch: runs one block after another. Kept from launch to launch for its mappings.
 struct Worker {
   Worker();
   ~Worker();
@@ -125,25 +119,19 @@ struct Worker {
   Worker& operator=(const Worker&) = delete;
 
   const Launch* launch = nullptr;
-  std::vector<Block> blocks;    // of the running cluster
-  std::vector<Thread> threads;  // of all those blocks, by slot
+  Block block;  // the running one
   FiberStacks stacks;
-  unsigned char* shared_arena = nullptr;  // shared memory of all blocks of a cluster
+  unsigned char* shared = nullptr;  // its memory
   std::unique_ptr<unsigned char[]> signal_stack;
 
   ReadySet ready;
   Context scheduler;          // the OS thread's own stack
   Thread* running = nullptr;  // null while the scheduler's own stack runs
-  int live = 0;
-  Barrier cluster_barrier;
   Failure failure;
 
   std::vector<BufferTraffic> traffic;                             // by index of the launch's buffers
   std::map<std::pair<const char*, int>, int64_t> bank_conflicts;  // by site
 };
-
-// The stride of blocks' shared memory in the arena.
-constexpr size_t kSharedStride = 256 * 1024;
 
 // The worker that this OS thread runs, null outside launches. Initial-exec: threadIdx reads it, and a call for
 // its address would cost more than the rest.

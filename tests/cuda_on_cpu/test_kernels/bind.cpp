@@ -37,7 +37,7 @@ void run(const std::string& name, const std::vector<py::buffer>& arrays, const s
     if (roles[i] == 'o') scope.output(label.c_str(), info.ptr, bytes);
     if (roles[i] == 'b') scope.inout(label.c_str(), info.ptr, bytes);
   }
-  emulator::launch(name.c_str(), blocks, threads, test.shared_bytes, [&] { test.kernel(arguments); }, test.cluster);
+  emulator::launch(name.c_str(), blocks, threads, test.shared_bytes, [&] { test.kernel(arguments); });
 }
 
 }  // namespace

@@ -243,22 +243,5 @@ FSC_KERNEL(32, 1) load_with_pitch(FSC_CONST_PARAM const Arguments arguments) {
 }
 const Registration load_with_pitch_("load_with_pitch", load_with_pitch, sizeof(Matrix));
 
-// Every block of a cluster of two reads its neighbour's shared memory. Bug: without waiting for it.
-struct Word {
-  int value;
-};
-FSC_KERNEL(32, 1) read_neighbour(FSC_CONST_PARAM const Arguments arguments) {
-  FSC_SHARED(Word, shared);
-  if (threadIdx.x == 0) shared.value = static_cast<int>(blockIdx.x) + 100;
-  if (!arguments.bug) ::emulator::cluster_sync(Site::here());
-  const SharedAddress own = shared_address(&shared.value);
-  const int rank = ::emulator::cluster_rank();
-  const SharedAddress neighbours = own + ((rank ^ 1) - rank) * (1 << 24);
-  const int* neighbour = reinterpret_cast<const int*>(::emulator::shared_pointer(neighbours, sizeof(int)));
-  if (threadIdx.x == 0) arguments.array<int>(0)[blockIdx.x] = *neighbour;  // BUG read_neighbour
-  ::emulator::cluster_sync(Site::here());
-}
-const Registration read_neighbour_("read_neighbour", read_neighbour, sizeof(Word), 2);
-
 }  // namespace
 }  // namespace fused_sepconv

@@ -24,15 +24,14 @@ struct Arguments {
 struct TestKernel {
   void (*kernel)(Arguments);
   int shared_bytes;
-  int cluster;
 };
 
 std::map<std::string, TestKernel>& test_kernels();
 
 // Static objects of this type fill test_kernels().
 struct Registration {
-  Registration(const char* name, void (*kernel)(Arguments), int shared_bytes = 0, int cluster = 1) {
-    test_kernels()[name] = {kernel, shared_bytes, cluster};
+  Registration(const char* name, void (*kernel)(Arguments), int shared_bytes = 0) {
+    test_kernels()[name] = {kernel, shared_bytes};
   }
 };
 
