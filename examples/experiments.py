@@ -41,7 +41,7 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
     "backends": {name: ["--backend", name] for name in ("auto", "reference")},
 }
 DIGITS = {
-    "spectrum": ["--epochs", "6"],
+    "spectrum": ["--epochs", "4"],
     "architectures": ["--img-size", "75", "--batch-size", "16", "--epochs", "1"],
 }
 """On digits alone: eight networks take their time, and three are large for a CPU; Inception V3 needs 75 pixels."""
@@ -80,8 +80,8 @@ def compare(name: str, output: Path, flags: list[str]) -> str:
 def picture(logs: dict[str, run.Rows], title: str) -> Figure:
     """All variants' curves, their last evaluations large enough to be compared."""
     # A few runs have colours of their own; many are in an order, from dark to bright.
-    many = colormaps["viridis"].resampled(len(logs) + 1).colors
-    figure = run.draw(logs, title, **({} if len(logs) < 6 else {"colours": many}))
+    palette = colormaps["tab10"] if len(logs) < 6 else colormaps["viridis"].resampled(len(logs) + 1)
+    figure = run.draw(logs, title, palette.colors)
     score = figure.axes[1]
     ends = [line.get_ydata()[-1] for line in score.lines]
     bottom = max(0, min(95, 100 - 4 * (100 - min(ends))))

@@ -149,7 +149,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 def draw(runs: Mapping[str, Rows], title: str, colours: Sequence = colormaps["tab10"].colors) -> Figure:
     """Loss, accuracy (MAP@100 where there are many labels) and learning rate of one run, or of several."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     loss, score, rate = figure.subplots(1, 3, width_ratios=(2, 2, 1))
     measure = "MAP@100" if any("val/MAP@100" in row for rows in runs.values() for row in rows) else "top-1"
     panels = [(loss, "train/loss", ":"), (loss, "val/loss", ".-"), (score, f"val/{measure}", ".-")]
