@@ -45,9 +45,10 @@ class MaxPool3x3(nn.Module):
 @torch.fx.wrap
 def _max_pool(x: Tensor, stride: int, padding: str, dilation: int) -> Tensor:
     if stride == 2 and padding == "same" and _exports_free_sizes(x):
-        # max_pool2d wants its padding in numbers: seen from its end, an image of an even size is padded as an odd
-        # one, by 1.
-        return F.max_pool2d(x.flip(-2, -1), 3, 2, 1).flip(-2, -1)
+        # F.pad takes free sizes, where max_pool2d wants its padding in numbers. They are size % 2, written so that the
+        # result's size is seen to be a strided convolution's.
+        top, left = ((size - 1) // 2 * 2 + 2 - size for size in x.shape[-2:])
+        return F.max_pool2d(F.pad(x, (left, 1, top, 1), value=float("-inf")), 3, 2)
     before = [1 if padding == "symmetric" else (size + dilation - 1) // dilation % 2 for size in x.shape[-2:]]
     if stride == 2:
         # TensorFlow's last window reaches over the edge of an even size: ceil_mode does that without padding.

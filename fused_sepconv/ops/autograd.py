@@ -47,7 +47,7 @@ class _Forward(torch.autograd.Function):
 
     @classmethod
     def forward(cls, *args: Any) -> Tensor:
-        with _below_autograd():
+        with below_autograd():
             return cls.operator.forward(*args)
 
     @classmethod
@@ -118,7 +118,7 @@ class _Backward(torch.autograd.Function):
 
     @classmethod
     def forward(cls, *args: Any) -> operators.Gradients:
-        with _below_autograd():
+        with below_autograd():
             return cls.operator.backward(*args)
 
     @classmethod
@@ -131,7 +131,7 @@ class _Backward(torch.autograd.Function):
     def backward(cls, ctx: Any, *grad_gradients: Tensor) -> tuple:
         function, present = _as_function_of_tensors(cls.operator, ctx)
         wanted = tuple(grad for grad, asked in zip(grad_gradients, ctx.mask, strict=True) if asked)
-        gradients = dict(zip(present, _vjp(function, tuple(present.values()), wanted), strict=True))
+        gradients = dict(zip(present, vjp(function, tuple(present.values()), wanted), strict=True))
         tensors = (gradients.get(i) for i in range(cls.operator.count + 1))
         return (*tensors, None, *(None,) * len(ctx.arguments), None, None)
 
@@ -182,7 +182,7 @@ def _as_function_of_tensors(operator: Operator, ctx: Any) -> tuple[Any, dict[int
     return function, present
 
 
-def _vjp(function: Any, primals: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def vjp(function: Any, primals: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The vector-Jacobian product, differentiable in its turn."""
     if are_functorch_transforms_active():
         return torch.func.vjp(function, *primals)[1](cotangents)
@@ -196,7 +196,7 @@ def _vjp(function: Any, primals: tuple[Tensor, ...], cotangents: tuple[Tensor, .
 
 
 @contextmanager
-def _below_autograd() -> Iterator[None]:
+def below_autograd() -> Iterator[None]:
     """A context in which a Function's forward calls its op for the value."""
     if not are_functorch_transforms_active():
         with AutoDispatchBelowAutograd():
@@ -237,7 +237,7 @@ def _entrance(operator: Operator) -> Callable[..., Tensor]:
     return call
 
 
-def _autograd_kernel(op: Any, function: type[torch.autograd.Function], composite: Any) -> Any:
+def autograd_kernel(op: Any, function: type[torch.autograd.Function], composite: Any) -> Any:
     """Makes the op's kernel at PyTorch's Autograd key: it applies the function once, at the level being processed."""
 
     # A Function's apply would hand the call to the whole stack of transforms again, in 2.14 its base class's with it.
@@ -329,7 +329,7 @@ def _register(forward: type[_Forward], backward: type[_Backward]) -> None:
         (operator.forward, forward, _forward_composite(operator)),
         (operator.backward, backward, backward_composite(operator)),
     ):
-        kernel = _autograd_kernel(op, function, composite)
+        kernel = autograd_kernel(op, function, composite)
         if op is operator.forward and operator.saves_intermediate:
             kernel = _saving_kernel(operator, kernel)
         operators.LIBRARY.impl(op._schema.name, kernel, "Autograd")

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from fused_sepconv.families import joins
 from fused_sepconv.ops import calls, launching
-from fused_sepconv.ops.autograd import _vjp
+from fused_sepconv.ops.autograd import vjp
 from fused_sepconv.ops.norm_units import (
-    _by_channel,
-    _is_on_gpu,
-    _normalised,
-    _scale_and_shift,
-    _through_statistics,
     accumulator,
+    by_channel,
+    is_on_gpu,
+    normalise,
+    scale_and_shift,
+    through_statistics,
     with_own_statistics,
 )
 from fused_sepconv.ops.operators import LIBRARY, TAGS, without_autocast
@@ -141,10 +141,10 @@ class NormJoinFunction(torch.autograd.Function):
         (x, *norm), (other, *other_norm) = tensors[:_NORM], tensors[_NORM:]
         ctx.window, ctx.own = window, own
         picked, index = x, None
-        scale, shift = _scale_and_shift(*norm)
+        scale, shift = scale_and_shift(*norm)
         if window is not None:
             picked, index = _operator("norm_pool", x)(x, scale, shift, window.padding, window.size)
-        affine = (None, None) if other_norm[0] is None else _scale_and_shift(*other_norm)
+        affine = (None, None) if other_norm[0] is None else scale_and_shift(*other_norm)
         y = _operator("norm_add", x)(picked, scale, shift, other, *affine)
         kept = other if other_norm[0] is not None else None  # of an image as it is, the gradient asks nothing
         ctx.has_other = other is not None
@@ -189,9 +189,9 @@ def _gradients(
     grad_x = None
     if want_x and window is None:
         if own:
-            grad_x = _through_statistics(grad, x, mean, invstd, weight, *sums, None)
+            grad_x = through_statistics(grad, x, mean, invstd, weight, *sums, None)
         else:
-            grad_x = (grad * _by_channel(invstd if weight is None else invstd * weight)).to(x.dtype)
+            grad_x = (grad * by_channel(invstd if weight is None else invstd * weight)).to(x.dtype)
     elif want_x:
         factor = (invstd if weight is None else invstd * weight).contiguous()
         values = (None, None, None)
@@ -210,10 +210,10 @@ def _gradients(
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The sums over all pixels of the gradient, and of it times x - mean."""
-    if _is_on_gpu(x):
+    if is_on_gpu(x):
         return torch.batch_norm_backward_reduce(grad, x, mean, invstd, weight, True, False, False)[:2]
     wide = grad.to(accumulator(x))
-    return wide.sum((0, 2, 3)), (wide * (x - _by_channel(mean))).sum((0, 2, 3))
+    return wide.sum((0, 2, 3)), (wide * (x - by_channel(mean))).sum((0, 2, 3))
 
 
 def _composed_gradients(ctx: Any, tensors: list[Tensor], needs: tuple, grad: Tensor) -> list[Tensor | None]:
@@ -229,7 +229,7 @@ def _composed_gradients(ctx: Any, tensors: list[Tensor], needs: tuple, grad: Ten
         return y if filled[_NORM] is None else y + _u(filled[_NORM:], ctx.own[1])
 
     found: list[Tensor | None] = [None] * (2 * _NORM)
-    for i, value in zip(asked, _vjp(function, tuple(tensors[i] for i in asked), grad), strict=True):
+    for i, value in zip(asked, vjp(function, tuple(tensors[i] for i in asked), grad), strict=True):
         found[i] = value
     if needs[_NORM] and tensors[_NORM] is None:
         found[_NORM] = grad
@@ -240,7 +240,7 @@ def _u(tensors: list[Tensor], own: bool) -> Tensor:
     x, mean, invstd, weight, bias = tensors
     if own:
         mean, invstd = with_own_statistics(x, invstd)
-    return _normalised(x, mean, invstd, weight, bias)
+    return normalise(x, mean, invstd, weight, bias)
 
 
 def norm_join(x: Tensor, norm: Norm, other: Tensor | None, other_norm: Norm | None, window: Window | None) -> Tensor:

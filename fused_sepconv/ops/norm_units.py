@@ -26,9 +26,9 @@ from fused_sepconv.families.depthwise import normalised
 from fused_sepconv.families.pytorch import convolutions
 from fused_sepconv.ops import calls, launching, problems, saving
 from fused_sepconv.ops.arguments import DepthwiseArguments, hashable, output_size
-from fused_sepconv.ops.autograd import _autograd_kernel, _below_autograd, _vjp
+from fused_sepconv.ops.autograd import autograd_kernel, below_autograd, vjp
 from fused_sepconv.ops.backend import asks_the_plan
-from fused_sepconv.ops.operators import LIBRARY, TAGS, _one_by_one, without_autocast
+from fused_sepconv.ops.operators import LIBRARY, TAGS, one_by_one, without_autocast
 from fused_sepconv.ops.torch_internals import are_functorch_transforms_active, below_subclasses
 from fused_sepconv.planning.problem import DepthwiseProblem
 from fused_sepconv.tensors.memory_format import as_gradient, as_output, empty_output
@@ -104,8 +104,8 @@ def _forward(*args: Any) -> Tensor:
     with below_subclasses(), without_autocast(x), launching.on_device(x.device):
         run = _prepared("forward", args)
         if run is not None:
-            return run(x, *_scale_and_shift(mean, invstd, norm_weight, norm_bias), weight, bias)
-        u = _normalised(x, mean, invstd, norm_weight, norm_bias)
+            return run(x, *scale_and_shift(mean, invstd, norm_weight, norm_bias), weight, bias)
+        u = normalise(x, mean, invstd, norm_weight, norm_bias)
         t = convolutions.depthwise_forward(u, weight, bias, stride, padding, dilation, activation, None)
         return as_output(x, t)
 
@@ -116,15 +116,15 @@ def _backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with below_subclasses(), without_autocast(x), launching.on_device(x.device):
         run = _prepared("backward", tuple(args), tuple(mask))
         if run is not None:
-            scale, shift = _scale_and_shift(mean, invstd, norm_weight, norm_bias)
+            scale, shift = scale_and_shift(mean, invstd, norm_weight, norm_bias)
             grad_weight, grad_bias, *rest = run(grad_output, x, scale, shift, mean, weight)
         else:
-            u = _normalised(x, mean, invstd, norm_weight, norm_bias)
+            u = normalise(x, mean, invstd, norm_weight, norm_bias)
             dz, grad_weight, grad_bias = convolutions.depthwise_backward(
                 grad_output, u, weight, bias, None, stride, padding, dilation, activation, None, (True, *mask)
             )
             wide, dims = dz.to(accumulator(x)), (0, 2, 3)
-            rest = [as_gradient(x, dz), wide.sum(dims), (wide * (x - _by_channel(mean))).sum(dims)]
+            rest = [as_gradient(x, dz), wide.sum(dims), (wide * (x - by_channel(mean))).sum(dims)]
         empty = torch.empty(0, dtype=x.dtype, device=x.device)
         weights = (
             empty if grad is None else as_gradient(like, grad)
@@ -133,7 +133,7 @@ def _backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return *weights, *rest
 
 
-def _scale_and_shift(
+def scale_and_shift(
     mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     scale = invstd if norm_weight is None else invstd * norm_weight
@@ -141,16 +141,14 @@ def _scale_and_shift(
     return scale.contiguous(), shift
 
 
-def _by_channel(values: Tensor) -> Tensor:
+def by_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-def _normalised(
-    x: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> Tensor:
+def normalise(x: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
     """u, in x's dtype."""
-    u = (x - _by_channel(mean)) * _by_channel(invstd if norm_weight is None else invstd * norm_weight)
-    return (u if norm_bias is None else u + _by_channel(norm_bias)).to(x.dtype)
+    u = (x - by_channel(mean)) * by_channel(invstd if norm_weight is None else invstd * norm_weight)
+    return (u if norm_bias is None else u + by_channel(norm_bias)).to(x.dtype)
 
 
 def _fake_forward(*args: Any) -> Tensor:
@@ -178,7 +176,7 @@ class NormDepthwiseConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        with _below_autograd():
+        with below_autograd():
             return norm_depthwise_conv2d(*args[:_ARGUMENTS])
 
     @staticmethod
@@ -205,9 +203,9 @@ class NormDepthwiseConv2dFunction(torch.autograd.Function):
             batch_statistics = ctx.arguments[4]
             scale = invstd if norm_weight is None else invstd * norm_weight
             if batch_statistics:
-                grad_x = _through_statistics(dz, x, mean, invstd, norm_weight, sum_dz, sum_dz_xmu, ctx.shared)
+                grad_x = through_statistics(dz, x, mean, invstd, norm_weight, sum_dz, sum_dz_xmu, ctx.shared)
             else:
-                grad_x = (dz * _by_channel(scale)).to(x.dtype)
+                grad_x = (dz * by_channel(scale)).to(x.dtype)
         return (
             grad_x,
             None,
@@ -220,7 +218,7 @@ class NormDepthwiseConv2dFunction(torch.autograd.Function):
         )
 
 
-def _through_statistics(
+def through_statistics(
     dz: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -237,13 +235,13 @@ def _through_statistics(
         sums = torch.cat([sum_dz, sum_dz_xmu])
         dist.all_reduce(sums, group=group)
         sum_dz, sum_dz_xmu = sums.chunk(2)
-    elif _is_on_gpu(x):  # one pass of PyTorch's own
+    elif is_on_gpu(x):  # one pass of PyTorch's own
         counts = torch.full((1,), count, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(dz, x, mean, invstd, norm_weight, sum_dz, sum_dz_xmu, counts)
     scale = invstd if norm_weight is None else invstd * norm_weight
     of_dz, of_xmu = sum_dz / count, sum_dz_xmu * invstd.square() / count
-    grad = dz - _by_channel(of_dz) - (x - _by_channel(mean)) * _by_channel(of_xmu)
-    return (grad * _by_channel(scale)).to(x.dtype)
+    grad = dz - by_channel(of_dz) - (x - by_channel(mean)) * by_channel(of_xmu)
+    return (grad * by_channel(scale)).to(x.dtype)
 
 
 def _composed(*args: Any) -> Tensor:
@@ -251,7 +249,7 @@ def _composed(*args: Any) -> Tensor:
     x, mean, invstd, norm_weight, norm_bias, weight, bias, stride, padding, dilation, activation, own, _ = args
     if own:
         mean, invstd = with_own_statistics(x, invstd)
-    u = _normalised(x, mean, invstd, norm_weight, norm_bias)
+    u = normalise(x, mean, invstd, norm_weight, norm_bias)
     return convolutions.depthwise_forward(u, weight, bias, stride, padding, dilation, activation, None)
 
 
@@ -272,7 +270,7 @@ def _composed_gradients(tensors: tuple, arguments: tuple, needs: tuple, grad_out
         return _composed(*filled, *arguments)
 
     found: list[Tensor | None] = [None] * _TENSORS
-    for i, grad in zip(asked, _vjp(function, tuple(tensors[i] for i in asked), grad_output), strict=True):
+    for i, grad in zip(asked, vjp(function, tuple(tensors[i] for i in asked), grad_output), strict=True):
         found[i] = grad
     return found
 
@@ -285,12 +283,12 @@ def _register() -> None:
     torch.library.register_fake(f"fused_sepconv::{name}_backward", _fake_backward, lib=LIBRARY)
     for op in (norm_depthwise_conv2d, norm_depthwise_conv2d_backward):
 
-        def one_by_one(info: Any, in_dims: tuple, *args: Any, op: Any = op) -> tuple[Any, Any]:
-            found, _ = _one_by_one(op, info.batch_size, in_dims, args)
+        def one_example_each(info: Any, in_dims: tuple, *args: Any, op: Any = op) -> tuple[Any, Any]:
+            found, _ = one_by_one(op, info.batch_size, in_dims, args)
             return found, 0 if isinstance(found, Tensor) else (0,) * len(found)
 
-        torch.library.register_vmap(f"fused_sepconv::{op._schema.name.split('::')[1]}", one_by_one, lib=LIBRARY)
-    kernel = _autograd_kernel(norm_depthwise_conv2d, NormDepthwiseConv2dFunction, _composed)
+        torch.library.register_vmap(f"fused_sepconv::{op._schema.name.split('::')[1]}", one_example_each, lib=LIBRARY)
+    kernel = autograd_kernel(norm_depthwise_conv2d, NormDepthwiseConv2dFunction, _composed)
     LIBRARY.impl(name, kernel, "Autograd")
 
 
@@ -312,7 +310,7 @@ def statistics(
     """Mean, 1 / sqrt(variance + eps) and count of each channel of x, over all processes of a group; the running
     statistics are updated."""
     count: Any = x.shape[0] * x.shape[2] * x.shape[3]
-    if group is None and _is_on_gpu(x):
+    if group is None and is_on_gpu(x):
         mean, invstd = torch.batch_norm_stats(x, eps)
         if running_mean is not None:
             counts = torch.full((1,), count, dtype=running_mean.dtype, device=x.device)
@@ -332,7 +330,7 @@ def statistics(
     return mean, torch.rsqrt(variance + eps), count
 
 
-def _is_on_gpu(x: Tensor) -> bool:
+def is_on_gpu(x: Tensor) -> bool:
     """Whether PyTorch has kernels for the parts of x's BatchNorm, or (meta) what they move is counted."""
     return (x.is_cuda or x.is_meta) and type(x) in (Tensor, torch.nn.Parameter)
 

@@ -216,7 +216,7 @@ def _register_vmap(operator: Operator) -> None:
     def forward(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
         inputs, batch_size = list(args[: operator.count]), info.batch_size
         if any(in_dims[i] is not None for i in range(operator.count) if i not in images):
-            return _one_by_one(operator.forward, batch_size, in_dims, args)
+            return one_by_one(operator.forward, batch_size, in_dims, args)
         for i in images:
             inputs[i] = _fold(args[i], in_dims[i], batch_size)
         y = operator.forward(*inputs, *args[operator.count :])
@@ -225,7 +225,7 @@ def _register_vmap(operator: Operator) -> None:
 
     def backward(info: Any, in_dims: tuple, *args: Any) -> tuple[Gradients, tuple[int, ...]]:
         # The gradients of weights are sums over the images of one example of the batch, so folding would mix examples.
-        gradients, _ = _one_by_one(operator.backward, info.batch_size, in_dims, args)
+        gradients, _ = one_by_one(operator.backward, info.batch_size, in_dims, args)
         return gradients, (0,) * len(gradients)
 
     torch.library.register_vmap(f"fused_sepconv::{operator.name}", forward, lib=LIBRARY)
@@ -240,7 +240,7 @@ def _fold(tensor: Tensor | None, dim: int | None, batch_size: int) -> Tensor | N
     return tensor.reshape(batch_size * tensor.shape[1], *tensor.shape[2:])
 
 
-def _one_by_one(op: Callable, batch_size: int, in_dims: tuple, args: tuple) -> tuple[Any, int]:
+def one_by_one(op: Callable, batch_size: int, in_dims: tuple, args: tuple) -> tuple[Any, int]:
     if batch_size == 0:
         raise ValueError("vmap: an empty batch of weights or gradients has no result whose shape could be known")
 

@@ -82,7 +82,7 @@ def test_emulated_a_middle_flow_block_takes_53_passes_where_it_took_63(checked, 
     addition of its gradients 3.
     """
     for module in (norm_units, joins):
-        monkeypatch.setattr(module, "_is_on_gpu", lambda x: True)
+        monkeypatch.setattr(module, "is_on_gpu", lambda x: True)
     passes = {}
     for fused in (False, True):
         compared = []
