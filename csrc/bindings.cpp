@@ -11,6 +11,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <unordered_map>
@@ -98,7 +99,8 @@ std::unordered_map<const Instance*, int64_t> launches;
 template <class Made, class Params>
 void run(const Made& instance, const Params& params, Stream stream) {
 #ifdef FSC_EMULATED
-  const EmulatedBuffers buffers(instance, params);
+  std::optional<EmulatedBuffers> buffers;  // none in the null build: no launch touches them
+  if (emulator::launches_run) buffers.emplace(instance, params);
 #else
   load(instance);
 #endif
