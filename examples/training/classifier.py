@@ -34,9 +34,8 @@ class Classifier(lightning.LightningModule):
         self.steps, self.images_per_step = data.steps, data.images_per_step
         names = ("loss", "top-1", "top-5", *(["MAP@100"] if options.multi_label else []))
         self.scores = nn.ModuleDict({name: MeanMetric() for name in names})
-        self.loss = MeanMetric(
-            "disable"
-        )  # without a look for NaN each step (torchmetrics 1.9 then drops weights: none here)
+        # No look for NaN at each step. (torchmetrics 1.9 drops the weights of an update then: here there are none.)
+        self.loss = MeanMetric("disable")
         identity = {name: getattr(options, name) for name in IDENTITY} | {"images_per_step": data.images_per_step}
         self.save_hyperparameters(identity, logger=False)
 
