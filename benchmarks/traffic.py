@@ -39,7 +39,7 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-# What PyTorch's CUDA kernels read more than once, and what they are given and do not read.
+# Exceptions: tensors that PyTorch's CUDA kernels read more than once, or are given and do not read.
 _PASSES: dict[Any, Callable[..., int]] = {
     # For the statistics, and to normalise.
     aten.native_batch_norm.default: lambda x, *_: _bytes(x),
@@ -47,7 +47,7 @@ _PASSES: dict[Any, Callable[..., int]] = {
     aten.native_batch_norm_backward.default: lambda grad, x, *_: _bytes(grad, x),
     # For the gradients of the input and of the weight, each.
     aten.convolution_backward.default: lambda grad, *rest: _bytes(grad) * (sum(rest[-1][:2]) - 1),
-    # Of the input, the dtype or the sizes.
+    # Both read the dtype or the sizes of this input, not its elements.
     aten.batch_norm_gather_stats_with_counts.default: lambda x, *_: -_bytes(x),
     aten.max_pool2d_with_indices_backward.default: lambda grad, x, *_: -_bytes(x),
 }
@@ -164,7 +164,7 @@ VARIANTS: dict[str, Callable[[nn.Module], object]] = {
     "'auto', fuse_norm": fuse_batch_norm,
     "True, fuse_norm": lambda model: (_saving(True, model), fuse_batch_norm(model)),
 }
-"""What is done to a network, by name: `save_intermediate`, and whether BatchNorms are fused."""
+"""Variants of a network, by name: `save_intermediate`, and whether BatchNorms are fused."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Step:
 
 
 def count(model: nn.Module, x: Tensor, device: str = "H200") -> Step:
-    """What a training step of a model on the meta device would move and save on that device, its loss left out."""
+    """Counts the bytes that a training step of a meta model, its loss left out, moves and saves on a device."""
     model.train()
     traffic = Traffic()
     own = [*model.parameters(), *model.buffers()]

@@ -1,4 +1,4 @@
-"""What is trained, and how: the network with its losses, scores, optimiser, learning rate and averaged weights."""
+"""The network to train, with its losses, scores, optimiser, learning rate and averaged weights."""
 
 import math
 from argparse import Namespace

@@ -62,6 +62,6 @@ def _max_pool(x: Tensor, stride: int, padding: str, dilation: int) -> Tensor:
 
 
 def _exports_free_sizes(x: Tensor) -> bool:
-    """Whether sizes that may change are exported; also where Dynamo exports, which hides before 2.8 that they may."""
+    """Tells whether sizes that may change are exported. Every export by Dynamo counts: 2.7 hides such sizes."""
     free = any(isinstance(size, torch.SymInt) for size in x.shape[-2:])
     return free or (torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting())

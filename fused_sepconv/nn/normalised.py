@@ -128,7 +128,7 @@ class Normalised:
         return add(self.tensor(), _plain(other))
 
     def _is_bare(self) -> bool:
-        """Whether it is a norm alone, that nobody has run yet."""
+        """Tells a norm alone, which nobody has run yet."""
         return self.activation is None and self.window is None and not self.norm.has_result()
 
     def _joined(self, other: Tensor | Normalised | None) -> Tensor | None:

@@ -33,7 +33,7 @@ MOST_GRADIENTS = 64
 """Backwards that are kept for each of them: gradients may come in ever new strides."""
 
 MEASURES_CPU = False
-"""Whether a choice may be measured on the CPU too, as on CUDA: tests ask for it."""
+"""Switch for tests: choices are measured on the CPU too, as on CUDA."""
 
 # -1 is no device: each launch then makes its own the current one.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice" if GUARD_BINDS else "", lambda: -1)

@@ -234,8 +234,8 @@ class _DirectBackward:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a kernel may read the memory of tensors that have a signature as it is: no lazy negation, and no zeros
-    or functional stand-in without memory."""
+    """Tells whether a kernel may read these tensors' memory as it is. Lazy negations, and zeros or functional stand-ins
+    without memory, have a signature and are not plain."""
     return not any(
         tensor is not None and (tensor.is_neg() or (tensor.numel() and not tensor.data_ptr())) for tensor in tensors
     )
